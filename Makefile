@@ -1,0 +1,46 @@
+# Every target does its own set-up: Python 3.11 or newer and make are all that a machine needs.
+# PYTHON=python3.13 uses another interpreter; PRESENCE_REDIS_URL=redis://... uses a server that already runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-all check format bench clean
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(MAKEFILE_LIST) | column -t -l 2 2>/dev/null || true
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "presence needs Python 3.11 or newer; $(PYTHON) is older. Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Setting up $(VENV) (once)..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Two game servers, one Redis, real Socket.IO clients: the main job, checked
+	@$(RUN) -m examples.demo
+
+test: $(READY)  ## The tests, against the first server that can be found
+	@$(RUN) -m pytest
+
+test-all: $(READY)  ## The tests, against every server that can be found
+	@$(RUN) -m tests.all_servers
+
+check: $(READY)  ## Lint, types, and the Lua scripts
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(RUN) -m tests.check_lua
+
+format: $(READY)  ## Format the Python code and mend what ruff can mend
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+bench: $(READY)  ## Measure cost, memory and cleanup against the server's own commands
+	@$(RUN) -m bench
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

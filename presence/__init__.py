@@ -1,0 +1,43 @@
+"""Who is online, on which WebSocket connection and in which game, for game servers that share Redis or Valkey.
+
+Every operation is one Lua script, so it is atomic and takes one round trip. ``ConnectionManager`` is for asyncio,
+``presence.sync.ConnectionManager`` for blocking code.
+"""
+
+from presence.errors import (
+    AuthenticationFailedError,
+    OutOfMemoryError,
+    PermissionDeniedError,
+    PipelineError,
+    PresenceError,
+    ReadOnlyServerError,
+    ServerBusyError,
+    ServerUnreachableError,
+    UnexpectedReplyError,
+)
+from presence.manager import ConnectionManager
+from presence.operations import Operation, Operations
+from presence.results import CleanupResult, ConnectionInfo, JoinResult, Registration
+
+__all__ = [
+    "AuthenticationFailedError",
+    "CleanupResult",
+    "ConnectionInfo",
+    "ConnectionManager",
+    "JoinResult",
+    "Operation",
+    "Operations",
+    "OutOfMemoryError",
+    "PermissionDeniedError",
+    "PipelineError",
+    "PresenceError",
+    "ReadOnlyServerError",
+    "Registration",
+    "ServerBusyError",
+    "ServerUnreachableError",
+    "UnexpectedReplyError",
+    "connection_manager",
+]
+
+connection_manager = ConnectionManager()
+"""A ready manager. It connects on first use: to ``PRESENCE_REDIS_URL``, ``REDIS_URL``, or the local server."""

@@ -1,0 +1,395 @@
+"""The operations: which script, with which keys and arguments, and how its reply becomes a type; no I/O.
+
+The asyncio and the blocking manager, and pipelines, all run what this module describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from redis.exceptions import NoScriptError
+
+from presence import arguments, scripts
+from presence.errors import PresenceError, explain
+from presence.results import CleanupResult, ConnectionInfo, JoinResult, Registration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from uuid import UUID
+
+Result = TypeVar("Result")
+
+Command: TypeAlias = "tuple[bytes | str | int, ...]"
+Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
+"""A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
+
+HEARTBEATS_UNTIL_STALE = 3
+CLEANUP_BATCH_SIZE = 200
+"""Connections that one cleanup script removes: well under a millisecond of the server's time on common machines."""
+MAX_CONNECTIONS_PER_USER = 100
+
+RETENTION_MS = 24 * 60 * 60 * 1000
+"""How much longer than its connections a key lives: a day in which cleanup can still find and report a dead record."""
+
+REGISTER = scripts.load(
+    "register",
+    keys=("conn", "user_conns", "last_seen"),
+    arguments=("key_prefix", "sid", "user_id", "conn_ttl_ms", "key_lifetime_ms", "connections_per_user"),
+)
+UNREGISTER = scripts.load("unregister", keys=("conn", "last_seen"), arguments=("key_prefix", "sid", "conn_ttl_ms"))
+JOIN = scripts.load(
+    "join",
+    keys=("conn", "game_conns", "last_seen"),
+    arguments=("key_prefix", "sid", "game_id", "conn_ttl_ms", "key_lifetime_ms"),
+)
+LEAVE = scripts.load("leave", keys=("conn", "last_seen"), arguments=("key_prefix", "sid", "conn_ttl_ms"))
+HEARTBEAT = scripts.load(
+    "heartbeat", keys=("conn", "last_seen"), arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms")
+)
+CLEANUP = scripts.load(
+    "cleanup", keys=("last_seen",), arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "batch_size")
+)
+GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
+GET_USER_CONNECTION = scripts.load(
+    "get_user_connection", keys=("user_conns", "last_seen"), arguments=("key_prefix", "conn_ttl_ms")
+)
+IS_USER_ONLINE = scripts.load(
+    "is_user_online", keys=("user_conns", "last_seen"), arguments=("threshold_ms", "conn_ttl_ms")
+)
+GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",))
+GET_CONNECTION_COUNT = scripts.load("get_connection_count", keys=("last_seen",), arguments=("conn_ttl_ms",))
+GET_GAME_CONNECTION_COUNT = scripts.load(
+    "get_game_connection_count", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",)
+)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation(Generic[Result]):
+    """One call of one script: everything that is to be sent, and how the reply becomes a result."""
+
+    script: scripts.Script
+    keys: tuple[bytes, ...]
+    arguments: tuple[bytes | int, ...]
+    parse: Callable[[Any], Result]
+
+    def command(self) -> Command:
+        """Give the EVALSHA command to send."""
+        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupBatch:
+    """What one run of the cleanup script removed, and whether it found fewer than it might have."""
+
+    removed: tuple[ConnectionInfo, ...]
+    is_last: bool
+
+
+class Operations:
+    """The operations of one namespace, each method checking its arguments and describing one call.
+
+    Args:
+        namespace: the keyspace and, being the hash tag of every key, the cluster slot; no braces.
+        conn_ttl_seconds: a connection without a heartbeat for longer has expired; 0.001 s to ten years.
+        heartbeat_seconds: how often clients beat; three missed heartbeats make a connection stale.
+        connections_per_user: live connections that a user may have, 1 to 100; the oldest are displaced first.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of its bounds.
+
+    """
+
+    def __init__(
+        self,
+        namespace: str = "presence",
+        *,
+        conn_ttl_seconds: float = 3600,
+        heartbeat_seconds: float = 30,
+        connections_per_user: int = 1,
+    ) -> None:
+        self.namespace = arguments.check_namespace(namespace)
+        self._conn_ttl_ms = arguments.milliseconds("conn_ttl_seconds", conn_ttl_seconds)
+        self._stale_ms = HEARTBEATS_UNTIL_STALE * arguments.milliseconds("heartbeat_seconds", heartbeat_seconds)
+        self._connections_per_user = arguments.check_count(
+            "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
+        )
+        # A key's TTL is refreshed by the first heartbeat in each quarter of the connections' TTL only.
+        self._key_lifetime_ms = self._conn_ttl_ms + -(-self._conn_ttl_ms // 4) + RETENTION_MS
+        self._prefix = f"{{{namespace}}}:".encode()
+        self._last_seen = self._prefix + b"last_seen"
+
+    def _conn(self, sid: bytes) -> bytes:
+        return self._prefix + b"conn:" + sid
+
+    def _user_conns(self, user_id: bytes) -> bytes:
+        return self._prefix + b"user_conns:" + user_id
+
+    def _game_conns(self, game_id: bytes) -> bytes:
+        return self._prefix + b"game_conns:" + game_id
+
+    def register_connection(self, sid: str, user_id: str | UUID) -> Operation[Registration]:
+        """Describe a registration."""
+        sid_bytes = arguments.encode("sid", sid)
+        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return Operation(
+            REGISTER,
+            (self._conn(sid_bytes), self._user_conns(user_bytes), self._last_seen),
+            (
+                self._prefix,
+                sid_bytes,
+                user_bytes,
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+                self._connections_per_user,
+            ),
+            _parse_registration,
+        )
+
+    def unregister_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
+        """Describe the removal of a connection."""
+        sid_bytes = arguments.encode("sid", sid)
+        return Operation(
+            UNREGISTER,
+            (self._conn(sid_bytes), self._last_seen),
+            (self._prefix, sid_bytes, self._conn_ttl_ms),
+            _parse_connection,
+        )
+
+    def join_game(self, sid: str, game_id: str) -> Operation[JoinResult]:
+        """Describe a join."""
+        sid_bytes = arguments.encode("sid", sid)
+        game_bytes = arguments.encode("game_id", game_id)
+        return Operation(
+            JOIN,
+            (self._conn(sid_bytes), self._game_conns(game_bytes), self._last_seen),
+            (self._prefix, sid_bytes, game_bytes, self._conn_ttl_ms, self._key_lifetime_ms),
+            _parse_join,
+        )
+
+    def leave_game(self, sid: str) -> Operation[str | None]:
+        """Describe a leave."""
+        sid_bytes = arguments.encode("sid", sid)
+        return Operation(
+            LEAVE,
+            (self._conn(sid_bytes), self._last_seen),
+            (self._prefix, sid_bytes, self._conn_ttl_ms),
+            _text_or_none,
+        )
+
+    def update_heartbeat(self, sid: str) -> Operation[bool]:
+        """Describe a heartbeat."""
+        sid_bytes = arguments.encode("sid", sid)
+        return Operation(
+            HEARTBEAT,
+            (self._conn(sid_bytes), self._last_seen),
+            (self._prefix, sid_bytes, self._conn_ttl_ms, self._key_lifetime_ms),
+            bool,
+        )
+
+    def get_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
+        """Describe the read of a connection."""
+        sid_bytes = arguments.encode("sid", sid)
+        return Operation(
+            GET_CONNECTION,
+            (self._conn(sid_bytes), self._last_seen),
+            (sid_bytes, self._conn_ttl_ms),
+            _parse_connection,
+        )
+
+    def get_user_connection(self, user_id: str | UUID) -> Operation[ConnectionInfo | None]:
+        """Describe the read of a user's active connection."""
+        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return Operation(
+            GET_USER_CONNECTION,
+            (self._user_conns(user_bytes), self._last_seen),
+            (self._prefix, self._conn_ttl_ms),
+            _parse_connection,
+        )
+
+    def is_user_online(self, user_id: str | UUID) -> Operation[bool]:
+        """Describe the question whether a user is online."""
+        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return Operation(
+            IS_USER_ONLINE,
+            (self._user_conns(user_bytes), self._last_seen),
+            (self._stale_ms, self._conn_ttl_ms),
+            bool,
+        )
+
+    def get_game_connections(self, game_id: str) -> Operation[list[ConnectionInfo]]:
+        """Describe the snapshot of a game."""
+        return self._get_game(game_id, list)
+
+    def get_game_user_sids(self, game_id: str) -> Operation[dict[str, str]]:
+        """Describe the snapshot of a game as user_id -> sid; of a user's connections the newest counts."""
+        return self._get_game(
+            game_id, lambda connections: {connection.user_id: connection.sid for connection in connections}
+        )
+
+    def get_opponent_sid(self, game_id: str, current_user_id: str | UUID) -> Operation[str | None]:
+        """Describe the search for the other player of a game."""
+        current_user = arguments.encode_user_id("current_user_id", current_user_id).decode()
+
+        def opponent(connections: list[ConnectionInfo]) -> str | None:
+            sids = {connection.user_id: connection.sid for connection in connections}
+            return next((sid for user_id, sid in sids.items() if user_id != current_user), None)
+
+        return self._get_game(game_id, opponent)
+
+    def _get_game(self, game_id: str, select: Callable[[list[ConnectionInfo]], Result]) -> Operation[Result]:
+        game_bytes = arguments.encode("game_id", game_id)
+        return Operation(
+            GET_GAME,
+            (self._game_conns(game_bytes), self._last_seen),
+            (self._conn_ttl_ms,),
+            lambda reply: select(_parse_game(game_id, reply)),
+        )
+
+    def get_connection_count(self) -> Operation[int]:
+        """Describe the count of live connections."""
+        return Operation(GET_CONNECTION_COUNT, (self._last_seen,), (self._conn_ttl_ms,), int)
+
+    def get_game_connection_count(self, game_id: str) -> Operation[int]:
+        """Describe the count of live connections in a game."""
+        game_bytes = arguments.encode("game_id", game_id)
+        return Operation(
+            GET_GAME_CONNECTION_COUNT,
+            (self._game_conns(game_bytes), self._last_seen),
+            (self._conn_ttl_ms,),
+            int,
+        )
+
+    def cleanup_batch(self, threshold_seconds: float | None = None) -> Operation[CleanupBatch]:
+        """Describe one bounded batch of a cleanup."""
+        threshold_ms = (
+            self._stale_ms
+            if threshold_seconds is None
+            else arguments.milliseconds("threshold_seconds", threshold_seconds, allow_zero=True)
+        )
+        return Operation(
+            CLEANUP,
+            (self._last_seen,),
+            (self._prefix, threshold_ms, self._conn_ttl_ms, CLEANUP_BATCH_SIZE),
+            _parse_cleanup,
+        )
+
+    def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> Exchange[CleanupResult]:
+        """Converse with the server batch by batch until nothing stale is left.
+
+        What was removed before a fault is still reported: nobody else could report it.
+        """
+        batch = self.cleanup_batch(threshold_seconds)
+        removed: list[ConnectionInfo] = []
+        while True:
+            try:
+                done = yield from perform(batch)
+            except PresenceError as error:
+                if not removed:
+                    raise
+                return CleanupResult(tuple(removed), error)
+            removed += done.removed
+            if done.is_last:
+                return CleanupResult(tuple(removed))
+
+
+def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
+    """Converse with the server to run operations, together and in order.
+
+    A script that the server does not have is loaded and exactly the calls that missed it are repeated, once; nothing
+    of them had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover.
+
+    Returns:
+        An item for each operation: its result, or the ``PresenceError`` that it met.
+
+    """
+    replies = yield [operation.command() for operation in operations]
+    missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if missed:
+        for source in dict.fromkeys(operations[index].script.source for index in missed):
+            (loaded,) = yield [("SCRIPT LOAD", source)]
+            if isinstance(loaded, Exception):
+                raise explain(loaded)
+        repeated = yield [operations[index].command() for index in missed]
+        for index, reply in zip(missed, repeated, strict=True):
+            replies[index] = reply
+    return [
+        explain(reply) if isinstance(reply, Exception) else operation.parse(reply)
+        for operation, reply in zip(operations, replies, strict=True)
+    ]
+
+
+def perform(operation: Operation[Result]) -> Exchange[Result]:
+    """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
+    (result,) = yield from perform_all((operation,))
+    if isinstance(result, PresenceError):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def _time(milliseconds: bytes | int) -> datetime:
+    return EPOCH + timedelta(milliseconds=int(milliseconds))
+
+
+def _parse_connections(now: bytes | int, fields: list[Any]) -> tuple[ConnectionInfo, ...]:
+    observed_at = _time(now)
+    return tuple(
+        ConnectionInfo(
+            fields[index].decode(),
+            fields[index + 1].decode(),
+            fields[index + 2].decode() or None,
+            _time(fields[index + 3]),
+            _time(fields[index + 4]),
+            observed_at,
+        )
+        for index in range(0, len(fields), 5)
+    )
+
+
+def _parse_connection(reply: list[Any]) -> ConnectionInfo | None:
+    return _parse_connections(reply[0], reply[1:])[0] if reply else None
+
+
+def _parse_registration(reply: list[Any]) -> Registration:
+    now, is_replaced, *fields = reply
+    connection, *others = _parse_connections(now, fields)
+    replaced = others.pop(0) if is_replaced else None
+    return Registration(connection, tuple(others), replaced=replaced)
+
+
+def _parse_join(reply: list[Any]) -> JoinResult:
+    joined, left_game_id = reply
+    return JoinResult(bool(joined), _text_or_none(left_game_id))
+
+
+def _text_or_none(reply: bytes) -> str | None:
+    return reply.decode() or None
+
+
+def _parse_game(game_id: str, reply: list[Any]) -> list[ConnectionInfo]:
+    """Parse a snapshot, and put it into the order of registration."""
+    observed_at = _time(reply[0])
+    connections = []
+    for index in range(1, len(reply), 3):
+        connected_at, _, user_id = reply[index + 1].partition(b" ")
+        connections.append(
+            ConnectionInfo(
+                reply[index].decode(),
+                user_id.decode(),
+                game_id,
+                _time(connected_at),
+                _time(reply[index + 2]),
+                observed_at,
+            )
+        )
+    connections.sort(key=lambda connection: (connection.connected_at, connection.sid))
+    return connections
+
+
+def _parse_cleanup(reply: list[Any]) -> CleanupBatch:
+    now, examined, *fields = reply
+    return CleanupBatch(_parse_connections(now, fields), is_last=examined < CLEANUP_BATCH_SIZE)

@@ -1,0 +1,95 @@
+"""What the operations answer: frozen values, exported from ``presence``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from presence.errors import PresenceError
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """One WebSocket connection, as the server saw it at ``observed_at``.
+
+    All times are aware UTC datetimes of the Redis server's clock, in whole milliseconds.
+    """
+
+    sid: str
+    """The Socket.IO session id, or whatever names the connection."""
+    user_id: str
+    """The user whose connection it is; a UUID is given back as its text."""
+    game_id: str | None
+    """The game that it is in, if any."""
+    connected_at: datetime
+    """When it was registered. Registering the same sid again for the same user does not change it."""
+    last_seen: datetime
+    """When it was registered or sent its last heartbeat, whichever is later."""
+    observed_at: datetime = field(default_factory=_now, compare=False, repr=False)
+    """The server's time at which this was read. It takes no part in comparisons."""
+
+    def is_stale(self, threshold_seconds: float = 90) -> bool:
+        """Tell whether it had not been seen for longer than the threshold when it was read.
+
+        Both times are the server's, so the clock of the machine that asks does not matter (and an old value does not
+        grow stale by lying around: read it again).
+
+        Args:
+            threshold_seconds: seconds, 0 or more; 90 is three heartbeats of 30 seconds.
+
+        Returns:
+            Whether ``observed_at - last_seen`` is longer than the threshold.
+
+        """
+        return self.observed_at - self.last_seen > timedelta(seconds=threshold_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What ``register_connection`` did."""
+
+    connection: ConnectionInfo
+    """The connection that is now the user's active one."""
+    displaced: tuple[ConnectionInfo, ...] = ()
+    """The user's earlier connections that it displaced. They are gone: close their sockets. Nobody else is told."""
+    resumed: bool = False
+    """Whether it took over the seat of an earlier connection."""
+    replaced: ConnectionInfo | None = None
+    """The live connection of *another* user that had this same sid, and is gone. Its socket, if any, is this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinResult:
+    """What ``join_game`` did; true when the connection is in the game now."""
+
+    joined: bool
+    """Whether the connection is in the game; False when there is no such connection."""
+    left_game_id: str | None = None
+    """The other game that it left for this one, if any."""
+
+    def __bool__(self) -> bool:
+        return self.joined
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupResult:
+    """What one ``cleanup_stale_connections`` removed; its length is how many."""
+
+    removed: tuple[ConnectionInfo, ...] = ()
+    """The connections that this call removed, longest silent first. No other call reports them."""
+    error: PresenceError | None = None
+    """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
+
+    def __len__(self) -> int:
+        return len(self.removed)
+
+    def __iter__(self) -> Iterator[ConnectionInfo]:
+        return iter(self.removed)

@@ -1,0 +1,43 @@
+"""Check every script as it is sent to the server, includes spliced in: it parses, and luacheck finds nothing in it.
+
+luacheck is not on PyPI: it is used where it is installed (Debian: lua-check); the parser is always used.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from luaparser import ast
+
+from presence.scripts import lua_folder, splice
+
+
+def main() -> int:
+    names = sorted(Path(file.name).stem for file in lua_folder().iterdir() if file.name.endswith(".lua"))
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for name in names:
+            shebang, _, body = splice(lua_folder(), name).partition("\n")
+            assert shebang.startswith("#!lua"), f"{name}.lua must start with #!lua"
+            ast.parse(body)
+            file = Path(folder, f"{name}.lua")
+            file.write_text(f"--\n{body}")
+            files.append(str(file))
+        luacheck = shutil.which("luacheck")
+        if luacheck:
+            standard = ["--std", "lua51", "--read-globals", "redis", "KEYS", "ARGV", "--max-line-length", "120"]
+            finished = subprocess.run([luacheck, "--no-color", "--codes", "-q", *standard, "--", *files], check=False)
+            if finished.returncode:
+                return finished.returncode
+    print(
+        f"{len(names)} Lua scripts parse" + (", luacheck finds nothing" if luacheck else " (luacheck is not installed)")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

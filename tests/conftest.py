@@ -1,0 +1,137 @@
+"""Fixtures: one real server for the session, and for each test a namespace of its own that is checked at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import uuid
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import redis
+
+import presence
+import presence.sync
+from tests.clock import let_time_pass
+from tests.invariants import Keyspace, read_keyspace, violations
+from tests.server import LocalServer, NoServerError, Server, program, running_server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_SERVER = pytest.StashKey[Server]()
+_CLEANUP = pytest.StashKey[ExitStack]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the session's server; without one, fail with one clear line instead of skipping anything."""
+    stack = config.stash[_CLEANUP] = ExitStack()
+    try:
+        config.stash[_SERVER] = stack.enter_context(running_server(docker=True))
+    except NoServerError as error:
+        pytest.exit(str(error), returncode=1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"server: {config.stash[_SERVER].description}"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CLEANUP in config.stash:
+        config.stash[_CLEANUP].close()
+
+
+@pytest.fixture(scope="session")
+def server_url(pytestconfig: pytest.Config) -> str:
+    return pytestconfig.stash[_SERVER].url
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[redis.Redis]:
+    """A plain client, to look at the keys from outside."""
+    with redis.Redis.from_url(server_url) as client:
+        yield client
+
+
+@pytest.fixture
+def namespace(client: redis.Redis) -> Iterator[str]:
+    """A namespace of the test's own; whatever the test did, its keys must be whole and have a TTL in the end."""
+    name = f"test-{uuid.uuid4()}"
+    yield name
+    keyspace = read_keyspace(client, name)
+    if keyspace.ttls_ms:
+        client.delete(*[key.encode() for key in keyspace.ttls_ms])
+    assert violations(keyspace, connections_per_user=presence.operations.MAX_CONNECTIONS_PER_USER) == []
+
+
+class Keys(Protocol):
+    """Reads every key of the test's namespace."""
+
+    def __call__(self) -> Keyspace: ...
+
+
+@pytest.fixture
+def keys(client: redis.Redis, namespace: str) -> Keys:
+    return lambda: read_keyspace(client, namespace)
+
+
+@pytest.fixture
+def wait(client: redis.Redis, namespace: str) -> Callable[[float], None]:
+    """Let seconds pass in the test's namespace, without waiting."""
+    return lambda seconds: let_time_pass(client, namespace, seconds)
+
+
+class Awaited:
+    """An asyncio manager whose methods are called like blocking ones, so one test serves both managers."""
+
+    def __init__(self, manager: presence.ConnectionManager, runner: asyncio.Runner) -> None:
+        self._manager = manager
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._manager, name)
+        if not inspect.iscoroutinefunction(attribute):
+            return attribute
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            return self._runner.run(attribute(*arguments, **named))
+
+        return call
+
+    def close(self) -> None:
+        self._runner.run(self._manager.aclose())
+
+
+class ManagerFactory(Protocol):
+    """Makes managers of the kind that the test runs for; typed as the blocking one, whose methods are the same."""
+
+    def __call__(self, url: str | None = None, **options: Any) -> presence.sync.ConnectionManager: ...
+
+
+@pytest.fixture(params=["asyncio", "blocking"])
+def make_manager(request: pytest.FixtureRequest, server_url: str, namespace: str) -> Iterator[ManagerFactory]:
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner())
+
+        def make(url: str | None = None, **options: Any) -> Any:
+            options = {"namespace": namespace} | options
+            if request.param == "blocking":
+                return stack.enter_context(presence.sync.ConnectionManager.from_url(url or server_url, **options))
+            manager = Awaited(presence.ConnectionManager.from_url(url or server_url, **options), runner)
+            stack.callback(manager.close)
+            return manager
+
+        yield make
+
+
+@pytest.fixture
+def manager(make_manager: ManagerFactory) -> presence.sync.ConnectionManager:
+    return make_manager()
+
+
+@pytest.fixture
+def own_server() -> Iterator[LocalServer]:
+    """A server process that the test may stop, restart, fill and reconfigure."""
+    with LocalServer(program()) as server:
+        yield server
