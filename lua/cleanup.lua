@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 --[[
-Remove one batch of the connections that were not seen for longer than the threshold, or than the TTL if that is shorter.
+Remove one batch of the connections that were not seen for longer than the threshold, or the TTL if that is shorter.
 
 What this call removes no other call can find, so each connection is reported by exactly one caller. An entry whose
 record is gone (evicted, or older than its retention) is dropped without a report. The batch bounds the time that the
@@ -12,12 +12,12 @@ Reply {now ms, number examined, the removed connections, longest silent first}
       a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
 Cost  O(log N) for each connection that it removes, N = connections in the namespace
 ]]
+-- @include now_ms
+-- @include as_argument
+
 local last_seen_key = KEYS[1]
 local key_prefix, threshold_ms = ARGV[1], tonumber(ARGV[2])
 local conn_ttl_ms, batch_size = tonumber(ARGV[3]), tonumber(ARGV[4])
-
--- @include now_ms
--- @include as_argument
 
 local now = now_ms()
 local oldest_kept_ms = now - math.min(threshold_ms, conn_ttl_ms)

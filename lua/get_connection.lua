@@ -8,11 +8,11 @@ Reply {now ms, the connection}, or {} when there is no such live connection
       a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
 Cost  O(1)
 ]]
-local conn_key, last_seen_key = KEYS[1], KEYS[2]
-local sid, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
-
 -- @include now_ms
 -- @include read_live_connection
+
+local conn_key, last_seen_key = KEYS[1], KEYS[2]
+local sid, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
 
 local now = now_ms()
 local connection = read_live_connection(conn_key, last_seen_key, sid, now - conn_ttl_ms)

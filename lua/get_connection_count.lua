@@ -7,10 +7,10 @@ ARGV  conn_ttl_ms
 Reply the count
 Cost  O(log N), N = connections in the namespace
 ]]
-local last_seen_key = KEYS[1]
-local conn_ttl_ms = tonumber(ARGV[1])
-
 -- @include now_ms
 -- @include as_argument
+
+local last_seen_key = KEYS[1]
+local conn_ttl_ms = tonumber(ARGV[1])
 
 return redis.call('ZCOUNT', last_seen_key, as_argument(now_ms() - conn_ttl_ms), '+inf')

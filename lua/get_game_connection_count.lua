@@ -7,11 +7,11 @@ ARGV  conn_ttl_ms
 Reply the count
 Cost  O(M), M = connections in the game
 ]]
-local game_conns_key, last_seen_key = KEYS[1], KEYS[2]
-local conn_ttl_ms = tonumber(ARGV[1])
-
 -- @include now_ms
 -- @include last_seen_scores
+
+local game_conns_key, last_seen_key = KEYS[1], KEYS[2]
+local conn_ttl_ms = tonumber(ARGV[1])
 
 local oldest_live_ms = now_ms() - conn_ttl_ms
 local count = 0

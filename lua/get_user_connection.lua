@@ -8,11 +8,11 @@ Reply {now ms, the connection}, or {} when the user has no live connection
       a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
 Cost  O(M), M = connections of the user, one by default
 ]]
-local user_conns_key, last_seen_key = KEYS[1], KEYS[2]
-local key_prefix, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
-
 -- @include now_ms
 -- @include read_live_connection
+
+local user_conns_key, last_seen_key = KEYS[1], KEYS[2]
+local key_prefix, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
 
 local now = now_ms()
 for _, sid in ipairs(redis.call('ZRANGE', user_conns_key, 0, -1, 'REV')) do

@@ -11,11 +11,11 @@ ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms
 Reply 1, or 0 when there is no such live connection
 Cost  O(log N), N = connections in the namespace
 ]]
-local conn_key, last_seen_key = KEYS[1], KEYS[2]
-local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-
 -- @include now_ms
 -- @include as_argument
+
+local conn_key, last_seen_key = KEYS[1], KEYS[2]
+local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 
 local now = now_ms()
 local last_seen = tonumber(redis.call('ZSCORE', last_seen_key, sid) or -1)

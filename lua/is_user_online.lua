@@ -7,10 +7,10 @@ ARGV  threshold_ms, conn_ttl_ms
 Reply 1 or 0
 Cost  O(M), M = connections of the user, one by default
 ]]
+-- @include now_ms
+
 local user_conns_key, last_seen_key = KEYS[1], KEYS[2]
 local threshold_ms, conn_ttl_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
-
--- @include now_ms
 
 local oldest_online_ms = now_ms() - math.min(threshold_ms, conn_ttl_ms)
 for _, sid in ipairs(redis.call('ZRANGE', user_conns_key, 0, -1)) do

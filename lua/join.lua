@@ -11,12 +11,12 @@ Reply {joined 0|1, the game left or ''}
 Cost  O(1)
 Error OOM when the server's memory is full; nothing is changed then
 ]]
+-- @include now_ms
+-- @include read_live_connection
+
 local conn_key, game_conns_key, last_seen_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, game_id = ARGV[1], ARGV[2], ARGV[3]
 local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
-
--- @include now_ms
--- @include read_live_connection
 
 local connection = read_live_connection(conn_key, last_seen_key, sid, now_ms() - conn_ttl_ms)
 if not connection then

@@ -13,13 +13,13 @@ Reply {now ms, replaced 0|1, the connection, [the replaced connection], displace
 Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces
 Error OOM when the server's memory is full; nothing is changed then
 ]]
-local conn_key, user_conns_key, last_seen_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, user_id = ARGV[1], ARGV[2], ARGV[3]
-local conn_ttl_ms, key_lifetime_ms, connections_per_user = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
-
 -- @include now_us
 -- @include as_argument
 -- @include remove_connection
+
+local conn_key, user_conns_key, last_seen_key = KEYS[1], KEYS[2], KEYS[3]
+local key_prefix, sid, user_id = ARGV[1], ARGV[2], ARGV[3]
+local conn_ttl_ms, key_lifetime_ms, connections_per_user = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[6])
 
 local registered_at = now_us()
 local oldest_live_ms = math.floor(registered_at / 1000) - conn_ttl_ms

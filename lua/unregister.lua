@@ -8,12 +8,12 @@ Reply {now ms, the removed connection}, or {} when there is no such live connect
       a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
 Cost  O(log N), N = connections in the namespace
 ]]
-local conn_key, last_seen_key = KEYS[1], KEYS[2]
-local key_prefix, sid, conn_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
-
 -- @include now_ms
 -- @include read_live_connection
 -- @include remove_connection
+
+local conn_key, last_seen_key = KEYS[1], KEYS[2]
+local key_prefix, sid, conn_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 local now = now_ms()
 local connection = read_live_connection(conn_key, last_seen_key, sid, now - conn_ttl_ms)
