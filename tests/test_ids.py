@@ -1,0 +1,192 @@
+"""Bad input is refused before the network (guarantee 9), and every other id works and reaches only its own keys."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+
+import presence
+import presence.sync
+
+if TYPE_CHECKING:
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys
+
+# Nothing listens there, so an operation that got as far as the network would raise another error.
+NOWHERE = "redis://127.0.0.1:1/0"
+
+ID_ARGUMENTS = [
+    (name, argument)
+    for name, method in inspect.getmembers(presence.Operations, inspect.isfunction)
+    for argument in inspect.signature(method).parameters
+    if argument.endswith("id") and not name.startswith("_")
+]
+
+BAD_IDS: dict[str, tuple[Any, type[Exception]]] = {
+    "empty": ("", ValueError),
+    "1,025 characters": ("x" * 1025, ValueError),
+    "lone surrogate": ("sid-\ud800", ValueError),
+    "bytes": (b"sid", TypeError),
+    "None": (None, TypeError),
+    "int": (7, TypeError),
+    "bool": (True, TypeError),
+    "list": (["sid"], TypeError),
+}
+
+ODD_IDS = [
+    "}",
+    "{",
+    "{other}:conn:x",
+    "a}b{c",
+    ":",
+    "a:b:c",
+    "conn:a",
+    "last_seen",
+    "with space and 'quotes\"",
+    "line\nbreak\r\n",
+    "nul\0inside",
+    "\0",
+    "ünïcödé",
+    "漢字🎮\u200d",
+    "*?[a-z]\\",
+    "1700000000000 5",
+    "%s%d",
+    "x" * 1024,
+    "🎮" * 1024,
+]
+
+
+@pytest.mark.parametrize("kind", BAD_IDS)
+@pytest.mark.parametrize(("operation", "argument"), ID_ARGUMENTS)
+def test_a_bad_id_is_refused_before_the_network_and_named(operation: str, argument: str, kind: str) -> None:
+    value, error = BAD_IDS[kind]
+    with presence.sync.ConnectionManager.from_url(NOWHERE) as manager:
+        method = getattr(manager, operation)
+        arguments = dict.fromkeys(inspect.signature(method).parameters, "good") | {argument: value}
+        with pytest.raises(error, match=argument):
+            method(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["sid", "game_id"])
+def test_only_user_ids_may_be_uuids(argument: str) -> None:
+    with (
+        presence.sync.ConnectionManager.from_url(NOWHERE) as manager,
+        pytest.raises(TypeError, match=f"{argument} must be a str, not UUID"),
+    ):
+        manager.join_game(**{"sid": "good", "game_id": "good", argument: uuid4()})  # type: ignore[arg-type]
+
+
+def test_a_uuid_is_the_same_user_as_its_text(manager: ConnectionManager) -> None:
+    user_id = UUID("12345678-1234-5678-1234-567812345678")
+    manager.register_connection("sid", user_id)
+    manager.join_game("sid", "game")
+
+    assert manager.is_user_online(str(user_id))
+    connection = manager.get_user_connection(user_id)
+    assert connection is not None
+    assert connection.user_id == str(user_id)
+    assert manager.get_opponent_sid("game", user_id) is None
+    assert manager.get_opponent_sid("game", uuid4()) == "sid"
+
+
+def test_an_id_may_be_a_subclass_of_str(manager: ConnectionManager) -> None:
+    class Sid(str):
+        __slots__ = ()
+
+    manager.register_connection(Sid("sid"), "user")
+    assert manager.update_heartbeat("sid")
+
+
+@pytest.mark.parametrize("odd", ODD_IDS, ids=lambda odd: ascii(odd)[:20])
+def test_an_odd_id_works_in_every_place(manager: ConnectionManager, odd: str) -> None:
+    registration = manager.register_connection(odd, odd)
+    assert (registration.connection.sid, registration.connection.user_id) == (odd, odd)
+    assert manager.join_game(odd, odd)
+    assert manager.update_heartbeat(odd)
+    connection = manager.get_connection(odd)
+    assert connection is not None
+    assert connection.game_id == odd
+    assert manager.get_user_connection(odd) == connection
+    assert manager.get_game_connections(odd) == [connection]
+    assert manager.get_game_user_sids(odd) == {odd: odd}
+    assert manager.get_opponent_sid(odd, "another") == odd
+    assert manager.get_game_connection_count(odd) == 1
+    assert manager.leave_game(odd) == odd
+    assert manager.join_game(odd, "game").left_game_id is None
+    assert manager.register_connection("new", odd).displaced[0].sid == odd
+
+
+def test_odd_ids_do_not_reach_each_others_keys(manager: ConnectionManager, keys: Keys) -> None:
+    for number, odd in enumerate(ODD_IDS):
+        manager.register_connection(odd, f"user-{number}")
+        manager.join_game(odd, odd)
+    for odd in ODD_IDS:
+        assert [connection.sid for connection in manager.get_game_connections(odd)] == [odd]
+    assert manager.get_connection_count() == len(ODD_IDS)
+    assert set(keys().records) == set(keys().games) == set(ODD_IDS)
+    for odd in ODD_IDS:
+        assert manager.unregister_connection(odd)
+    assert keys().ttls_ms == {}
+
+
+@pytest.mark.parametrize(
+    ("threshold", "error"),
+    [
+        (-1, ValueError),
+        (-0.001, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        (1e12, ValueError),
+        (0.0001, ValueError),
+        ("90", TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_bad_threshold_is_refused_before_the_network(threshold: Any, error: type[Exception]) -> None:
+    with (
+        presence.sync.ConnectionManager.from_url(NOWHERE) as manager,
+        pytest.raises(error, match="threshold_seconds"),
+    ):
+        manager.cleanup_stale_connections(threshold)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("namespace", "", ValueError),
+        ("namespace", "a}b", ValueError),
+        ("namespace", "a{b", ValueError),
+        ("namespace", "x" * 1025, ValueError),
+        ("namespace", "\ud800", ValueError),
+        ("namespace", b"presence", TypeError),
+        ("conn_ttl_seconds", 0, ValueError),
+        ("conn_ttl_seconds", -1, ValueError),
+        ("conn_ttl_seconds", float("inf"), ValueError),
+        ("conn_ttl_seconds", "3600", TypeError),
+        ("conn_ttl_seconds", None, TypeError),
+        ("heartbeat_seconds", 0, ValueError),
+        ("heartbeat_seconds", False, TypeError),
+        ("connections_per_user", 0, ValueError),
+        ("connections_per_user", 101, ValueError),
+        ("connections_per_user", 1.5, TypeError),
+        ("connections_per_user", True, TypeError),
+    ],
+)
+@pytest.mark.parametrize("manager_type", [presence.ConnectionManager, presence.sync.ConnectionManager])
+def test_a_bad_option_is_refused_when_the_manager_is_made(
+    manager_type: Any, option: str, value: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=option):
+        manager_type.from_url(NOWHERE, **{option: value})
+
+
+def test_namespaces_do_not_see_each_other(server_url: str, namespace: str, manager: ConnectionManager) -> None:
+    manager.register_connection("sid", "user")
+    with presence.sync.ConnectionManager.from_url(server_url, namespace=f"{namespace}-2") as other:
+        assert other.get_connection("sid") is None
+        assert other.get_connection_count() == 0
+        assert not other.cleanup_stale_connections(0)
+    assert manager.is_user_online("user")

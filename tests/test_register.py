@@ -1,0 +1,232 @@
+"""register_connection: one active connection per user (guarantee 2), a sid registered once (guarantee 4)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+
+
+def test_a_new_connection_is_known_everywhere_at_once(manager: ConnectionManager, keys: Keys) -> None:
+    registration = manager.register_connection("sid", "user")
+
+    assert registration.displaced == ()
+    assert registration.replaced is None
+    assert not registration.resumed
+    connection = registration.connection
+    assert (connection.sid, connection.user_id, connection.game_id) == ("sid", "user", None)
+    assert connection.connected_at == connection.last_seen == connection.observed_at
+    assert manager.get_connection("sid") == connection
+    assert manager.get_user_connection("user") == connection
+    assert manager.is_user_online("user")
+    assert manager.get_connection_count() == 1
+    keyspace = keys()
+    assert list(keyspace.records) == ["sid"]
+    assert keyspace.users == {"user": ["sid"]}
+    assert list(keyspace.last_seen) == ["sid"]
+
+
+def test_times_are_those_of_the_server(manager: ConnectionManager, client: redis.Redis) -> None:
+    def server_time() -> datetime:
+        seconds, microseconds = client.time()
+        return datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=microseconds)
+
+    before = server_time()
+    connected_at = manager.register_connection("sid", "user").connection.connected_at
+    after = server_time()
+
+    assert before - timedelta(milliseconds=1) < connected_at <= after
+    assert connected_at.tzinfo is UTC
+
+
+def test_a_newer_connection_displaces_the_earlier_one_out_of_every_structure(
+    manager: ConnectionManager, keys: Keys
+) -> None:
+    manager.register_connection("old", "user")
+    manager.join_game("old", "game")
+    old = manager.get_connection("old")
+
+    registration = manager.register_connection("new", "user")
+
+    assert registration.displaced == (old,)
+    assert manager.get_connection("old") is None
+    assert manager.get_user_connection("user") == registration.connection
+    assert manager.get_game_connections("game") == []
+    keyspace = keys()
+    assert list(keyspace.records) == list(keyspace.last_seen) == ["new"]
+    assert keyspace.users == {"user": ["new"]}
+    assert keyspace.games == {}
+
+
+def test_a_displaced_connection_is_reported_once(manager: ConnectionManager) -> None:
+    manager.register_connection("first", "user")
+    second = manager.register_connection("second", "user")
+    third = manager.register_connection("third", "user")
+
+    assert [connection.sid for connection in second.displaced] == ["first"]
+    assert [connection.sid for connection in third.displaced] == ["second"]
+    assert manager.cleanup_stale_connections(0).removed in ((), (third.connection,))
+
+
+def test_users_do_not_displace_each_other(manager: ConnectionManager) -> None:
+    manager.register_connection("sid-1", "user-1")
+    assert manager.register_connection("sid-2", "user-2").displaced == ()
+    assert manager.get_connection_count() == 2
+
+
+def test_the_same_sid_and_user_is_refreshed_and_keeps_its_game(
+    manager: ConnectionManager, wait: Callable[[float], None]
+) -> None:
+    manager.register_connection("sid", "user")
+    manager.join_game("sid", "game")
+    wait(60)
+    before = manager.get_connection("sid")
+    assert before is not None
+
+    registration = manager.register_connection("sid", "user")
+
+    assert registration.displaced == ()
+    assert registration.connection.game_id == "game"
+    assert registration.connection.connected_at == before.connected_at
+    assert registration.connection.last_seen >= before.last_seen + timedelta(seconds=60)
+    assert manager.get_game_connections("game") == [registration.connection]
+
+
+def test_the_same_sid_for_another_user_removes_the_old_owners_connection_completely(
+    manager: ConnectionManager, keys: Keys
+) -> None:
+    manager.register_connection("sid", "old-owner")
+    manager.join_game("sid", "game")
+    theirs = manager.get_connection("sid")
+
+    registration = manager.register_connection("sid", "new-owner")
+
+    # Its socket is the new one's own, so it is not among those to close.
+    assert registration.displaced == ()
+    assert registration.replaced == theirs
+    assert registration.connection.game_id is None
+    assert manager.get_user_connection("old-owner") is None
+    assert not manager.is_user_online("old-owner")
+    assert manager.get_game_connections("game") == []
+    assert keys().users == {"new-owner": ["sid"]}
+
+
+def test_a_sid_that_changes_hands_still_displaces_the_new_owners_earlier_connection(manager: ConnectionManager) -> None:
+    manager.register_connection("sid", "old-owner")
+    manager.register_connection("earlier", "new-owner")
+
+    registration = manager.register_connection("sid", "new-owner")
+
+    assert registration.replaced is not None
+    assert registration.replaced.user_id == "old-owner"
+    assert [connection.sid for connection in registration.displaced] == ["earlier"]
+
+
+@pytest.mark.parametrize("user_id", ["user", "another"])
+def test_an_expired_sid_registers_as_a_new_connection(
+    make_manager: ManagerFactory, wait: Callable[[float], None], user_id: str
+) -> None:
+    manager = make_manager(conn_ttl_seconds=60)
+    manager.register_connection("sid", "user")
+    manager.join_game("sid", "game")
+    wait(61)
+
+    registration = manager.register_connection("sid", user_id)
+
+    assert registration.replaced is None
+    assert registration.displaced == ()
+    assert registration.connection.game_id is None
+    assert registration.connection.connected_at == registration.connection.last_seen
+    assert manager.get_game_connections("game") == []
+
+
+def test_an_expired_connection_of_the_user_is_displaced_and_reported(
+    make_manager: ManagerFactory, wait: Callable[[float], None]
+) -> None:
+    manager = make_manager(conn_ttl_seconds=60)
+    manager.register_connection("expired", "user")
+    manager.join_game("expired", "game")
+    wait(61)
+
+    registration = manager.register_connection("new", "user")
+
+    assert [(gone.sid, gone.game_id) for gone in registration.displaced] == [("expired", "game")]
+    assert manager.cleanup_stale_connections().removed == ()
+
+
+class TestSeveralConnectionsPerUser:
+    """connections_per_user above one: the oldest are displaced first."""
+
+    def test_the_oldest_is_displaced_when_the_limit_is_passed(self, make_manager: ManagerFactory, keys: Keys) -> None:
+        manager = make_manager(connections_per_user=2)
+        displaced = [
+            [gone.sid for gone in manager.register_connection(f"sid-{number}", "user").displaced] for number in range(4)
+        ]
+
+        assert displaced == [[], [], ["sid-0"], ["sid-1"]]
+        assert keys().users == {"user": ["sid-2", "sid-3"]}
+        connection = manager.get_user_connection("user")
+        assert connection is not None
+        assert connection.sid == "sid-3"
+
+    def test_an_expired_one_goes_before_an_older_live_one(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(connections_per_user=2, conn_ttl_seconds=60)
+        manager.register_connection("older", "user")
+        manager.register_connection("expired", "user")
+        wait(40)
+        manager.update_heartbeat("older")
+        wait(40)
+
+        registration = manager.register_connection("new", "user")
+
+        assert [gone.sid for gone in registration.displaced] == ["expired"]
+        assert manager.get_connection("older") is not None
+
+    def test_the_user_is_online_while_any_connection_is(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(connections_per_user=2)
+        manager.register_connection("first", "user")
+        manager.register_connection("second", "user")
+        wait(80)
+        manager.update_heartbeat("first")
+        wait(20)
+
+        assert manager.is_user_online("user")
+        manager.unregister_connection("first")
+        assert not manager.is_user_online("user")
+
+    def test_the_active_connection_is_the_newest_live_one(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(connections_per_user=3)
+        for sid in ("first", "second", "third"):
+            manager.register_connection(sid, "user")
+        manager.unregister_connection("third")
+        connection = manager.get_user_connection("user")
+        assert connection is not None
+        assert connection.sid == "second"
+
+    def test_registering_again_makes_a_connection_the_newest(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(connections_per_user=2)
+        for sid in ("first", "second", "first"):
+            manager.register_connection(sid, "user")
+
+        assert [gone.sid for gone in manager.register_connection("third", "user").displaced] == ["second"]
+
+    def test_a_lower_limit_displaces_all_that_are_too_many(self, make_manager: ManagerFactory) -> None:
+        for sid in ("first", "second", "third"):
+            make_manager(connections_per_user=3).register_connection(sid, "user")
+
+        displaced = make_manager(connections_per_user=1).register_connection("new", "user").displaced
+
+        assert [gone.sid for gone in displaced] == ["first", "second", "third"]
