@@ -1,0 +1,128 @@
+"""One game server of the demo: ``socketio_server`` itself, with a manager that reports what it answers.
+
+Each answer goes to stdout as a line of JSON. Lines on stdin steer it: ``hold`` makes disconnects wait before they
+unregister, as on a server that is slow, and ``release`` lets them go on. The end of stdin ends the server, so that none
+outlives the demo, however that ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import functools
+import json
+import os
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import uvicorn
+
+from examples.socketio_server import GameServer
+from presence import CleanupResult, ConnectionInfo, ConnectionManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
+
+
+def report(**line: Any) -> None:
+    """Write one line to the demo."""
+    print(json.dumps(line, default=plain), flush=True)
+
+
+def plain(answer: Any) -> Any:
+    """Turn a result of presence into what JSON can carry, named by its type."""
+    if isinstance(answer, datetime):
+        return answer.isoformat()
+    fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
+    return {"type": type(answer).__name__, **fields}
+
+
+def reported(
+    method: Callable[Concatenate[ConnectionManager, Parameters], Coroutine[Any, Any, Answer]],
+) -> Callable[Concatenate[ConnectionManager, Parameters], Coroutine[Any, Any, Answer]]:
+    """Make a method report its arguments and what it answered or raised."""
+
+    @functools.wraps(method)
+    async def call(self: ConnectionManager, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Answer:
+        try:
+            answer = await method(self, *args, **kwargs)
+        except Exception as error:
+            report(operation=method.__name__, arguments=args, error=f"{type(error).__name__}: {error}")
+            raise
+        # Both servers clean up twice a second, mostly with nothing to say.
+        if not isinstance(answer, CleanupResult) or answer:
+            report(operation=method.__name__, arguments=args, answer=answer)
+        return answer
+
+    return call
+
+
+class ReportingManager(ConnectionManager):
+    """A manager that reports what it answers, and whose disconnects can be held up."""
+
+    may_unregister = asyncio.Event()
+
+    register_connection = reported(ConnectionManager.register_connection)
+    join_game = reported(ConnectionManager.join_game)
+    leave_game = reported(ConnectionManager.leave_game)
+    update_heartbeat = reported(ConnectionManager.update_heartbeat)
+    get_opponent_sid = reported(ConnectionManager.get_opponent_sid)
+    cleanup_stale_connections = reported(ConnectionManager.cleanup_stale_connections)
+    report_unregister = reported(ConnectionManager.unregister_connection)
+
+    async def unregister_connection(self, sid: str) -> ConnectionInfo | None:
+        """Unregister as ever, but not before the demo lets it."""
+        if not self.may_unregister.is_set():
+            report(held=sid)
+            await self.may_unregister.wait()
+        return await self.report_unregister(sid)
+
+
+async def obey(manager: ReportingManager, server: uvicorn.Server) -> None:
+    """Do what the lines on stdin say; at their end, end the server."""
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    async for line in lines:
+        if line == b"hold\n":
+            manager.may_unregister.clear()
+        elif line == b"release\n":
+            manager.may_unregister.set()
+        report(obeyed=line.decode().strip())
+    manager.may_unregister.set()
+    server.should_exit = True
+
+
+async def serve(url: str, namespace: str, heartbeat_seconds: float, cleanup_seconds: float) -> None:
+    """Serve on a free port of the loopback, and report the port."""
+    manager = ReportingManager.from_url(url, namespace=namespace, heartbeat_seconds=heartbeat_seconds)
+    manager.may_unregister.set()
+    app = GameServer(manager, url, cleanup_seconds=cleanup_seconds).app
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started and not serving.done():  # noqa: ASYNC110, uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    if server.started:
+        report(port=server.servers[0].sockets[0].getsockname()[1])
+        obeying = asyncio.create_task(obey(manager, server))
+        await serving
+        obeying.cancel()
+
+
+def main() -> None:
+    """Take the arguments from the demo, and the URL, which may hold a password, from the environment; serve."""
+    parser = argparse.ArgumentParser(description="One game server of the demo.")
+    parser.add_argument("--namespace", required=True)
+    parser.add_argument("--heartbeat-seconds", type=float, required=True)
+    parser.add_argument("--cleanup-seconds", type=float, required=True)
+    options = parser.parse_args()
+    url = os.environ["PRESENCE_REDIS_URL"]
+    asyncio.run(serve(url, options.namespace, options.heartbeat_seconds, options.cleanup_seconds))
+
+
+if __name__ == "__main__":
+    main()
