@@ -348,7 +348,7 @@ class ConnectionManager:
             The removed connections. If a fault stopped it after some were removed, they are reported all the same
             and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
-        Cost: a round trip for each 200 removed connections; O(log N) for each removed connection.
+        Cost: a round trip for each 100 removed connections; O(log N) for each removed connection.
 
         """
         return await self._run(self.operations.cleanup_stale_connections(threshold_seconds))
