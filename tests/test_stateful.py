@@ -226,7 +226,7 @@ def test_any_sequence_answers_and_stores_what_the_model_does(machine: type[Seque
     class OnThisServer(machine):  # type: ignore[misc, valid-type]
         url = server_url
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(  # type: ignore[no-untyped-call, unused-ignore]
         OnThisServer,
         settings=settings(
             max_examples=int(os.environ.get("PRESENCE_EXAMPLES", "60")),
