@@ -4,7 +4,7 @@ Read the live connections in a game, all at one moment.
 
 KEYS  game_conns, last_seen
 ARGV  conn_ttl_ms
-Reply {now ms, live members, in no order}; a member = sid, 'connected_at ms user_id', last_seen ms
+Reply {now ms, live members, in no order}; a member = sid, its entry (see game_entry), last_seen ms
 Cost  O(M), M = connections in the game
 ]]
 -- @include now_ms

@@ -3,8 +3,9 @@
 Mark a connection as seen now and keep every key that it lives in from expiring.
 
 The TTLs are refreshed when a quarter of conn_ttl_ms has passed since they last were, for which key_lifetime_ms allows.
-The record's own TTL tells: the keys that it shares with other connections are never refreshed less often. (The time of
-the previous heartbeat cannot tell: a client that beats more often than that would never refresh them.)
+The record's own TTL tells: the keys that it shares with other connections are never refreshed less often. One that is
+too long tells of a conn_ttl_ms that was lowered. (The time of the previous heartbeat cannot tell: a client that beats
+more often than a quarter would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
@@ -24,7 +25,8 @@ if not last_seen or tonumber(last_seen) < now - conn_ttl_ms then
   return 0
 end
 
-if redis.call('PTTL', conn_key) < key_lifetime_ms - conn_ttl_ms / 4 then
+local ttl = redis.call('PTTL', conn_key)
+if ttl < key_lifetime_ms - conn_ttl_ms / 4 or ttl > tonumber(key_lifetime_ms) then
   local record = redis.call('HMGET', conn_key, 'user_id', 'game_id')
   local user_id, game_id = record[1], record[2]
   if not user_id then

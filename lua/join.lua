@@ -12,6 +12,7 @@ Cost  O(1)
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_ms
+-- @include game_entry
 -- @include read_live_connection
 
 local conn_key, game_conns_key, last_seen_key = KEYS[1], KEYS[2], KEYS[3]
@@ -30,6 +31,7 @@ if current_game_id ~= '' then
   redis.call('HDEL', key_prefix .. 'game_conns:' .. current_game_id, sid)
 end
 redis.call('HSET', conn_key, 'game_id', game_id)
-redis.call('HSET', game_conns_key, sid, connected_at .. ' ' .. user_id)
+local registered_at = redis.call('ZSCORE', key_prefix .. 'user_conns:' .. user_id, sid)
+redis.call('HSET', game_conns_key, sid, game_entry(registered_at, connected_at, user_id))
 redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
 return {1, current_game_id}

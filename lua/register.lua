@@ -2,7 +2,7 @@
 --[[
 Register a connection, make it its user's active one and displace the user's earlier ones.
 
-A known sid is refreshed and keeps its game when it is the same user's; otherwise its old owner's connection is removed
+A known sid is refreshed and keeps its game when it is the same user's and live; otherwise what had the sid is removed
 first and reported as replaced (guarantee 4). Of the user's other connections the expired ones go, then the oldest,
 until the new one fits the limit; each of them is reported here and, being gone, nowhere else (guarantee 2).
 
@@ -15,6 +15,7 @@ Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 -- @include as_argument
+-- @include game_entry
 -- @include remove_connection
 
 local conn_key, user_conns_key, last_seen_key = KEYS[1], KEYS[2], KEYS[3]
@@ -30,24 +31,34 @@ local replaced
 -- One command both inserts a new sid and tells a known one.
 if redis.call('ZADD', last_seen_key, 'NX', now, sid) == 0 then
   local last_seen = redis.call('ZSCORE', last_seen_key, sid)
-  local is_live = tonumber(last_seen) >= oldest_live_ms
   local record = redis.call('HMGET', conn_key, 'user_id', 'game_id', 'connected_at')
-  if is_live and record[1] == user_id then
+  if record[1] == user_id and tonumber(last_seen) >= oldest_live_ms then
     game_id, connected_at = record[2], record[3]
-    if game_id ~= '' then
-      redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
-    end
   elseif record[1] then
     remove_connection(key_prefix, conn_key, last_seen_key, sid, record[1], record[2])
-    if is_live then
-      replaced = {sid, record[1], record[2], record[3], last_seen}
-    end
+    replaced = {sid, record[1], record[2], record[3], last_seen}
   end
   redis.call('ZADD', last_seen_key, now, sid)
 end
 redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
 redis.call('HSET', conn_key, 'user_id', user_id, 'game_id', game_id, 'connected_at', connected_at)
 redis.call('PEXPIRE', conn_key, key_lifetime_ms)
+
+-- The new one is the user's newest, even where the clock is behind, as it may be after a failover. It enters before the
+-- displaced ones go, so that the key is not deleted and made again in between.
+local registered = redis.call('ZRANGE', user_conns_key, '0', '-1', 'WITHSCORES')
+local newest = registered[#registered]
+if newest and tonumber(newest) >= registered_at then
+  registered_at = newest + 1
+end
+local order = as_argument(registered_at)
+redis.call('ZADD', user_conns_key, order, sid)
+redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
+if game_id ~= '' then
+  local game_conns_key = key_prefix .. 'game_conns:' .. game_id
+  redis.call('HSET', game_conns_key, sid, game_entry(order, connected_at, user_id))
+  redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
+end
 
 local reply = {now, 0, sid, user_id, game_id, connected_at, now}
 if replaced then
@@ -56,39 +67,39 @@ if replaced then
     reply[#reply + 1] = field
   end
 end
-
--- The new connection enters before the displaced ones go, so that the key is not deleted and made again in between.
-local registered = redis.call('ZRANGE', user_conns_key, '0', '-1')
-redis.call('ZADD', user_conns_key, as_argument(registered_at), sid)
-redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
-if #registered == 0 then
+if not newest then
   return reply
 end
 
 local last_seen_of, live_count = {}, 1
-for index, other in ipairs(registered) do
+for index = 1, #registered, 2 do
+  local other = registered[index]
   if other ~= sid then
-    last_seen_of[index] = tonumber(redis.call('ZSCORE', last_seen_key, other) or 0)
-    if last_seen_of[index] >= oldest_live_ms then
+    last_seen_of[other] = tonumber(redis.call('ZSCORE', last_seen_key, other) or 0)
+    if last_seen_of[other] >= oldest_live_ms then
       live_count = live_count + 1
     end
   end
 end
 -- They come in the order of their registration, so of the live ones the oldest meet the limit first.
-for index, other in ipairs(registered) do
-  local last_seen = last_seen_of[index]
-  local is_live = other == sid or last_seen >= oldest_live_ms
-  if other ~= sid and (live_count > connections_per_user or not is_live) then
+for index = 1, #registered, 2 do
+  local other = registered[index]
+  local last_seen = last_seen_of[other]
+  local is_live = not last_seen or last_seen >= oldest_live_ms
+  if last_seen and (live_count > connections_per_user or not is_live) then
     if is_live then
       live_count = live_count - 1
     end
     local other_key = key_prefix .. 'conn:' .. other
-    local record = redis.call('HMGET', other_key, 'game_id', 'connected_at')
-    remove_connection(key_prefix, other_key, last_seen_key, other, user_id, record[1] or '')
-    if record[1] then
+    local record = redis.call('HMGET', other_key, 'user_id', 'game_id', 'connected_at')
+    if record[1] == user_id then
+      remove_connection(key_prefix, other_key, last_seen_key, other, user_id, record[2])
       local size = #reply
-      reply[size + 1], reply[size + 2], reply[size + 3] = other, user_id, record[1]
-      reply[size + 4], reply[size + 5] = record[2], last_seen
+      reply[size + 1], reply[size + 2], reply[size + 3] = other, user_id, record[2]
+      reply[size + 4], reply[size + 5] = record[3], last_seen
+    else
+      -- The record was evicted, and may be another user's by now: only this entry is ours to drop.
+      redis.call('ZREM', user_conns_key, other)
     end
   end
 end

@@ -4,6 +4,7 @@ Every operation is one Lua script, so it is atomic and takes one round trip. ``C
 ``presence.sync.ConnectionManager`` for blocking code.
 """
 
+from presence import sync
 from presence.errors import (
     AuthenticationFailedError,
     OutOfMemoryError,
@@ -37,6 +38,7 @@ __all__ = [
     "ServerUnreachableError",
     "UnexpectedReplyError",
     "connection_manager",
+    "sync",
 ]
 
 connection_manager = ConnectionManager()

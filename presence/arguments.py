@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from uuid import UUID
 
 MAX_ID_LENGTH = 1024
@@ -44,12 +43,12 @@ def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int
     """Check a duration in seconds, and give it in whole milliseconds."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}: {seconds!r:.80}")
-    if not math.isfinite(seconds):
-        raise ValueError(f"{name} must be finite, not {seconds}")
+    if seconds != seconds:  # NaN, the one number that is neither below nor above a limit
+        raise ValueError(f"{name} must be a number of seconds, not {seconds}")
     if seconds < 0 or (seconds == 0 and not allow_zero):
-        raise ValueError(f"{name} must be {'0 or more' if allow_zero else 'positive'}, not {seconds}")
+        raise ValueError(f"{name} must be {'0 or more' if allow_zero else 'positive'}, not {seconds!r:.80}")
     if seconds > MAX_SECONDS:
-        raise ValueError(f"{name} must be at most {MAX_SECONDS} seconds (ten years), not {seconds}")
+        raise ValueError(f"{name} must be at most {MAX_SECONDS} seconds (ten years), not {seconds!r:.80}")
     whole = round(seconds * 1000)
     if whole == 0 and seconds > 0:
         raise ValueError(f"{name} must be at least 0.001 seconds, not {seconds}")

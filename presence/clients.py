@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis
 import redis.asyncio
@@ -15,7 +15,7 @@ import redis.cluster
 import redis.connection
 import redis.retry
 import redis.sentinel
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
 
 ENVIRONMENT_VARIABLES = ("PRESENCE_REDIS_URL", "REDIS_URL")
@@ -36,8 +36,11 @@ SCHEMES = (
 MAX_CONNECTIONS = 64
 """Connections of one manager's pool. Operations beyond it wait for a free one instead of failing."""
 
+MAX_CLUSTER_CONNECTIONS = 10_000
+"""Connections to one node from an asyncio cluster client: one for each operation that is under way."""
+
 RETRIES = 6
-"""Attempts after the first. With the backoff below they span about two seconds: a restart, not a long outage.
+"""Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
 
 Every script leaves the same state when it runs twice, so to send one again after a lost reply is safe.
 """
@@ -74,7 +77,7 @@ def parse(url: str) -> Address:
 
     Raises:
         TypeError: it is not a str.
-        ValueError: the scheme is unknown, or a part is missing.
+        ValueError: the scheme is unknown, or a part is missing or malformed.
 
     """
     if not isinstance(url, str):
@@ -82,40 +85,57 @@ def parse(url: str) -> Address:
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
         raise ValueError(f"url must start with one of {', '.join(f'{known}://' for known in SCHEMES)}")
-    base, _, deployment = scheme.partition("+")
-    if not deployment:
+    try:
+        if "+" in scheme:
+            return _parse_fleet(url, *scheme.split("+"))
         redis.connection.parse_url(url)
-        return Address(url)
+    except ValueError as error:
+        raise ValueError(f"url is malformed: {error}") from error
+    return Address(url)
 
+
+def parse_default() -> Address:
+    """Take the default URL apart; raises ``ValueError`` as :func:`parse` does."""
+    try:
+        return parse(default_url())
+    except ValueError as error:
+        raise ValueError(f"{' or '.join(ENVIRONMENT_VARIABLES)} in the environment: {error}") from error
+
+
+def _parse_fleet(url: str, base: str, deployment: str) -> Address:
     parts = urlsplit(url)
     credentials, at, host_list = parts.netloc.rpartition("@")
     default_port = DEFAULT_SENTINEL_PORT if deployment == "sentinel" else DEFAULT_CLUSTER_PORT
     hosts = tuple(_parse_host(host, default_port) for host in host_list.split(","))
     service_name, _, database = parts.path.strip("/").partition("/")
+    # What is left is one of redis-py's own URLs; it knows its options and their types.
+    plain = urlunsplit((base, f"{credentials}{at}localhost", "", parts.query, ""))
+    options = dict(redis.connection.parse_url(plain))
+    for name in ("host", "connection_class"):
+        options.pop(name, None)
     if deployment == "cluster":
         service_name, database = "", service_name
     elif not service_name:
-        raise ValueError("a sentinel url must name the service: redis+sentinel://host:26379/service")
-    # What is left is one of redis-py's own URLs; it knows its options and their types.
-    plain = urlunsplit((base, f"{credentials}{at}{hosts[0][0]}", f"/{database}", parts.query, ""))
-    options = dict(redis.connection.parse_url(plain))
+        raise ValueError("it must name the sentinels' service: redis+sentinel://host:26379/service")
+    if database:
+        options["db"] = int(database)
+    if deployment == "cluster" and options.pop("db", 0):
+        raise ValueError("a cluster has no database but 0")
     sentinel_options = {
         name.removeprefix("sentinel_"): options.pop(name)
         for name in ("sentinel_username", "sentinel_password")
         if name in options
     }
-    for name in ("host", "port", "connection_class"):
-        options.pop(name, None)
     if base == "rediss":
         options["ssl"] = True
         sentinel_options |= {name: value for name, value in options.items() if name.startswith("ssl")}
-    return Address(url, deployment, hosts, service_name, options, sentinel_options)
+    return Address(url, deployment, hosts, unquote(service_name), options, sentinel_options)
 
 
 def _parse_host(text: str, default_port: int) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
-        raise ValueError("url names no host")
+        raise ValueError("a host is missing")
     return parts.hostname, parts.port or default_port
 
 
@@ -123,6 +143,7 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
     """Give the options for a client of ours: the caller's, else the URL's, else these."""
     return {
         "retry": retry,
+        "max_connections": MAX_CONNECTIONS,
         # A primary that became a replica answers READONLY: connect again, the name may lead to the new primary.
         "retry_on_error": [ReadOnlyError],
         "socket_timeout": 5,
@@ -133,8 +154,54 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
     }
 
 
-def _backoff() -> ExponentialWithJitterBackoff:
-    return ExponentialWithJitterBackoff(base=0.05, cap=1)
+def _backoff() -> EqualJitterBackoff:
+    # Half of each wait is certain, so that the attempts cannot all fall into the first moment of an outage.
+    return EqualJitterBackoff(base=0.05, cap=1)
+
+
+class _SentinelConnection(redis.sentinel.SentinelManagedConnection):
+    """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self.is_connected:
+            self._connect_retry()  # type: ignore[no-untyped-call]
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+
+class _SentinelTLSConnection(_SentinelConnection, redis.sentinel.SentinelManagedSSLConnection):
+    """The same with TLS."""
+
+
+class _SentinelPool(redis.sentinel.SentinelConnectionPool, redis.BlockingConnectionPool):
+    """Like a plain server's pool, it lets operations wait for a free connection instead of failing."""
+
+
+class _AsyncSentinelConnection(redis.asyncio.sentinel.SentinelManagedConnection):
+    """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self.is_connected:
+            await self._connect_retry()  # type: ignore[no-untyped-call]
+        await super().send_packed_command(command, check_health)
+
+
+class _AsyncSentinelTLSConnection(_AsyncSentinelConnection, redis.asyncio.sentinel.SentinelManagedSSLConnection):
+    """The same with TLS."""
+
+
+class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.asyncio.BlockingConnectionPool):
+    """Like a plain server's pool, it lets operations wait; it closes the connections to the sentinels with its own."""
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        for sentinel in self.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
+def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:
+    # Each sentinel is asked once, then the next; the connection's own retries begin the round again.
+    timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
+    return {"retry": retry} | timeouts | address.sentinel_options
 
 
 def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | redis.RedisCluster:
@@ -142,14 +209,16 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
     options = _options(address, given, redis.retry.Retry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
-            sentinel = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=address.sentinel_options, **options)
-            client: redis.Redis = sentinel.master_for(address.service_name)
+            once = _sentinel_options(address, options, redis.retry.Retry(NoBackoff(), 0))
+            options["connection_class"] = _SentinelTLSConnection if options.pop("ssl", False) else _SentinelConnection
+            sentinel = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=once, **options)
+            client: redis.Redis = sentinel.master_for(address.service_name, connection_pool_class=_SentinelPool)
             return client
         case "cluster":
             nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
             del options["retry_on_error"]
+            options["connection_pool_class"] = redis.BlockingConnectionPool
             return redis.RedisCluster(startup_nodes=nodes, **options)
-    options = {"max_connections": MAX_CONNECTIONS} | options
     pool = redis.BlockingConnectionPool.from_url(address.url, **options)
     return redis.Redis.from_pool(pool)
 
@@ -159,15 +228,20 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
     options = _options(address, given, redis.asyncio.retry.Retry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
-            sentinel = redis.asyncio.sentinel.Sentinel(
-                list(address.hosts), sentinel_kwargs=address.sentinel_options, **options
+            once = _sentinel_options(address, options, redis.asyncio.retry.Retry(NoBackoff(), 0))
+            options["connection_class"] = (
+                _AsyncSentinelTLSConnection if options.pop("ssl", False) else _AsyncSentinelConnection
             )
-            client: redis.asyncio.Redis = sentinel.master_for(address.service_name)
+            sentinel = redis.asyncio.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=once, **options)
+            client: redis.asyncio.Redis = sentinel.master_for(
+                address.service_name, connection_pool_class=_AsyncSentinelPool
+            )
             return client
         case "cluster":
             nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in address.hosts]
             del options["retry_on_error"]
+            # This client cannot let an operation wait for a free connection: beyond the limit it would fail.
+            options["max_connections"] = given.get("max_connections", MAX_CLUSTER_CONNECTIONS)
             return redis.asyncio.RedisCluster(startup_nodes=nodes, **options)
-    options = {"max_connections": MAX_CONNECTIONS} | options
     pool = redis.asyncio.BlockingConnectionPool.from_url(address.url, **options)
     return redis.asyncio.Redis.from_pool(pool)

@@ -5,7 +5,7 @@ Bad arguments are no faults: they raise ``TypeError`` or ``ValueError`` before a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from redis import exceptions
 
@@ -34,7 +34,7 @@ class PermissionDeniedError(PresenceError):
 
 
 class ReadOnlyServerError(PresenceError):
-    """The server is a read-only replica and refused to write."""
+    """The server is a read-only replica, or cannot save or replicate its data, and refused to write."""
 
 
 class OutOfMemoryError(PresenceError):
@@ -55,87 +55,42 @@ class PipelineError(PresenceError):
         failed = [result for result in results if isinstance(result, PresenceError)]
         super().__init__(f"{len(failed)} of {len(results)} operations failed, the first with: {failed[0]}")
         self.results = results
+        self.__cause__ = failed[0]
+
+    def __reduce__(self) -> tuple[type[PipelineError], tuple[list[Any]]]:
+        return type(self), (self.results,)
 
 
-# The first entry that the error is an instance of decides, so a subclass comes before its base.
-_ADVICE: tuple[tuple[type[Exception], type[PresenceError], str], ...] = (
-    (
-        exceptions.AuthenticationError,
-        AuthenticationFailedError,
-        "the server did not accept the user name and password; correct them in the URL "
-        "(redis://user:password@host:port/0) or in the server's ACL",
-    ),
-    (
-        exceptions.AuthenticationWrongNumberOfArgsError,
-        AuthenticationFailedError,
-        "the server takes no user name or has no password set; correct the URL or the server's ACL",
-    ),
-    (
-        exceptions.NoPermissionError,
-        PermissionDeniedError,
-        "the ACL user lacks a permission; the README lists the rights that presence needs",
-    ),
-    (
-        exceptions.AuthorizationError,
-        PermissionDeniedError,
-        "the ACL user lacks a permission; the README lists the rights that presence needs",
-    ),
-    (
-        exceptions.BusyLoadingError,
-        ServerBusyError,
-        "the server is still loading its data after a start; call again in a moment",
-    ),
-    (
-        exceptions.MaxConnectionsError,
-        ServerUnreachableError,
-        "every connection of the client's pool is in use; raise max_connections of the client",
-    ),
-    (
-        exceptions.ReadOnlyError,
-        ReadOnlyServerError,
-        "the server is a read-only replica; point the URL at the primary, or use a redis+sentinel:// URL, "
-        "which follows a failover",
-    ),
-    (
-        exceptions.OutOfMemoryError,
-        OutOfMemoryError,
-        "the server's memory is full and nothing was changed; raise maxmemory or remove other data",
-    ),
-    (
-        exceptions.NoScriptError,
-        UnexpectedReplyError,
-        "the server lost the script right after it was loaded; look for a SCRIPT FLUSH that runs all the time, "
-        "or for a proxy that spreads one client over several servers",
-    ),
-    (
-        exceptions.MasterDownError,
-        ServerBusyError,
-        "the replica has lost its primary and serves no stale data; wait for the failover or use the primary",
-    ),
-    (
-        exceptions.ClusterError,
-        ServerUnreachableError,
-        "the cluster cannot serve this namespace's slot now; check CLUSTER INFO on its nodes",
-    ),
-    (
-        exceptions.RedisClusterException,
-        ServerUnreachableError,
-        "the cluster cannot be used; check that its nodes can be reached and that every slot is covered",
-    ),
-    (
-        exceptions.TimeoutError,
-        ServerUnreachableError,
-        "the server did not answer in time; check that it runs, the network, and socket_timeout",
-    ),
-    (
-        exceptions.ConnectionError,
-        ServerUnreachableError,
-        "the server cannot be reached; check that it runs, the host and port in the URL, and the network",
-    ),
+FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+"""What redis-py raises for a fault; its cluster exception is no RedisError."""
+
+_Explanation: TypeAlias = "tuple[type[PresenceError], str]"
+"""The presence error, and the message: what is wrong, and what to do."""
+
+_CREDENTIALS: _Explanation = (
+    AuthenticationFailedError,
+    "the server asks for a user name and password, or did not accept these; correct them in the URL "
+    "(redis://user:password@host:port/0) or in the server's ACL",
+)
+_PERMISSION: _Explanation = (
+    PermissionDeniedError,
+    "the ACL user lacks a permission; the README lists the rights that presence needs",
+)
+_CLUSTER_DOWN: _Explanation = (
+    ServerUnreachableError,
+    "the cluster cannot serve this namespace's slot now; check CLUSTER INFO on its nodes",
+)
+_NOT_A_CLUSTER_CLIENT: _Explanation = (
+    UnexpectedReplyError,
+    "the server is part of a cluster; use a redis+cluster:// URL or a RedisCluster client",
+)
+_UNREACHABLE: _Explanation = (
+    ServerUnreachableError,
+    "the server cannot be reached; check that it runs, the host and port in the URL, and the network",
 )
 
-# Errors for which redis-py has no class of its own, by the code that the server's message starts with.
-_ADVICE_BY_CODE: dict[str, tuple[type[PresenceError], str]] = {
+# By the code that the server's message starts with, where redis-py leaves it there or keeps it beside.
+_BY_CODE: dict[str, _Explanation] = {
     "BUSY": (
         ServerBusyError,
         "another script holds the server; see SLOWLOG for which one, and SCRIPT KILL to end it",
@@ -146,25 +101,77 @@ _ADVICE_BY_CODE: dict[str, tuple[type[PresenceError], str]] = {
     ),
     "NOREPLICAS": (
         ReadOnlyServerError,
-        "the server has fewer replicas than min-replicas-to-write asks for and refuses to write",
+        "the server has fewer replicas than min-replicas-to-write asks for and refuses to write; "
+        "start the missing replicas or lower it",
     ),
     "WRONGTYPE": (
         UnexpectedReplyError,
         "a key of this namespace holds another type of value; another program writes there, so use another namespace",
-    ),
-    "MOVED": (
-        UnexpectedReplyError,
-        "the server is part of a cluster; use a redis+cluster:// URL or a RedisCluster client",
-    ),
-    "CLUSTERDOWN": (
-        ServerUnreachableError,
-        "the cluster cannot serve this namespace's slot now; check CLUSTER INFO on its nodes",
     ),
     "NOAUTH": (
         AuthenticationFailedError,
         "the server asks for a password; put it into the URL (redis://user:password@host:port/0)",
     ),
 }
+
+# By the server's words, where its code is no more than ERR.
+_BY_WORDS: dict[str, _Explanation] = {
+    "ACL failure in script": _PERMISSION,
+    "The user executing the script can't": _PERMISSION,  # Redis 7.0
+    "max number of clients reached": (
+        ServerUnreachableError,
+        "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
+    ),
+}
+
+# By redis-py's class. The first that the error is an instance of decides, so a subclass comes before its base.
+_BY_CLASS: dict[type[Exception], _Explanation] = {
+    exceptions.AuthenticationError: _CREDENTIALS,
+    exceptions.AuthenticationWrongNumberOfArgsError: _CREDENTIALS,
+    exceptions.NoPermissionError: _PERMISSION,
+    exceptions.AuthorizationError: _PERMISSION,
+    exceptions.BusyLoadingError: (
+        ServerBusyError,
+        "the server is still loading its data after a start; call again in a moment",
+    ),
+    exceptions.MaxConnectionsError: (
+        ServerUnreachableError,
+        "every connection of the client's pool is in use; raise max_connections of the client",
+    ),
+    exceptions.ReadOnlyError: (
+        ReadOnlyServerError,
+        "the server is a read-only replica; point the URL at the primary, or use a redis+sentinel:// URL, "
+        "which follows a failover",
+    ),
+    exceptions.OutOfMemoryError: (
+        OutOfMemoryError,
+        "the server's memory is full and nothing was changed; raise maxmemory or remove other data",
+    ),
+    exceptions.NoScriptError: (
+        UnexpectedReplyError,
+        "the server lost the script right after it was loaded; look for a SCRIPT FLUSH that runs all the time, "
+        "or for a proxy that spreads one client over several servers",
+    ),
+    exceptions.AskError: _NOT_A_CLUSTER_CLIENT,  # MovedError among them
+    exceptions.MasterDownError: (
+        ServerBusyError,
+        "the replica has lost its primary and serves no stale data; wait for the failover or use the primary",
+    ),
+    exceptions.ClusterError: _CLUSTER_DOWN,
+    exceptions.RedisClusterException: (
+        ServerUnreachableError,
+        "the cluster cannot be used; check that its nodes run in cluster mode, that every slot is covered, "
+        "and that the ACL user may run CLUSTER SLOTS",
+    ),
+    exceptions.TimeoutError: (
+        ServerUnreachableError,
+        "the server did not answer in time; check that it runs, the network, and socket_timeout",
+    ),
+    exceptions.ConnectionError: _UNREACHABLE,
+    OSError: _UNREACHABLE,
+}
+
+_OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation; what it said names the cause")
 
 
 def explain(error: Exception) -> PresenceError:
@@ -178,16 +185,20 @@ def explain(error: Exception) -> PresenceError:
 
     """
     text = str(error)
-    code = text.partition(" ")[0]
-    # Older redis-py releases know fewer classes and leave the code in the message; newer ones cut the code off.
-    if code in _ADVICE_BY_CODE:
-        kind, advice = _ADVICE_BY_CODE[code]
-    else:
-        kind, advice = UnexpectedReplyError, "the server refused the operation"
-        for cause, explained, remedy in _ADVICE:
-            if isinstance(error, cause):
-                kind, advice = explained, remedy
-                break
-    explained_error = kind(f"{advice} (the server or client said: {text})")
-    explained_error.__cause__ = error
-    return explained_error
+    kind, advice = _explanation(error, text)
+    explained = kind(f"{advice} (the server or client said: {text:.400})")
+    explained.__cause__ = error
+    return explained
+
+
+def _explanation(error: BaseException, text: str) -> _Explanation:
+    # What a cluster client meets while it reads the layout is the cause of its own exception.
+    if isinstance(error, exceptions.RedisClusterException) and isinstance(error.__cause__, exceptions.RedisError):
+        error = error.__cause__
+    # For the codes that it has a class for, redis-py cuts the code off; since 7.2 it keeps it as status_code.
+    code = getattr(error, "status_code", None) or text.partition(" ")[0]
+    if code in _BY_CODE:
+        return _BY_CODE[code]
+    by_words = (explanation for words, explanation in _BY_WORDS.items() if words in text)
+    by_class = (explanation for kind, explanation in _BY_CLASS.items() if isinstance(error, kind))
+    return next(by_words, None) or next(by_class, _OTHER)

@@ -6,33 +6,54 @@ import asyncio
 import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from weakref import WeakKeyDictionary
 
-from redis.exceptions import RedisError
+from redis.asyncio import Redis, RedisCluster
+from redis.exceptions import RedisClusterException, RedisError
 
 from presence import arguments, clients
 from presence.errors import PipelineError, PresenceError
-from presence.operations import Command, Exchange, Operation, Operations, perform, perform_all
+from presence.operations import (
+    SCRIPT_LOAD,
+    CleanupBatch,
+    Command,
+    Exchange,
+    Operation,
+    Operations,
+    as_sent,
+    check_operations,
+    clean_up,
+    perform,
+    perform_all,
+)
+from presence.results import CleanupResult
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
     from uuid import UUID
 
-    from redis.asyncio import Redis, RedisCluster
-
-    from presence.results import CleanupResult, ConnectionInfo, JoinResult, Registration
+    from presence.results import ConnectionInfo, JoinResult, Registration
 
 logger = logging.getLogger("presence")
 
 Result = TypeVar("Result")
 
 
+class _OpenClient:
+    """A client that the manager uses, and how many exchanges it carries, so that it is not closed under them."""
+
+    def __init__(self, client: Redis | RedisCluster) -> None:
+        self.client = client
+        self.in_flight = 0
+        self.idle = asyncio.Event()
+
+
 class _RunningCleanup:
     """What ``aclose`` needs to end a ``run_cleanup`` in good order."""
 
     def __init__(self) -> None:
-        self.task = asyncio.current_task()
+        self.loop = asyncio.get_running_loop()
+        self.tasks = {asyncio.current_task()}
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -81,12 +102,18 @@ class ConnectionManager:
             connections_per_user=connections_per_user,
         )
         """The same operations as descriptions, for :meth:`pipeline`."""
+        if client is not None and not isinstance(client, Redis | RedisCluster):
+            raise TypeError(
+                "client must be a redis.asyncio.Redis or redis.asyncio.RedisCluster (for a URL, there is "
+                f"ConnectionManager.from_url), not {type(client).__name__}"
+            )
         self._given_client = client
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
         # A client's connections belong to the event loop that opened them, so each loop has its own.
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Redis | RedisCluster] = WeakKeyDictionary()
+        self._own_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
         self._cleanups: set[_RunningCleanup] = set()
+        self._is_closed = False
 
     @classmethod
     def from_url(
@@ -129,6 +156,7 @@ class ConnectionManager:
         return manager
 
     async def __aenter__(self) -> Self:
+        self._is_closed = False
         return self
 
     async def __aexit__(
@@ -139,15 +167,23 @@ class ConnectionManager:
     async def aclose(self) -> None:
         """End every ``run_cleanup`` of this manager and close its own client; a client that was passed in stays open.
 
+        Operations under way are waited for (those of this event loop).
         A closed manager connects again when it is used again.
         """
+        self._is_closed = True
+        loop = asyncio.get_running_loop()
         for running in tuple(self._cleanups):
-            running.stop.set()
-            if running.task is not asyncio.current_task():
+            running.loop.call_soon_threadsafe(running.stop.set)
+            # A callback of the cleanup itself may close the manager, and another loop's cleanup ends there.
+            if running.loop is loop and asyncio.current_task() not in running.tasks:
                 await running.ended.wait()
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        own = self._own_clients.pop(loop, None)
+        if own is not None:
+            while own.in_flight:
+                own.idle.clear()
+                await own.idle.wait()
+            if self._given_client is None:
+                await own.client.aclose()
 
     async def register_connection(self, sid: str, user_id: str | UUID) -> Registration:
         """Create a connection, make it its user's active one, and displace the earlier one out of every structure.
@@ -351,7 +387,7 @@ class ConnectionManager:
         Cost: a round trip for each 100 removed connections; O(log N) for each removed connection.
 
         """
-        return await self._run(self.operations.cleanup_stale_connections(threshold_seconds))
+        return await self._run(clean_up(self.operations.cleanup_batch(threshold_seconds)))
 
     async def run_cleanup(
         self,
@@ -363,52 +399,63 @@ class ConnectionManager:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
-        run it. A fault, of the server or of ``on_removed``, is logged and does not end it.
+        run it. A fault, of the server or of ``on_removed``, is logged and does not end it. A cancellation waits until
+        ``on_removed`` has the batch under way; only the end of the event loop itself can lose that.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: awaited with each result that removed something. An exception that it raises is logged, and what it
-                had not dealt with is not reported again: catch errors for each connection inside.
+            on_removed: awaited with each batch that removed something. What it raises is logged, and what it had not
+                dealt with is not reported again: catch errors for each connection inside.
 
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
-        self.operations.cleanup_batch(threshold_seconds)
+        batch = self.operations.cleanup_batch(threshold_seconds)
+        if self._is_closed:
+            return
         running = _RunningCleanup()
         self._cleanups.add(running)
         try:
             while not running.stop.is_set():
-                # What a pass removes only it can report, so a cancellation waits for the end of the pass under way.
-                cleanup = asyncio.ensure_future(self._clean_up_once(interval, threshold_seconds, on_removed))
+                # What a batch removes only its answer reports, so its end is waited for, however often one cancels.
+                cleanup = asyncio.ensure_future(self._clean_up_batch(batch, interval, on_removed))
+                running.tasks.add(cleanup)
                 try:
-                    await asyncio.shield(cleanup)
+                    is_last = await asyncio.shield(cleanup)
                 except asyncio.CancelledError:
-                    await cleanup
+                    while not cleanup.done():
+                        with suppress(asyncio.CancelledError):
+                            await asyncio.shield(cleanup)
                     raise
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(running.stop.wait(), interval)
+                finally:
+                    running.tasks.discard(cleanup)
+                if is_last:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(running.stop.wait(), interval)
         finally:
             self._cleanups.discard(running)
             running.ended.set()
 
-    async def _clean_up_once(
+    async def _clean_up_batch(
         self,
+        batch: Operation[CleanupBatch],
         interval: float,
-        threshold_seconds: float | None,
         on_removed: Callable[[CleanupResult], Awaitable[object]] | None,
-    ) -> None:
+    ) -> bool:
+        """Remove and report one batch; tell whether it is time to pause."""
         try:
-            result = await self.cleanup_stale_connections(threshold_seconds)
-            if result and on_removed is not None:
-                await on_removed(result)
-            if result.error is not None:
-                raise result.error
+            done = await self._run(perform(batch))
         except PresenceError as error:
             logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
-        except Exception:
-            logger.exception("on_removed failed for connections that cleanup removed")
+            return True
+        if done.removed and on_removed is not None:
+            try:
+                await on_removed(CleanupResult(done.removed))
+            except Exception:
+                logger.exception("on_removed failed for some of %d connections that were removed", len(done.removed))
+        return done.is_last
 
     async def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.
@@ -428,41 +475,68 @@ class ConnectionManager:
         Cost: one round trip; the sum of the operations in the server.
 
         """
-        if not operations:
+        checked = check_operations(operations)
+        if not checked:
             return []
-        results = await self._run(perform_all(operations))
+        results = await self._run(perform_all(checked))
         if any(isinstance(result, PresenceError) for result in results):
             raise PipelineError(results)
         return results
 
-    def _client(self) -> Redis | RedisCluster:
-        if self._given_client is not None:
-            return self._given_client
+    def _open_client(self) -> _OpenClient:
         loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            address = self._address or clients.parse(clients.default_url())
-            client = self._clients[loop] = clients.connect_asyncio(address, self._client_options)
-        return client
+        own = self._own_clients.get(loop)
+        if own is None:
+            if self._given_client is not None:
+                client = self._given_client
+            else:
+                address = self._address or clients.parse_default()
+                client = clients.connect_asyncio(address, self._client_options)
+            # What a loop that has ended left behind can only be dropped.
+            for ended in [known for known in self._own_clients if known.is_closed()]:
+                del self._own_clients[ended]
+            own = self._own_clients[loop] = _OpenClient(client)
+            self._is_closed = False
+        return own
 
     async def _run(self, exchange: Exchange[Result]) -> Result:
+        own = self._open_client()
+        own.in_flight += 1
         try:
             request = next(exchange)
             while True:
-                request = exchange.send(await self._send(request))
+                request = exchange.send(await self._send(own.client, request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
+        finally:
+            own.in_flight -= 1
+            if not own.in_flight:
+                own.idle.set()
 
-    async def _send(self, request: Sequence[Command]) -> list[Any]:
+    async def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        client = self._client()
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
         try:
+            if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
+                # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
+                await client.initialize()
+                node = client.get_node_from_key(self.operations.last_seen_key.decode())
+                loads = [command for command in request if command[0] == SCRIPT_LOAD]
+                replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
+                rest = request[len(loads) :]
+                return replies + (await self._send(client, rest) if rest else [])
             if len(request) == 1:
-                return [await client.execute_command(*request[0], NEVER_DECODE=True)]
-            pipeline = client.pipeline(transaction=False)
-            for command in request:
-                pipeline.execute_command(*command, NEVER_DECODE=True)
-            return await pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
-            return [error] * len(request)
+                replies = [await client.execute_command(*request[0], **as_sent(request[0]))]
+            else:
+                pipeline = client.pipeline(transaction=False)
+                for command in request:
+                    pipeline.execute_command(*command, **as_sent(command))
+                replies = await pipeline.execute(raise_on_error=False)
+        except (RedisError, RedisClusterException, OSError) as error:
+            replies = [error] * len(request)
+        if task and task.cancelling() > cancellations:
+            # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
+            raise asyncio.CancelledError
+        return replies

@@ -5,6 +5,7 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 Command: TypeAlias = "tuple[bytes | str | int, ...]"
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
+
+SCRIPT_LOAD = "SCRIPT LOAD"
 
 HEARTBEATS_UNTIL_STALE = 3
 CLEANUP_BATCH_SIZE = 100
@@ -53,7 +57,7 @@ CLEANUP = scripts.load(
 )
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
 GET_USER_CONNECTION = scripts.load(
-    "get_user_connection", keys=("user_conns", "last_seen"), arguments=("key_prefix", "conn_ttl_ms")
+    "get_user_connection", keys=("user_conns", "last_seen"), arguments=("key_prefix", "user_id", "conn_ttl_ms")
 )
 IS_USER_ONLINE = scripts.load(
     "is_user_online", keys=("user_conns", "last_seen"), arguments=("threshold_ms", "conn_ttl_ms")
@@ -68,13 +72,13 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Operation(Generic[Result]):
+class Operation(Generic[Result_co]):
     """One call of one script: everything that is to be sent, and how the reply becomes a result."""
 
     script: scripts.Script
     keys: tuple[bytes, ...]
     arguments: tuple[bytes | int, ...]
-    parse: Callable[[Any], Result]
+    parse: Callable[[Any], Result_co]
 
     def command(self) -> Command:
         """Give the EVALSHA command to send."""
@@ -121,7 +125,7 @@ class Operations:
         # A key's TTL is refreshed by the first heartbeat in each quarter of the connections' TTL only.
         self._key_lifetime_ms = self._conn_ttl_ms + -(-self._conn_ttl_ms // 4) + RETENTION_MS
         self._prefix = f"{{{namespace}}}:".encode()
-        self._last_seen = self._prefix + b"last_seen"
+        self.last_seen_key = self._prefix + b"last_seen"
 
     def _conn(self, sid: bytes) -> bytes:
         return self._prefix + b"conn:" + sid
@@ -138,7 +142,7 @@ class Operations:
         user_bytes = arguments.encode_user_id("user_id", user_id)
         return Operation(
             REGISTER,
-            (self._conn(sid_bytes), self._user_conns(user_bytes), self._last_seen),
+            (self._conn(sid_bytes), self._user_conns(user_bytes), self.last_seen_key),
             (
                 self._prefix,
                 sid_bytes,
@@ -155,7 +159,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             UNREGISTER,
-            (self._conn(sid_bytes), self._last_seen),
+            (self._conn(sid_bytes), self.last_seen_key),
             (self._prefix, sid_bytes, self._conn_ttl_ms),
             _parse_connection,
         )
@@ -166,7 +170,7 @@ class Operations:
         game_bytes = arguments.encode("game_id", game_id)
         return Operation(
             JOIN,
-            (self._conn(sid_bytes), self._game_conns(game_bytes), self._last_seen),
+            (self._conn(sid_bytes), self._game_conns(game_bytes), self.last_seen_key),
             (self._prefix, sid_bytes, game_bytes, self._conn_ttl_ms, self._key_lifetime_ms),
             _parse_join,
         )
@@ -176,7 +180,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             LEAVE,
-            (self._conn(sid_bytes), self._last_seen),
+            (self._conn(sid_bytes), self.last_seen_key),
             (self._prefix, sid_bytes, self._conn_ttl_ms),
             _text_or_none,
         )
@@ -186,7 +190,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             HEARTBEAT,
-            (self._conn(sid_bytes), self._last_seen),
+            (self._conn(sid_bytes), self.last_seen_key),
             (self._prefix, sid_bytes, self._conn_ttl_ms, self._key_lifetime_ms),
             bool,
         )
@@ -196,7 +200,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             GET_CONNECTION,
-            (self._conn(sid_bytes), self._last_seen),
+            (self._conn(sid_bytes), self.last_seen_key),
             (sid_bytes, self._conn_ttl_ms),
             _parse_connection,
         )
@@ -206,8 +210,8 @@ class Operations:
         user_bytes = arguments.encode_user_id("user_id", user_id)
         return Operation(
             GET_USER_CONNECTION,
-            (self._user_conns(user_bytes), self._last_seen),
-            (self._prefix, self._conn_ttl_ms),
+            (self._user_conns(user_bytes), self.last_seen_key),
+            (self._prefix, user_bytes, self._conn_ttl_ms),
             _parse_connection,
         )
 
@@ -216,7 +220,7 @@ class Operations:
         user_bytes = arguments.encode_user_id("user_id", user_id)
         return Operation(
             IS_USER_ONLINE,
-            (self._user_conns(user_bytes), self._last_seen),
+            (self._user_conns(user_bytes), self.last_seen_key),
             (self._stale_ms, self._conn_ttl_ms),
             bool,
         )
@@ -245,21 +249,21 @@ class Operations:
         game_bytes = arguments.encode("game_id", game_id)
         return Operation(
             GET_GAME,
-            (self._game_conns(game_bytes), self._last_seen),
+            (self._game_conns(game_bytes), self.last_seen_key),
             (self._conn_ttl_ms,),
             lambda reply: select(_parse_game(game_id, reply)),
         )
 
     def get_connection_count(self) -> Operation[int]:
         """Describe the count of live connections."""
-        return Operation(GET_CONNECTION_COUNT, (self._last_seen,), (self._conn_ttl_ms,), int)
+        return Operation(GET_CONNECTION_COUNT, (self.last_seen_key,), (self._conn_ttl_ms,), int)
 
     def get_game_connection_count(self, game_id: str) -> Operation[int]:
         """Describe the count of live connections in a game."""
         game_bytes = arguments.encode("game_id", game_id)
         return Operation(
             GET_GAME_CONNECTION_COUNT,
-            (self._game_conns(game_bytes), self._last_seen),
+            (self._game_conns(game_bytes), self.last_seen_key),
             (self._conn_ttl_ms,),
             int,
         )
@@ -273,54 +277,86 @@ class Operations:
         )
         return Operation(
             CLEANUP,
-            (self._last_seen,),
+            (self.last_seen_key,),
             (self._prefix, threshold_ms, self._conn_ttl_ms, CLEANUP_BATCH_SIZE),
             _parse_cleanup,
         )
 
-    def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> Exchange[CleanupResult]:
-        """Converse with the server batch by batch until nothing stale is left.
 
-        What was removed before a fault is still reported: nobody else could report it.
-        """
-        batch = self.cleanup_batch(threshold_seconds)
-        removed: list[ConnectionInfo] = []
-        while True:
-            try:
-                done = yield from perform(batch)
-            except PresenceError as error:
-                if not removed:
-                    raise
-                return CleanupResult(tuple(removed), error)
-            removed += done.removed
-            if done.is_last:
-                return CleanupResult(tuple(removed))
+def clean_up(batch: Operation[CleanupBatch]) -> Exchange[CleanupResult]:
+    """Converse with the server batch by batch until nothing stale is left.
+
+    What was removed before a fault is still reported: nobody else could report it.
+    """
+    removed: list[ConnectionInfo] = []
+    while True:
+        try:
+            done = yield from perform(batch)
+        except PresenceError as error:
+            if not removed:
+                raise
+            return CleanupResult(tuple(removed), error)
+        removed += done.removed
+        if done.is_last:
+            return CleanupResult(tuple(removed))
 
 
 def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
     """Converse with the server to run operations, together and in order.
 
     A script that the server does not have is loaded and exactly the calls that missed it are repeated, once; nothing
-    of them had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover.
+    of them had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be
+    there and others not, and the calls would run out of order: so these are loaded in the same breath.
 
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
 
     """
-    replies = yield [operation.command() for operation in operations]
+    different = list(dict.fromkeys(operation.script for operation in operations))
+    loads = [load_command(script) for script in different] if len(different) > 1 else []
+    replies = (yield [*loads, *(operation.command() for operation in operations)])[len(loads) :]
     missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     if missed:
-        for source in dict.fromkeys(operations[index].script.source for index in missed):
-            (loaded,) = yield [("SCRIPT LOAD", source)]
+        for script in dict.fromkeys(operations[index].script for index in missed):
+            (loaded,) = yield [load_command(script)]
             if isinstance(loaded, Exception):
-                raise explain(loaded)
-        repeated = yield [operations[index].command() for index in missed]
-        for index, reply in zip(missed, repeated, strict=True):
-            replies[index] = reply
+                # What was answered is still to be reported: only the calls of this script have failed.
+                for index in missed:
+                    if operations[index].script == script:
+                        replies[index] = loaded
+        again = [index for index in missed if isinstance(replies[index], NoScriptError)]
+        if again:
+            repeated = yield [operations[index].command() for index in again]
+            for index, reply in zip(again, repeated, strict=True):
+                replies[index] = reply
     return [
         explain(reply) if isinstance(reply, Exception) else operation.parse(reply)
         for operation, reply in zip(operations, replies, strict=True)
     ]
+
+
+def check_operations(operations: object) -> tuple[Operation[Any], ...]:
+    """Check what is to go through a pipeline, before anything is sent."""
+    if not isinstance(operations, Iterable):
+        raise TypeError(f"operations must be a sequence of Operation, not {type(operations).__name__}")
+    checked = tuple(operations)
+    for operation in checked:
+        if not isinstance(operation, Operation):
+            raise TypeError(
+                f"operations must hold what manager.operations makes, not {type(operation).__name__}: "
+                "manager.operations.update_heartbeat(sid), not manager.update_heartbeat(sid)"
+            )
+    return checked
+
+
+def as_sent(command: Command) -> dict[str, bool]:
+    """Give redis-py's options for a command: replies of scripts stay bytes, however the client decodes."""
+    return {} if command[0] == SCRIPT_LOAD else {"NEVER_DECODE": True}
+
+
+def load_command(script: scripts.Script) -> Command:
+    """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
+    return (SCRIPT_LOAD, script.source)
 
 
 def perform(operation: Operation[Result]) -> Exchange[Result]:
@@ -375,19 +411,19 @@ def _parse_game(game_id: str, reply: list[Any]) -> list[ConnectionInfo]:
     observed_at = _time(reply[0])
     connections = []
     for index in range(1, len(reply), 3):
-        connected_at, _, user_id = reply[index + 1].partition(b" ")
-        connections.append(
-            ConnectionInfo(
-                reply[index].decode(),
-                user_id.decode(),
-                game_id,
-                _time(connected_at),
-                _time(reply[index + 2]),
-                observed_at,
-            )
+        times, _, user_id = reply[index + 1].partition(b" ")
+        registered_at, _, connected_at = times.partition(b":")
+        connection = ConnectionInfo(
+            reply[index].decode(),
+            user_id.decode(),
+            game_id,
+            _time(connected_at or int(registered_at) // 1000),
+            _time(reply[index + 2]),
+            observed_at,
         )
-    connections.sort(key=lambda connection: (connection.connected_at, connection.sid))
-    return connections
+        connections.append((int(registered_at), connection.sid, connection))
+    connections.sort()
+    return [connection for _, _, connection in connections]
 
 
 def _parse_cleanup(reply: list[Any]) -> CleanupBatch:

@@ -34,16 +34,17 @@ class ConnectionInfo:
     last_seen: datetime
     """When it was registered or sent its last heartbeat, whichever is later."""
     observed_at: datetime = field(default_factory=_now, compare=False, repr=False)
-    """The server's time at which this was read. It takes no part in comparisons."""
+    """The server's time at which this was read (of one made by hand, this machine's). Comparisons leave it out."""
 
     def is_stale(self, threshold_seconds: float = 90) -> bool:
         """Tell whether it had not been seen for longer than the threshold when it was read.
 
-        Both times are the server's, so the clock of the machine that asks does not matter (and an old value does not
-        grow stale by lying around: read it again).
+        What a manager reads has both times from the server, so the clock of the machine that asks does not matter (and
+        an old value does not grow stale by lying around: read it again).
 
         Args:
-            threshold_seconds: seconds, 0 or more; 90 is three heartbeats of 30 seconds.
+            threshold_seconds: seconds, 0 or more; 90 is three heartbeats of 30 seconds. A manager with another
+                ``heartbeat_seconds`` takes three of its own for who is online and for cleanup.
 
         Returns:
             Whether ``observed_at - last_seen`` is longer than the threshold.
@@ -63,7 +64,7 @@ class Registration:
     resumed: bool = False
     """Whether it took over the seat of an earlier connection."""
     replaced: ConnectionInfo | None = None
-    """The live connection of *another* user that had this same sid, and is gone. Its socket, if any, is this one."""
+    """What had this same sid before and is gone: another user's connection, or one that had expired."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,24 +6,44 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from redis.exceptions import RedisError
+from redis import Redis, RedisCluster
+from redis.exceptions import RedisClusterException, RedisError
 
 from presence import arguments, clients
-from presence.errors import PipelineError, PresenceError
-from presence.operations import Command, Exchange, Operation, Operations, perform, perform_all
+from presence.errors import PipelineError, PresenceError, explain
+from presence.operations import (
+    SCRIPT_LOAD,
+    CleanupBatch,
+    Command,
+    Exchange,
+    Operation,
+    Operations,
+    as_sent,
+    check_operations,
+    clean_up,
+    perform,
+    perform_all,
+)
+from presence.results import CleanupResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
     from uuid import UUID
 
-    from redis import Redis, RedisCluster
-
-    from presence.results import CleanupResult, ConnectionInfo, JoinResult, Registration
+    from presence.results import ConnectionInfo, JoinResult, Registration
 
 logger = logging.getLogger("presence")
 
 Result = TypeVar("Result")
+
+
+class _OpenClient:
+    """A client that the manager uses, and how many exchanges it carries, so that it is not closed under them."""
+
+    def __init__(self, client: Redis | RedisCluster) -> None:
+        self.client = client
+        self.in_flight = 0
 
 
 class ConnectionManager:
@@ -70,13 +90,19 @@ class ConnectionManager:
             connections_per_user=connections_per_user,
         )
         """The same operations as descriptions, for :meth:`pipeline`."""
+        if client is not None and not isinstance(client, Redis | RedisCluster):
+            raise TypeError(
+                "client must be a redis.Redis or redis.RedisCluster (for a URL, there is "
+                f"ConnectionManager.from_url), not {type(client).__name__}"
+            )
         self._given_client = client
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
-        self._own_client: Redis | RedisCluster | None = None
-        self._lock = threading.Lock()
+        self._own_client: _OpenClient | None = None
         self._cleanups: dict[threading.Event, threading.Thread] = {}
-        self._cleanup_ended = threading.Condition(self._lock)
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     @classmethod
     def from_url(
@@ -119,6 +145,7 @@ class ConnectionManager:
         return manager
 
     def __enter__(self) -> Self:
+        self._is_closed = False
         return self
 
     def __exit__(
@@ -129,16 +156,22 @@ class ConnectionManager:
     def close(self) -> None:
         """End every ``run_cleanup`` of this manager and close its own client; a client that was passed in stays open.
 
+        Operations under way are waited for (those of other threads).
         A closed manager connects again when it is used again.
         """
-        this_thread = threading.current_thread()
-        with self._lock:
+        with self._changed:
+            self._is_closed = True
             for stop in self._cleanups:
                 stop.set()
-            self._cleanup_ended.wait_for(lambda: all(thread is this_thread for thread in self._cleanups.values()))
-            client, self._own_client = self._own_client, None
-        if client is not None:
-            client.close()
+            # A callback of a cleanup itself may close the manager; then nobody can wait for the cleanups.
+            if threading.current_thread() not in self._cleanups.values():
+                self._changed.wait_for(lambda: not self._cleanups)
+            own, self._own_client = self._own_client, None
+            if own is None:
+                return
+            self._changed.wait_for(lambda: not own.in_flight)
+        if self._given_client is None:
+            own.client.close()
 
     def register_connection(self, sid: str, user_id: str | UUID) -> Registration:
         """Create a connection, make it its user's active one, and displace the earlier one out of every structure.
@@ -342,7 +375,7 @@ class ConnectionManager:
         Cost: a round trip for each 100 removed connections; O(log N) for each removed connection.
 
         """
-        return self._run(self.operations.cleanup_stale_connections(threshold_seconds))
+        return self._run(clean_up(self.operations.cleanup_batch(threshold_seconds)))
 
     def run_cleanup(
         self,
@@ -359,42 +392,46 @@ class ConnectionManager:
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: called with each result that removed something. An exception that it raises is logged, and what it
-                had not dealt with is not reported again: catch errors for each connection inside.
+            on_removed: called with each batch that removed something. What it raises is logged, and what it had not
+                dealt with is not reported again: catch errors for each connection inside.
 
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
-        self.operations.cleanup_batch(threshold_seconds)
+        batch = self.operations.cleanup_batch(threshold_seconds)
         stop = threading.Event()
         with self._lock:
+            if self._is_closed:
+                return
             self._cleanups[stop] = threading.current_thread()
         try:
             while not stop.is_set():
-                self._clean_up_once(interval, threshold_seconds, on_removed)
-                stop.wait(interval)
+                if self._clean_up_batch(batch, interval, on_removed):
+                    stop.wait(interval)
         finally:
-            with self._lock:
+            with self._changed:
                 del self._cleanups[stop]
-                self._cleanup_ended.notify_all()
+                self._changed.notify_all()
 
-    def _clean_up_once(
+    def _clean_up_batch(
         self,
+        batch: Operation[CleanupBatch],
         interval: float,
-        threshold_seconds: float | None,
         on_removed: Callable[[CleanupResult], object] | None,
-    ) -> None:
+    ) -> bool:
+        """Remove and report one batch; tell whether it is time to pause."""
         try:
-            result = self.cleanup_stale_connections(threshold_seconds)
-            if result and on_removed is not None:
-                on_removed(result)
-            if result.error is not None:
-                raise result.error
+            done = self._run(perform(batch))
         except PresenceError as error:
             logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
-        except Exception:
-            logger.exception("on_removed failed for connections that cleanup removed")
+            return True
+        if done.removed and on_removed is not None:
+            try:
+                on_removed(CleanupResult(done.removed))
+            except Exception:
+                logger.exception("on_removed failed for some of %d connections that were removed", len(done.removed))
+        return done.is_last
 
     def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.
@@ -414,40 +451,66 @@ class ConnectionManager:
         Cost: one round trip; the sum of the operations in the server.
 
         """
-        if not operations:
+        checked = check_operations(operations)
+        if not checked:
             return []
-        results = self._run(perform_all(operations))
+        results = self._run(perform_all(checked))
         if any(isinstance(result, PresenceError) for result in results):
             raise PipelineError(results)
         return results
 
-    def _client(self) -> Redis | RedisCluster:
-        if self._given_client is not None:
-            return self._given_client
+    def _begin(self) -> _OpenClient:
         with self._lock:
-            if self._own_client is None:
-                address = self._address or clients.parse(clients.default_url())
-                self._own_client = clients.connect_blocking(address, self._client_options)
-            return self._own_client
+            own = self._own_client
+            if own is None:
+                if self._given_client is not None:
+                    client = self._given_client
+                else:
+                    address = self._address or clients.parse_default()
+                    client = clients.connect_blocking(address, self._client_options)
+                own = self._own_client = _OpenClient(client)
+                self._is_closed = False
+            own.in_flight += 1
+            return own
+
+    def _end(self, own: _OpenClient) -> None:
+        with self._changed:
+            own.in_flight -= 1
+            if not own.in_flight:
+                self._changed.notify_all()
 
     def _run(self, exchange: Exchange[Result]) -> Result:
         try:
+            own = self._begin()
+        except (RedisError, RedisClusterException, OSError) as error:
+            # A cluster's client connects when it is made.
+            raise explain(error) from error
+        try:
             request = next(exchange)
             while True:
-                request = exchange.send(self._send(request))
+                request = exchange.send(self._send(own.client, request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
+        finally:
+            self._end(own)
 
-    def _send(self, request: Sequence[Command]) -> list[Any]:
+    def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        client = self._client()
         try:
+            if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
+                # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
+                node = client.get_node_from_key(self.operations.last_seen_key.decode())
+                loads = [command for command in request if command[0] == SCRIPT_LOAD]
+                replies = [client.execute_command(*command, target_nodes=node) for command in loads]
+                rest = request[len(loads) :]
+                return replies + (self._send(client, rest) if rest else [])
             if len(request) == 1:
-                return [client.execute_command(*request[0], NEVER_DECODE=True)]  # type: ignore[no-untyped-call]
+                command = request[0]
+                return [client.execute_command(*command, **as_sent(command))]  # type: ignore[no-untyped-call]
             pipeline = client.pipeline(transaction=False)
             for command in request:
-                pipeline.execute_command(*command, NEVER_DECODE=True)
+                pipeline.execute_command(*command, **as_sent(command))
             return pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:
             return [error] * len(request)

@@ -21,8 +21,11 @@ for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)
     for index = 1, #members, 2 do
-      local connected_at, user_id = string.match(members[index + 1], '^(%d+) (.*)$')
-      redis.call('HSET', key, members[index], earlier(connected_at, 1) .. ' ' .. user_id)
+      local registered_at, connected_at, user_id = string.match(members[index + 1], '^(%d+)(:?%d*) (.*)$')
+      if connected_at ~= '' then
+        connected_at = ':' .. earlier(string.sub(connected_at, 2), 1)
+      end
+      redis.call('HSET', key, members[index], earlier(registered_at, 1000) .. connected_at .. ' ' .. user_id)
     end
   else
     local scores = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')

@@ -15,6 +15,7 @@ class Keyspace:
 
     records: dict[str, dict[str, str]] = field(default_factory=dict)
     users: dict[str, list[str]] = field(default_factory=dict)
+    registered_at: dict[tuple[str, str], int] = field(default_factory=dict)
     games: dict[str, dict[str, str]] = field(default_factory=dict)
     last_seen: dict[str, int] = field(default_factory=dict)
     ttls_ms: dict[str, int] = field(default_factory=dict)
@@ -33,6 +34,8 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
             keyspace.records[name] = _pairs(_ask(client, "HGETALL", key))
         elif kind == "user_conns":
             keyspace.users[name] = [sid.decode() for sid in _ask(client, "ZRANGE", key, 0, -1)]
+            for sid in keyspace.users[name]:
+                keyspace.registered_at[name, sid] = int(float(_ask(client, "ZSCORE", key, sid)))
         elif kind == "game_conns":
             keyspace.games[name] = _pairs(_ask(client, "HGETALL", key))
         elif key == prefix + "last_seen":
@@ -54,6 +57,13 @@ def _pairs(reply: Any) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in reply.items()}
 
 
+def _game_entry(keyspace: Keyspace, sid: str, record: dict[str, str]) -> str:
+    """What a game must keep of a member: see lua/include/game_entry.lua."""
+    registered_at = keyspace.registered_at.get((record["user_id"], sid), 0)
+    connected_at = "" if str(registered_at // 1000) == record["connected_at"] else f":{record['connected_at']}"
+    return f"{registered_at}{connected_at} {record['user_id']}"
+
+
 def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
     """Name everything that is wrong in a namespace."""
     wrong = []
@@ -66,7 +76,7 @@ def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
         if sid not in keyspace.last_seen:
             wrong.append(f"connection {sid!r} is not in last_seen")
         game_id = record["game_id"]
-        if game_id and keyspace.games.get(game_id, {}).get(sid) != f"{record['connected_at']} {record['user_id']}":
+        if game_id and keyspace.games.get(game_id, {}).get(sid) != _game_entry(keyspace, sid, record):
             wrong.append(f"connection {sid!r} says game {game_id!r}, which does not list it so")
     for user_id, sids in keyspace.users.items():
         if len(sids) > connections_per_user:

@@ -47,14 +47,11 @@ class Model:
         self, sid: str, user_id: str, now: int
     ) -> tuple[ModelConnection, list[ModelConnection], ModelConnection | None]:
         """Give the connection, the displaced ones and the replaced one."""
-        earlier = self._remove(sid) if sid in self.connections else None
+        replaced = self._remove(sid) if sid in self.connections else None
         connection = ModelConnection(sid, user_id, None, now, now)
-        replaced = None
-        if earlier and self.is_live(earlier, now):
-            if earlier.user_id == user_id:
-                connection = replace(earlier, last_seen=now)
-            else:
-                replaced = earlier
+        if replaced and replaced.user_id == user_id and self.is_live(replaced, now):
+            connection = replace(replaced, last_seen=now)
+            replaced = None
         others = self.of_user(user_id)
         expired = [other for other in others if not self.is_live(other, now)]
         live = [other for other in others if self.is_live(other, now)]
@@ -103,13 +100,11 @@ class Model:
         return any(connection.last_seen >= oldest_online for connection in self.of_user(user_id))
 
     def game(self, game_id: str, now: int) -> list[ModelConnection]:
-        """The live connections in a game, by the time of their registration."""
-        members = [
-            connection
-            for connection in self.connections.values()
-            if connection.game_id == game_id and self.is_live(connection, now)
+        """The live connections in a game, in the order of registration."""
+        registered = (self.connections[sid] for sid in self.registered)
+        return [
+            connection for connection in registered if connection.game_id == game_id and self.is_live(connection, now)
         ]
-        return sorted(members, key=lambda member: (member.connected_at, member.sid))
 
     def user_sids(self, game_id: str, now: int) -> dict[str, str]:
         return {member.user_id: member.sid for member in self.game(game_id, now)}

@@ -142,8 +142,11 @@ def test_an_expired_sid_registers_as_a_new_connection(
 
     registration = manager.register_connection("sid", user_id)
 
-    assert registration.replaced is None
     assert registration.displaced == ()
+    # What had the sid is gone, and nobody else can tell its game.
+    assert registration.replaced is not None
+    assert (registration.replaced.user_id, registration.replaced.game_id) == ("user", "game")
+    assert manager.cleanup_stale_connections().removed == ()
     assert registration.connection.game_id is None
     assert registration.connection.connected_at == registration.connection.last_seen
     assert manager.get_game_connections("game") == []

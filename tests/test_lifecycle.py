@@ -1,0 +1,327 @@
+"""The managers themselves: pipelines, closing, cancellation, event loops, threads, and what they refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+import redis.asyncio
+
+import presence
+from presence.operations import CLEANUP_BATCH_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from presence import CleanupResult
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+    from tests.server import LocalServer
+
+
+class TestPipelines:
+    def test_the_operations_run_in_their_order_whichever_scripts_the_server_has(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        operations = manager.operations
+        client.script_flush()
+        manager.join_game("unknown", "game")  # The server has this script again, and no other.
+
+        results: list[Any] = manager.pipeline(
+            [operations.register_connection("sid", "user"), operations.join_game("sid", "game")]
+        )
+
+        registration, join = results
+        assert registration.connection.sid == "sid"
+        assert join
+
+    def test_an_empty_pipeline_answers_nothing(self, manager: ConnectionManager) -> None:
+        assert manager.pipeline([]) == []
+
+    def test_an_iterator_will_do(self, manager: ConnectionManager) -> None:
+        heartbeats: Any = (manager.operations.update_heartbeat(sid) for sid in ("one", "two"))
+        assert manager.pipeline(heartbeats) == [False, False]
+
+    @pytest.mark.parametrize("wrong", [None, 7, [None], ["heartbeat"]])
+    def test_anything_else_is_refused_before_it_is_sent(self, manager: ConnectionManager, wrong: Any) -> None:
+        with pytest.raises(TypeError, match="operations must"):
+            manager.pipeline(wrong)
+
+    def test_what_ran_is_reported_where_a_script_may_not_be_loaded(
+        self, own_server: LocalServer, make_manager: ManagerFactory
+    ) -> None:
+        """Or a displaced connection would be displaced, and nobody told."""
+        all_rights = make_manager(own_server.url)
+        all_rights.register_connection("old", "user")
+        with redis.Redis.from_url(own_server.url) as client:
+            client.execute_command("ACL", "SETUSER", "player", "on", "nopass", "~*", "+@all", "-script|load")
+        few_rights = make_manager(own_server.url.replace("redis://", "redis://player:any@"))
+        operations = few_rights.operations
+
+        with pytest.raises(presence.PipelineError) as caught:
+            few_rights.pipeline([operations.register_connection("new", "user"), operations.join_game("new", "game")])
+
+        registration, failure = caught.value.results
+        assert [gone.sid for gone in registration.displaced] == ["old"]
+        assert isinstance(failure, presence.PermissionDeniedError)
+
+
+def test_results_and_errors_can_be_pickled_and_copied(manager: ConnectionManager) -> None:
+    registration = manager.register_connection("sid", "user")
+    error = presence.PipelineError([registration, presence.ServerBusyError("busy")])
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert again.results[0] == registration
+        assert isinstance(again.results[1], presence.ServerBusyError)
+        assert str(again) == str(error)
+    assert pickle.loads(pickle.dumps(registration)) == registration
+
+
+def test_a_manager_refuses_what_is_no_client_of_its_kind() -> None:
+    asyncio_client, blocking_client = redis.asyncio.Redis(), redis.Redis()
+    wrong_clients: list[tuple[Any, Any]] = [
+        (presence.ConnectionManager, "redis://localhost"),
+        (presence.ConnectionManager, blocking_client),
+        (presence.sync.ConnectionManager, "redis://localhost"),
+        (presence.sync.ConnectionManager, asyncio_client),
+    ]
+    for manager_type, wrong in wrong_clients:
+        with pytest.raises(TypeError, match=r"client must be a redis\."):
+            manager_type(wrong)
+
+
+class TestClosing:
+    def test_a_closed_manager_connects_again(self, manager: ConnectionManager) -> None:
+        manager.register_connection("sid", "user")
+        manager.close()
+        assert manager.update_heartbeat("sid")
+
+    def test_operations_under_way_are_answered_first(self, server_url: str, namespace: str) -> None:
+        async def run() -> list[Any]:
+            manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+            await manager.register_connection("sid-0", "user")
+            registers = [
+                asyncio.create_task(manager.register_connection(f"sid-{number}", "user")) for number in range(1, 200)
+            ]
+            await asyncio.sleep(0)
+            await manager.aclose()
+            assert all(register.done() for register in registers)
+            return await asyncio.gather(*registers)
+
+        displaced = [gone.sid for registration in asyncio.run(run()) for gone in registration.displaced]
+        assert len(displaced) == len(set(displaced)) == 199
+
+    def test_threads_under_way_are_answered_first(self, server_url: str, namespace: str) -> None:
+        answers: list[Any] = []
+        manager = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace)
+
+        def register(thread: int) -> None:
+            answers.extend(manager.register_connection(f"sid-{thread}-{number}", "user") for number in range(50))
+
+        threads = [threading.Thread(target=register, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            manager.close()
+        manager.close()
+
+        displaced = [gone.sid for registration in answers for gone in registration.displaced]
+        assert len(answers) == 400
+        assert len(displaced) == len(set(displaced)) == 399
+
+    def test_each_event_loop_has_a_client_and_ended_ones_are_dropped(self, server_url: str, namespace: str) -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+
+        async def beat_and_close() -> bool:
+            answer = await manager.update_heartbeat("sid")
+            await manager.aclose()
+            return answer
+
+        async def beat() -> int:
+            await manager.update_heartbeat("sid")
+            count = len(manager._own_clients)
+            await manager.aclose()
+            return count
+
+        assert asyncio.run(beat_and_close()) is False
+        assert [asyncio.run(beat()) for _ in range(3)] == [1, 1, 1]
+
+
+class TestCancellation:
+    def test_a_cancelled_call_is_cancelled_and_harms_no_other(self, server_url: str, namespace: str) -> None:
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+                await manager.register_connection("sid", "user")
+
+                async def count_for_ever() -> None:
+                    while True:
+                        assert await manager.get_connection_count() == 1
+
+                for number in range(100):
+                    task = asyncio.create_task(count_for_ever())
+                    await asyncio.sleep(number % 10 / 5000)
+                    task.cancel()
+                    # Without care, one in two of these goes on for ever on Python 3.11.
+                    with pytest.raises(asyncio.CancelledError):
+                        await asyncio.wait_for(task, 5)
+                    assert await manager.get_connection_count() == 1
+
+        asyncio.run(run())
+
+    def test_a_cancelled_run_cleanup_reports_what_it_has_removed(
+        self, make_manager: ManagerFactory, server_url: str, namespace: str, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        count = 10 * CLEANUP_BATCH_SIZE
+        operations = make_manager().operations
+        make_manager().pipeline(
+            [operations.register_connection(f"sid-{number}", f"user-{number}") for number in range(count)]
+        )
+        wait(91)
+        reported: list[str] = []
+        first_report = asyncio.Event()
+
+        async def on_removed(result: CleanupResult) -> None:
+            reported.extend(gone.sid for gone in result)
+            first_report.set()
+
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+                task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
+                await asyncio.wait_for(first_report.wait(), 10)
+                task.cancel()
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(run())
+        left = set(keys().records)
+        assert 0 < len(reported) < count
+        assert set(reported) == {f"sid-{number}" for number in range(count)} - left
+        assert len(set(reported)) == len(reported)
+
+
+class TestTheEndOfRunCleanup:
+    """It ends with the manager, whoever closes that and whenever."""
+
+    @staticmethod
+    def run(work: Callable[[presence.ConnectionManager], Coroutine[Any, Any, None]], url: str, namespace: str) -> None:
+        async def bounded() -> None:
+            manager = presence.ConnectionManager.from_url(url, namespace=namespace)
+            await asyncio.wait_for(work(manager), 10)
+            await manager.aclose()
+
+        asyncio.run(bounded())
+
+    def test_when_its_own_callback_closes_the_manager(
+        self, server_url: str, namespace: str, wait: Callable[[float], None]
+    ) -> None:
+        async def work(manager: presence.ConnectionManager) -> None:
+            async def close(_: CleanupResult) -> None:
+                await manager.aclose()
+
+            await manager.register_connection("sid", "user")
+            wait(91)
+            await manager.run_cleanup(0.01, on_removed=close)
+
+        self.run(work, server_url, namespace)
+
+    def test_when_the_callbacks_of_two_threads_close_it(
+        self, server_url: str, namespace: str, wait: Callable[[float], None]
+    ) -> None:
+        manager = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace)
+        for sid in ("sid-1", "sid-2"):
+            manager.register_connection(sid, f"user of {sid}")
+        wait(91)
+        threads = [
+            threading.Thread(
+                target=manager.run_cleanup,
+                args=(0.01,),
+                kwargs={"on_removed": lambda _: manager.close()},
+                daemon=True,
+            )
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        manager.close()
+
+    def test_when_it_starts_after_the_close(self, server_url: str, namespace: str) -> None:
+        async def work(manager: presence.ConnectionManager) -> None:
+            async with manager:
+                task = asyncio.create_task(manager.run_cleanup(0.01))
+            await task
+
+        self.run(work, server_url, namespace)
+        with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+            pass
+        manager.run_cleanup(0.01)
+
+    def test_when_another_event_loop_closes_it(self, server_url: str, namespace: str) -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+        started = threading.Event()
+
+        async def clean_up() -> None:
+            await manager.get_connection_count()
+            asyncio.get_running_loop().call_later(0.05, started.set)
+            await manager.run_cleanup(0.01)
+            await manager.aclose()
+
+        thread = threading.Thread(target=asyncio.run, args=(clean_up(),), daemon=True)
+        thread.start()
+        assert started.wait(10)
+        asyncio.run(asyncio.wait_for(manager.aclose(), 5))
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+class TestAStateThatTheServerLostInPart:
+    """Eviction, or a failover to a server whose clock is behind."""
+
+    def test_the_newest_registration_is_the_active_one_though_the_clock_ran_back(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(connections_per_user=2)
+        manager.register_connection("before", "user")
+        user_conns = f"{{{namespace}}}:user_conns:user"
+        client.zincrby(user_conns, 3_600_000_000, "before")
+
+        manager.register_connection("after", "user")
+
+        active = manager.get_user_connection("user")
+        assert active is not None
+        assert active.sid == "after"
+        manager.join_game("after", "game")
+        assert manager.get_game_connections("game") == [manager.get_connection("after")]
+        assert [gone.sid for gone in manager.register_connection("third", "user").displaced] == ["before"]
+
+    def test_an_evicted_record_does_not_let_one_user_displace_another(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+    ) -> None:
+        manager.register_connection("sid", "evicted user")
+        client.delete(f"{{{namespace}}}:conn:sid")
+        client.zrem(f"{{{namespace}}}:last_seen", "sid")
+        manager.register_connection("sid", "new owner")
+
+        assert manager.get_user_connection("evicted user") is None
+        assert manager.register_connection("new", "evicted user").displaced == ()
+        assert manager.is_user_online("new owner")
+
+    def test_a_ttl_that_was_lowered_lets_no_game_expire(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        day = 24 * 60 * 60
+        make_manager(conn_ttl_seconds=10 * day).register_connection("sid", "user")
+        manager = make_manager(conn_ttl_seconds=3600)
+        manager.join_game("sid", "game")
+        for _ in range(60):
+            wait(1800)
+            assert manager.update_heartbeat("sid")
+        assert manager.get_game_user_sids("game") == {"user": "sid"}
