@@ -141,7 +141,7 @@ def _parse_host(text: str, default_port: int) -> tuple[str, int]:
 
 def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str, Any]:
     """Give the options for a client of ours: the caller's, else the URL's, else these."""
-    return {
+    options = {
         "retry": retry,
         "max_connections": MAX_CONNECTIONS,
         # A primary that became a replica answers READONLY: connect again, the name may lead to the new primary.
@@ -152,6 +152,9 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
         **address.options,
         **given,
     }
+    if address.url.startswith("unix://"):
+        del options["socket_keepalive"], options["socket_connect_timeout"]
+    return options
 
 
 def _backoff() -> EqualJitterBackoff:

@@ -28,6 +28,8 @@ Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
 
 SCRIPT_LOAD = "SCRIPT LOAD"
+SCRIPT_LOADS = 2
+"""Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
 
 HEARTBEATS_UNTIL_STALE = 3
 CLEANUP_BATCH_SIZE = 100
@@ -304,8 +306,8 @@ def clean_up(batch: Operation[CleanupBatch]) -> Exchange[CleanupResult]:
 def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
     """Converse with the server to run operations, together and in order.
 
-    A script that the server does not have is loaded and exactly the calls that missed it are repeated, once; nothing
-    of them had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be
+    A script that the server does not have is loaded and exactly the calls that missed it are repeated; nothing of them
+    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be
     there and others not, and the calls would run out of order: so these are loaded in the same breath.
 
     Returns:
@@ -315,20 +317,24 @@ def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
     different = list(dict.fromkeys(operation.script for operation in operations))
     loads = [load_command(script) for script in different] if len(different) > 1 else []
     replies = (yield [*loads, *(operation.command() for operation in operations)])[len(loads) :]
-    missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-    if missed:
+    for _ in range(SCRIPT_LOADS):
+        missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if not missed:
+            break
+        failed: dict[scripts.Script, Exception] = {}
         for script in dict.fromkeys(operations[index].script for index in missed):
             (loaded,) = yield [load_command(script)]
             if isinstance(loaded, Exception):
-                # What was answered is still to be reported: only the calls of this script have failed.
-                for index in missed:
-                    if operations[index].script == script:
-                        replies[index] = loaded
-        again = [index for index in missed if isinstance(replies[index], NoScriptError)]
-        if again:
-            repeated = yield [operations[index].command() for index in again]
-            for index, reply in zip(again, repeated, strict=True):
-                replies[index] = reply
+                failed[script] = loaded
+        # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
+        again = [index for index in missed if operations[index].script not in failed]
+        repeated = (yield [operations[index].command() for index in again]) if again else []
+        replies = [
+            failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
+            for operation, reply in zip(operations, replies, strict=True)
+        ]
+        for index, reply in zip(again, repeated, strict=True):
+            replies[index] = reply
     return [
         explain(reply) if isinstance(reply, Exception) else operation.parse(reply)
         for operation, reply in zip(operations, replies, strict=True)

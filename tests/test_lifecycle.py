@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import threading
 from typing import TYPE_CHECKING, Any
@@ -133,22 +134,18 @@ class TestClosing:
         assert len(answers) == 400
         assert len(displaced) == len(set(displaced)) == 399
 
-    def test_each_event_loop_has_a_client_and_ended_ones_are_dropped(self, server_url: str, namespace: str) -> None:
+    # A loop that ends without aclose() leaves sockets for the garbage collector, as with any asyncio client.
+    @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_what_ended_event_loops_left_behind_is_dropped(self, server_url: str, namespace: str) -> None:
         manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
 
-        async def beat_and_close() -> bool:
-            answer = await manager.update_heartbeat("sid")
-            await manager.aclose()
-            return answer
-
         async def beat() -> int:
-            await manager.update_heartbeat("sid")
-            count = len(manager._own_clients)
-            await manager.aclose()
-            return count
+            assert await manager.update_heartbeat("sid") is False
+            return len(manager._own_clients)
 
-        assert asyncio.run(beat_and_close()) is False
         assert [asyncio.run(beat()) for _ in range(3)] == [1, 1, 1]
+        manager._own_clients.clear()
+        gc.collect()
 
 
 class TestCancellation:
@@ -157,17 +154,17 @@ class TestCancellation:
             async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
                 await manager.register_connection("sid", "user")
 
-                async def count_for_ever() -> None:
-                    while True:
+                async def count_for_long() -> None:
+                    for _ in range(1_000):
                         assert await manager.get_connection_count() == 1
 
                 for number in range(100):
-                    task = asyncio.create_task(count_for_ever())
+                    task = asyncio.create_task(count_for_long())
                     await asyncio.sleep(number % 10 / 5000)
                     task.cancel()
-                    # Without care, one in two of these goes on for ever on Python 3.11.
+                    # Without care, one in two of these goes on to its end on Python 3.11.
                     with pytest.raises(asyncio.CancelledError):
-                        await asyncio.wait_for(task, 5)
+                        await task
                     assert await manager.get_connection_count() == 1
 
         asyncio.run(run())

@@ -1,0 +1,133 @@
+"""A proxy in front of a real server, to break what no server breaks when it is asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import threading
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import ssl
+    from types import TracebackType
+
+BOUND_SECONDS = 10
+CHUNK = 1 << 16
+
+
+class Fate(enum.Enum):
+    """What happens to one request that runs a script."""
+
+    PASS = enum.auto()
+    LOSE_REQUEST = enum.auto()
+    """The connection breaks before the server gets it."""
+    LOSE_REPLY = enum.auto()
+    """The connection breaks after the server has run it."""
+    HOLD_REPLY = enum.auto()
+    """The reply waits for ``release()``."""
+
+
+class Proxy:
+    """Passes bytes between its clients and the server on a port of the loopback; its clients' side may be TLS.
+
+    The EVALSHA requests meet the ``fates`` in their order; when these are used up, they pass. (What the tests send at
+    once is small enough to arrive at once.) ``server_port`` may change: connections that are opened later lead there.
+    """
+
+    def __init__(self, server_port: int, *, tls: ssl.SSLContext | None = None) -> None:
+        self.server_port = server_port
+        self.fates: list[Fate] = []
+        self.port = 0
+        self.is_holding = threading.Event()
+        self._tls = tls
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    @property
+    def url(self) -> str:
+        return f"{'rediss' if self._tls else 'redis'}://127.0.0.1:{self.port}/0"
+
+    def release(self) -> None:
+        """Let the reply that is held pass."""
+        self._loop.call_soon_threadsafe(self._released.set)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self._ready.wait(BOUND_SECONDS)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join(BOUND_SECONDS)
+        assert not self._thread.is_alive()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._released, self._ended = asyncio.Event(), asyncio.Event()
+        self._connections: set[asyncio.Task[None]] = set()
+        server = await asyncio.start_server(self._connect, "127.0.0.1", 0, ssl=self._tls)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._ended.wait()
+        server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _connect(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        connection = _Connection(self)
+        writers = [to_client]
+        try:
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self.server_port)
+            writers.append(to_server)
+            pumps = [
+                asyncio.ensure_future(connection.pass_requests(from_client, to_server)),
+                asyncio.ensure_future(connection.pass_replies(from_server, to_client)),
+            ]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            for writer in writers:
+                writer.transport.abort()
+            self._connections.discard(task)
+
+    async def hold(self) -> None:
+        self.is_holding.set()
+        await self._released.wait()
+
+
+class _Connection:
+    """One client's connection through the proxy."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._fate = Fate.PASS
+
+    async def pass_requests(self, from_client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
+        while chunk := await from_client.read(CHUNK):
+            if b"EVALSHA" in chunk:
+                self._fate = self._proxy.fates.pop(0) if self._proxy.fates else Fate.PASS
+            if self._fate is Fate.LOSE_REQUEST:
+                return
+            to_server.write(chunk)
+            await to_server.drain()
+
+    async def pass_replies(self, from_server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        while chunk := await from_server.read(CHUNK):
+            if self._fate is Fate.LOSE_REPLY:
+                return
+            if self._fate is Fate.HOLD_REPLY:
+                await self._proxy.hold()
+            to_client.write(chunk)
+            await to_client.drain()

@@ -1,0 +1,374 @@
+"""Clients: whichever redis-py client it is given or makes for itself, a manager answers the same, in one round trip."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from itertools import product
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+import redis
+import redis.asyncio
+from redis._parsers import (
+    _AsyncHiredisParser,
+    _AsyncRESP2Parser,
+    _AsyncRESP3Parser,
+    _HiredisParser,
+    _RESP2Parser,
+    _RESP3Parser,
+)
+
+import presence
+import presence.sync
+from presence import CleanupResult, ConnectionInfo, JoinResult, Registration, clients
+from tests.clock import let_time_pass
+from tests.conftest import Awaited
+from tests.fault_calls import CALLS, call, check, set_the_scene
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from presence.sync import ConnectionManager
+    from tests.conftest import ManagerFactory
+    from tests.server import LocalServer
+
+SID, RIVAL_SID, NEW_SID = "sid ключ 🎲", "a:b{c}\n\0", "新"
+USER, RIVAL = "Zoë", "ユーザー"
+GAME, NEXT_GAME = "ß{presence}:conn:", "game 2"
+
+
+@contextmanager
+def open_client(kind: str, url: str, parser: str, **options: Any) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """Make a client as an application makes its own, and a runner of the event loop that it belongs to."""
+    parsers = {
+        ("asyncio", "hiredis", 2): _AsyncHiredisParser,
+        ("asyncio", "hiredis", 3): _AsyncHiredisParser,
+        ("asyncio", "python", 2): _AsyncRESP2Parser,
+        ("asyncio", "python", 3): _AsyncRESP3Parser,
+        ("blocking", "hiredis", 2): _HiredisParser,
+        ("blocking", "hiredis", 3): _HiredisParser,
+        ("blocking", "python", 2): _RESP2Parser,
+        ("blocking", "python", 3): _RESP3Parser,
+    }
+    options["parser_class"] = parsers[kind, parser, options["protocol"]]
+    with asyncio.Runner() as runner:
+        if kind == "asyncio":
+            client: Any = redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool.from_url(url, **options))
+            try:
+                yield client, runner
+            finally:
+                runner.run(client.aclose())
+        else:
+            with redis.Redis.from_pool(redis.ConnectionPool.from_url(url, **options)) as client:
+                yield client, runner
+
+
+def manager_of(client: Any, runner: asyncio.Runner, **options: Any) -> Any:
+    """Make the manager of a client's kind; an asyncio one is called like a blocking one."""
+    if isinstance(client, redis.asyncio.Redis):
+        return Awaited(presence.ConnectionManager(client, **options), runner)
+    return presence.sync.ConnectionManager(client, **options)
+
+
+class TestAClientThatTheCallerMade:
+    """Its decoding, protocol, parser and encoding make no difference, and it stays the caller's."""
+
+    @pytest.mark.parametrize(
+        ("kind", "parser", "protocol", "decoding"),
+        list(
+            product(
+                ["asyncio", "blocking"],
+                ["hiredis", "python"],
+                [2, 3],
+                [{}, {"decode_responses": True}, {"decode_responses": True, "encoding": "latin-1"}],
+            )
+        ),
+    )
+    def test_answers_the_same_typed_results(
+        self,
+        server_url: str,
+        namespace: str,
+        client: redis.Redis,
+        kind: str,
+        parser: str,
+        protocol: int,
+        decoding: dict[str, Any],
+    ) -> None:
+        with open_client(kind, server_url, parser, protocol=protocol, **decoding) as (given, runner):
+            manager: ConnectionManager = manager_of(given, runner, namespace=namespace)
+
+            first = manager.register_connection(SID, USER)
+            assert first == Registration(first.connection)
+            assert first.connection == ConnectionInfo(
+                SID, USER, None, first.connection.connected_at, first.connection.connected_at
+            )
+            assert manager.register_connection(RIVAL_SID, RIVAL).connection.sid == RIVAL_SID
+            assert manager.join_game(SID, NEXT_GAME) == JoinResult(joined=True)
+            assert manager.join_game(SID, GAME) == JoinResult(joined=True, left_game_id=NEXT_GAME)
+            assert manager.join_game(RIVAL_SID, GAME) == JoinResult(joined=True)
+            assert manager.join_game("unknown", GAME) == JoinResult(joined=False)
+            assert manager.update_heartbeat(SID) is True
+            assert manager.update_heartbeat("unknown") is False
+
+            info = manager.get_connection(SID)
+            assert info is not None
+            assert (info.sid, info.user_id, info.game_id) == (SID, USER, GAME)
+            assert info.connected_at == first.connection.connected_at <= info.last_seen <= info.observed_at
+            assert manager.get_connection("unknown") is None
+            assert manager.get_user_connection(USER) == info
+            assert manager.get_user_connection("unknown") is None
+            assert manager.is_user_online(USER) is True
+            assert manager.is_user_online("unknown") is False
+            rival = manager.get_connection(RIVAL_SID)
+            assert sorted(manager.get_game_connections(GAME), key=lambda each: each.user_id) == [info, rival]
+            assert manager.get_game_connections("unknown") == []
+            assert manager.get_game_user_sids(GAME) == {USER: SID, RIVAL: RIVAL_SID}
+            assert manager.get_opponent_sid(GAME, USER) == RIVAL_SID
+            assert manager.get_opponent_sid("unknown", USER) is None
+            assert (manager.get_connection_count(), manager.get_game_connection_count(GAME)) == (2, 2)
+
+            assert manager.register_connection(NEW_SID, USER).displaced == (info,)
+            assert manager.leave_game(RIVAL_SID) == GAME
+            assert manager.leave_game(RIVAL_SID) is None
+            new = manager.get_connection(NEW_SID)
+            assert manager.unregister_connection(NEW_SID) == new
+            assert manager.unregister_connection(NEW_SID) is None
+            let_time_pass(client, namespace, 91)
+            rival = manager.get_connection(RIVAL_SID)
+            assert rival is not None
+            assert manager.cleanup_stale_connections() == CleanupResult((rival,))
+            assert manager.cleanup_stale_connections() == CleanupResult()
+            counts = manager.pipeline([manager.operations.get_connection_count()] * 3)
+            assert counts == [0, 0, 0]
+
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    def test_stays_open_when_the_manager_is_closed(self, server_url: str, namespace: str, kind: str) -> None:
+        with open_client(kind, server_url, "hiredis", protocol=3) as (given, runner):
+
+            def connection_id() -> Any:
+                answer = given.client_id()
+                return runner.run(answer) if kind == "asyncio" else answer
+
+            manager = manager_of(given, runner, namespace=namespace)
+            manager.get_connection_count()
+            before = connection_id()
+            manager.close()
+            assert connection_id() == before
+
+            manager.get_connection_count()
+            assert connection_id() == before
+
+
+class TestEventLoops:
+    """A client's connections belong to one event loop; a manager serves several, and an old one's end harms nothing."""
+
+    def test_one_manager_serves_two_event_loops(self, server_url: str, namespace: str) -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+        with asyncio.Runner() as one, asyncio.Runner() as other:
+            one.run(manager.register_connection("sid", "user"))
+            assert other.run(manager.is_user_online("user"))
+            assert one.run(manager.update_heartbeat("sid"))
+            assert other.run(manager.get_connection_count()) == 1
+            one.run(manager.aclose())
+            assert other.run(manager.get_connection_count()) == 1
+            other.run(manager.aclose())
+
+    def test_one_manager_serves_asyncio_run_again_and_again(self, server_url: str, namespace: str) -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+
+        async def use() -> int:
+            async with manager:
+                await manager.register_connection(f"sid-{uuid4()}", "user")
+                return await manager.get_connection_count()
+
+        assert [asyncio.run(use()), asyncio.run(use())] == [1, 1]
+
+    def test_the_ready_manager_does_too(self, server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PRESENCE_REDIS_URL", server_url)
+        sid, user_id = f"sid-{uuid4()}", uuid4()
+
+        async def register() -> None:
+            async with presence.connection_manager as manager:
+                await manager.register_connection(sid, user_id)
+
+        async def unregister() -> presence.ConnectionInfo | None:
+            async with presence.connection_manager as manager:
+                return await manager.unregister_connection(sid)
+
+        asyncio.run(register())
+        removed = asyncio.run(unregister())
+        assert removed is not None
+        assert (removed.sid, removed.user_id) == (sid, str(user_id))
+
+
+class TestTheDefaultUrl:
+    """A manager that is told no URL takes it from the environment, when it first connects."""
+
+    @pytest.fixture
+    def environment(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+        for name in clients.ENVIRONMENT_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        return monkeypatch
+
+    def test_is_that_of_the_local_server(self, environment: pytest.MonkeyPatch) -> None:
+        assert clients.default_url() == "redis://localhost:6379/0"
+
+    def test_is_the_environments(self, environment: pytest.MonkeyPatch) -> None:
+        environment.setenv("REDIS_URL", "redis://second")
+        assert clients.default_url() == "redis://second"
+        environment.setenv("PRESENCE_REDIS_URL", "redis://first")
+        assert clients.default_url() == "redis://first"
+        environment.setenv("PRESENCE_REDIS_URL", "")
+        assert clients.default_url() == "redis://second"
+
+    def test_is_read_when_it_is_first_needed(
+        self, environment: pytest.MonkeyPatch, server_url: str, namespace: str
+    ) -> None:
+        manager = presence.sync.ConnectionManager(namespace=namespace)
+        environment.setenv("PRESENCE_REDIS_URL", server_url)
+        with manager:
+            assert manager.get_connection_count() == 0
+
+
+@pytest.mark.parametrize("manager_type", [presence.ConnectionManager, presence.sync.ConnectionManager])
+class TestAUrl:
+    """A wrong URL is refused when the manager is made, before anything is sent; a good one is not tried out yet."""
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("", "url must start with one of redis://"),
+            ("localhost:6379", "url must start with one of redis://"),
+            ("http://localhost", "url must start with one of redis://"),
+            ("sentinel://localhost/service", "url must start with .*redis\\+sentinel://"),
+            ("redis://localhost:port", "url is malformed: Port"),
+            ("redis://localhost:65536", "url is malformed: Port out of range"),
+            ("redis://localhost?socket_timeout=soon", "url is malformed: .*socket_timeout"),
+            ("redis+sentinel://localhost", "url is malformed: it must name the sentinels' service"),
+            ("redis+sentinel://localhost/", "url is malformed: it must name the sentinels' service"),
+            ("redis+sentinel:///service", "url is malformed: a host is missing"),
+            ("redis+sentinel://one,,two/service", "url is malformed: a host is missing"),
+            ("redis+sentinel://localhost/service/database", "url is malformed: .*'database'"),
+            ("redis+sentinel://one,two:65536/service", "url is malformed: Port out of range"),
+            ("redis+cluster://", "url is malformed: a host is missing"),
+            ("redis+cluster://localhost/1", "url is malformed: a cluster has no database but 0"),
+        ],
+    )
+    def test_that_is_wrong_is_refused_with_what_is_wrong(self, manager_type: Any, url: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            manager_type.from_url(url)
+
+    @pytest.mark.parametrize("url", [None, b"redis://localhost", 6379])
+    def test_that_is_no_text_is_refused(self, manager_type: Any, url: Any) -> None:
+        with pytest.raises(TypeError, match="url must be a str"):
+            manager_type.from_url(url)
+
+    @pytest.mark.parametrize("scheme", clients.SCHEMES)
+    def test_that_leads_nowhere_is_accepted_until_it_is_used(self, manager_type: Any, scheme: str) -> None:
+        path = "" if scheme.endswith("cluster") else "/service"
+        assert manager_type.from_url(f"{scheme}://nowhere.invalid{path}").operations.namespace == "presence"
+
+
+class TestTheUrlOfSeveralServers:
+    """What redis-py has no URL for: the hosts and credentials of sentinels and of a cluster's nodes."""
+
+    def test_names_hosts_with_their_default_ports(self) -> None:
+        sentinels = clients.parse("redis+sentinel://[::1],one.example:26380/the%20service")
+        assert sentinels.hosts == (("::1", 26379), ("one.example", 26380))
+        assert (sentinels.service_name, sentinels.options) == ("the service", {})
+        nodes = clients.parse("redis+cluster://one.example,two.example:7000/0")
+        assert nodes.hosts == (("one.example", 6379), ("two.example", 7000))
+        assert nodes.options == {}
+
+    def test_holds_credentials_database_and_options_for_the_servers_and_others_for_the_sentinels(self) -> None:
+        address = clients.parse(
+            "redis+sentinel://user:p%40ss@one,two/service/3?socket_timeout=2"
+            "&sentinel_username=watcher&sentinel_password=other"
+        )
+        assert address.options == {"username": "user", "password": "p@ss", "db": 3, "socket_timeout": 2.0}
+        assert address.sentinel_options == {"username": "watcher", "password": "other"}
+
+    def test_with_tls_means_tls_to_the_sentinels_too(self) -> None:
+        address = clients.parse("rediss+sentinel://one/service?ssl_ca_certs=/certificates")
+        assert address.options == {"ssl": True, "ssl_ca_certs": "/certificates"}
+        assert address.sentinel_options == {"ssl": True, "ssl_ca_certs": "/certificates"}
+
+    def test_does_not_show_its_password(self) -> None:
+        for url in ("redis://:secret@one", "redis+sentinel://:secret@one/service?sentinel_password=secret"):
+            assert "secret" not in repr(clients.parse(url))
+
+
+def test_options_reach_redis_py_from_the_url_and_from_the_call(
+    make_manager: ManagerFactory, own_server: LocalServer
+) -> None:
+    make_manager(f"{own_server.url}?client_name=from-the-url").get_connection_count()
+    make_manager(own_server.url, client_name="from-the-call").get_connection_count()
+    with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+        assert {"from-the-url", "from-the-call"} < {client["name"] for client in admin.client_list()}
+
+
+def test_more_calls_at_once_than_connections_wait_for_a_free_one(own_server: LocalServer) -> None:
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(own_server.url, max_connections=3) as manager:
+            with redis.Redis.from_url(own_server.url) as admin:
+                admin.config_set("maxclients", 4)
+                results = await asyncio.gather(
+                    *(manager.register_connection(f"sid-{number}", f"user-{number}") for number in range(100))
+                )
+                assert len({result.connection.sid for result in results}) == 100
+                assert await manager.get_connection_count() == 100
+
+    asyncio.run(run())
+
+
+class TestOneRoundTrip:
+    """The server reads from its sockets once for each operation, and once for a pipeline (guarantee 7)."""
+
+    @pytest.fixture
+    def admin(self, own_server: LocalServer) -> Iterator[Any]:
+        with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+            yield admin
+
+    @pytest.fixture
+    def warm_manager(self, make_manager: ManagerFactory, own_server: LocalServer) -> ConnectionManager:
+        """A manager with an open connection to a server that has the scripts."""
+        manager = make_manager(own_server.url)
+        for name in CALLS:
+            call(manager, name)
+        set_the_scene(manager)
+        return manager
+
+    @contextmanager
+    def one_round_trip(self, admin: Any, calls: int) -> Iterator[None]:
+        admin.config_resetstat()
+        before = admin.info("stats")["total_reads_processed"]
+        yield
+        after = admin.info("stats")["total_reads_processed"]
+        assert after - before == 2, "one read for the operation, one for INFO"
+        evalsha = admin.info("commandstats")["cmdstat_evalsha"]
+        assert (evalsha["calls"], evalsha["failed_calls"]) == (calls, 0)
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_is_all_that_an_operation_takes(self, warm_manager: ConnectionManager, admin: Any, name: str) -> None:
+        with self.one_round_trip(admin, calls=1):
+            check(warm_manager, name)
+
+    def test_is_all_that_a_pipeline_takes(self, warm_manager: ConnectionManager, admin: Any) -> None:
+        operations = warm_manager.operations
+        with self.one_round_trip(admin, calls=10):
+            assert warm_manager.pipeline([operations.update_heartbeat("sid-1")] * 10) == [True] * 10
+
+    def test_an_empty_pipeline_takes_none(self, make_manager: ManagerFactory) -> None:
+        assert make_manager("redis://nowhere.invalid").pipeline([]) == []
+
+    def test_the_operations_in_a_pipeline_answer_in_their_order(self, warm_manager: ConnectionManager) -> None:
+        operations = warm_manager.operations
+        described: list[presence.Operation[Any]] = [
+            operations.leave_game("sid-1"),
+            operations.leave_game("sid-1"),
+            operations.join_game("sid-1", "game"),
+            operations.get_game_connection_count("game"),
+        ]
+        assert warm_manager.pipeline(described) == ["game", None, JoinResult(joined=True), 2]

@@ -1,0 +1,843 @@
+"""Faults of the server and the network: what the caller is told (guarantee 10), and what it never notices (8)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+import redis.exceptions
+
+import presence
+import presence.sync
+from presence.operations import CLEANUP_BATCH_SIZE
+from tests.clock import let_time_pass
+from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
+from tests.invariants import read_keyspace, violations
+from tests.server import LocalServer, free_port, program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from presence import CleanupResult, Operation
+    from presence.sync import ConnectionManager
+    from tests.conftest import ManagerFactory
+
+every_operation = pytest.mark.parametrize("name", CALLS)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for a state that another process or thread is about to reach."""
+    deadline = time.monotonic() + BOUND_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The client options of a manager that does not try again, for tests of the error alone."""
+    return one_attempt(request.node.callspec.params["make_manager"])
+
+
+@pytest.fixture
+def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
+    """A plain client of the test's own server, to reconfigure it."""
+    with redis.Redis.from_url(own_server.url, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def own_manager(make_manager: ManagerFactory, own_server: LocalServer) -> ConnectionManager:
+    """A manager, on the test's own server, that tries again as managers do."""
+    return make_manager(own_server.url)
+
+
+@pytest.fixture
+def hasty_manager(make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]) -> ConnectionManager:
+    """A manager, on the test's own server, that does not try again."""
+    return make_manager(own_server.url, **at_once)
+
+
+def assert_cause(error: BaseException, cause: type[Exception]) -> None:
+    assert isinstance(error, presence.PresenceError)
+    assert isinstance(error.__cause__, cause)
+
+
+class TestAServerThatCannotBeReached:
+    """The error says so, and what to check."""
+
+    @every_operation
+    def test_is_named_with_what_to_check(
+        self, make_manager: ManagerFactory, at_once: dict[str, Any], name: str
+    ) -> None:
+        manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="check that it runs, the host and port") as raised:
+            call(manager, name)
+        assert_cause(raised.value, redis.ConnectionError)
+
+    def test_that_accepts_but_never_answers_is_named_too(
+        self, make_manager: ManagerFactory, at_once: dict[str, Any]
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            manager = make_manager(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", socket_timeout=0.05, **at_once)
+            with pytest.raises(
+                presence.ServerUnreachableError, match=r"did not answer in time.*socket_timeout"
+            ) as raised:
+                manager.get_connection_count()
+        assert_cause(raised.value, redis.TimeoutError)
+
+    def test_that_takes_no_more_clients_is_named_too(
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, at_once: dict[str, Any]
+    ) -> None:
+        own_client.config_set("maxclients", 1)
+        with pytest.raises(presence.ServerUnreachableError, match="raise its maxclients"):
+            make_manager(own_server.url, **at_once).get_connection_count()
+
+    def test_is_used_again_once_it_is_back(self, own_server: LocalServer, hasty_manager: ConnectionManager) -> None:
+        set_the_scene(hasty_manager)
+        own_server.kill()
+        with pytest.raises(presence.ServerUnreachableError):
+            hasty_manager.get_connection_count()
+        own_server.start()
+        set_the_scene(hasty_manager)
+        assert hasty_manager.get_connection_count() == 2
+
+
+class TestAServerThatKnowsNeitherUserNorPassword:
+    """The error says which of both it is, and where it is to be corrected."""
+
+    def test_a_wrong_password(
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, at_once: dict[str, Any]
+    ) -> None:
+        own_client.config_set("requirepass", "secret")
+        manager = make_manager(f"redis://:wrong@127.0.0.1:{own_server.port}/0", **at_once)
+        with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL") as raised:
+            manager.get_connection_count()
+        assert_cause(raised.value, redis.AuthenticationError)
+        assert "secret" not in str(raised.value)
+        assert "wrong" not in str(raised.value)
+
+    @pytest.mark.parametrize("protocol", [2, 3])
+    def test_a_missing_password(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_client: redis.Redis,
+        at_once: dict[str, Any],
+        protocol: int,
+    ) -> None:
+        own_client.config_set("requirepass", "secret")
+        manager = make_manager(f"{own_server.url}?protocol={protocol}", **at_once)
+        with pytest.raises(presence.AuthenticationFailedError, match=r"asks for a .*password.* URL") as raised:
+            manager.get_connection_count()
+        assert_cause(raised.value, redis.AuthenticationError)
+
+    def test_a_password_for_a_server_without_one(
+        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+    ) -> None:
+        manager = make_manager(f"redis://:needless@127.0.0.1:{own_server.port}/0?protocol=2", **at_once)
+        with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
+            manager.get_connection_count()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param(("+@all", "~*", "-evalsha"), id="may not run scripts"),
+        pytest.param(("+@all", "~*", "-script|load"), id="may not load scripts"),
+        pytest.param(("+@all", "~*", "-zadd"), id="may not run a command of the script"),
+        pytest.param(("+@all", "~{other}:*"), id="may not touch the namespace"),
+        pytest.param(("+@all", "~{*}:conn:*", "~{*}:user_conns:*", "%R~{*}:last_seen"), id="may not write a key"),
+    ],
+)
+def test_a_missing_right_is_named_with_where_to_read_which_are_needed(
+    make_manager: ManagerFactory,
+    own_server: LocalServer,
+    own_client: redis.Redis,
+    at_once: dict[str, Any],
+    rules: tuple[str, ...],
+) -> None:
+    own_client.execute_command("ACL", "SETUSER", "game-server", "on", ">secret", *rules)
+    manager = make_manager(f"redis://game-server:secret@127.0.0.1:{own_server.port}/0", **at_once)
+    with pytest.raises(presence.PermissionDeniedError, match="README lists the rights") as raised:
+        manager.register_connection("sid", "user")
+    assert_cause(raised.value, redis.ResponseError)
+    assert own_client.dbsize() == 0
+
+
+class TestScriptsThatTheServerLost:
+    """They are loaded again, and what had not run runs: once (guarantee 8)."""
+
+    @every_operation
+    def test_a_flushed_script_is_loaded_again_without_the_caller_noticing(
+        self, manager: ConnectionManager, client: redis.Redis, name: str
+    ) -> None:
+        set_the_scene(manager)
+        call(manager, "get_connection_count")
+        client.script_flush()
+        check(manager, name)
+
+    def test_a_call_that_missed_its_script_runs_once(
+        self, own_manager: ConnectionManager, own_client: redis.Redis
+    ) -> None:
+        set_the_scene(own_manager)
+        own_client.script_flush()
+        with counted(own_client) as counts:
+            own_manager.register_connection("sid-3", "user-3")
+        assert counts == {"evalsha": 2, "evalsha that failed": 1, "script|load": 1}
+
+    def test_a_pipeline_that_missed_its_script_runs_once(
+        self, own_manager: ConnectionManager, own_client: redis.Redis
+    ) -> None:
+        set_the_scene(own_manager)
+        own_client.script_flush()
+        with counted(own_client) as counts:
+            assert own_manager.pipeline([own_manager.operations.leave_game("sid-1")] * 3) == ["game", None, None]
+        assert counts == {"evalsha": 6, "evalsha that failed": 3, "script|load": 1}
+
+    @pytest.mark.parametrize("known", ["nothing", "get_connection_count", "leave_game", "get_game_connection_count"])
+    def test_a_pipeline_keeps_its_order_whichever_scripts_are_there_and_runs_each_call_once(
+        self, own_manager: ConnectionManager, own_client: redis.Redis, known: str
+    ) -> None:
+        operations = own_manager.operations
+        set_the_scene(own_manager)
+        own_client.script_flush()
+        if known != "nothing":
+            getattr(own_manager, known)(*("unknown" for _ in CALLS[known].arguments))
+        with counted(own_client) as counts:
+            results = pipeline(
+                own_manager,
+                operations.register_connection("sid-3", "user-3"),
+                operations.join_game("sid-3", "game"),
+                operations.get_game_connection_count("game"),
+                operations.leave_game("sid-3"),
+                operations.get_game_connection_count("game"),
+                operations.get_connection_count(),
+            )
+        assert results[1].joined
+        assert results[2:] == [3, "game", 2, 3]
+        assert (counts["evalsha"], counts["evalsha that failed"]) == (6, 0)
+
+
+def pipeline(manager: ConnectionManager, *operations: Operation[Any]) -> list[Any]:
+    return manager.pipeline(operations)
+
+
+@contextmanager
+def counted(client: redis.Redis) -> Iterator[dict[str, int]]:
+    """Count the scripts that are run and loaded meanwhile, as the server counts them."""
+    client.config_resetstat()
+    counts: dict[str, int] = {}
+    yield counts
+    stats: Any = client.info("commandstats")
+    evalsha = stats["cmdstat_evalsha"]
+    counts["evalsha"] = evalsha["calls"]
+    counts["evalsha that failed"] = evalsha["failed_calls"] + evalsha["rejected_calls"]
+    counts["script|load"] = stats.get("cmdstat_script|load", {"calls": 0})["calls"]
+
+
+class TestRestart:
+    """A server that was restarted has new sockets, and neither scripts nor data; no caller notices (guarantee 8)."""
+
+    @every_operation
+    def test_after_it_the_next_call_works(
+        self, own_server: LocalServer, own_manager: ConnectionManager, name: str
+    ) -> None:
+        call(own_manager, name)
+        own_server.kill()
+        own_server.start()
+        call(own_manager, name)
+        set_the_scene(own_manager)
+        check(own_manager, name)
+
+    def test_after_it_a_pipeline_works(self, own_server: LocalServer, own_manager: ConnectionManager) -> None:
+        operations = own_manager.operations
+        set_the_scene(own_manager)
+        own_server.kill()
+        own_server.start()
+        registration, joined, count = pipeline(
+            own_manager,
+            operations.register_connection("sid", "user"),
+            operations.join_game("sid", "game"),
+            operations.get_game_connection_count("game"),
+        )
+        assert registration.connection.sid == "sid"
+        assert (joined.joined, count) == (True, 1)
+
+    def test_a_call_that_is_made_during_it_waits_for_it(
+        self, own_server: LocalServer, own_manager: ConnectionManager
+    ) -> None:
+        set_the_scene(own_manager)
+        own_server.kill()
+        restart = threading.Timer(0.3, own_server.start)
+        restart.start()
+        try:
+            assert own_manager.register_connection("sid", "user").displaced == ()
+        finally:
+            restart.join()
+        assert own_manager.get_connection_count() == 1
+
+    def test_after_it_many_idle_connections_are_replaced_at_once(self, own_server: LocalServer) -> None:
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(own_server.url) as manager:
+
+                async def register_many() -> None:
+                    await asyncio.gather(*(manager.register_connection(f"sid-{n}", f"user-{n}") for n in range(20)))
+
+                await register_many()
+                await asyncio.to_thread(own_server.kill)
+                await asyncio.to_thread(own_server.start)
+                await register_many()
+                assert await manager.get_connection_count() == 20
+
+        asyncio.run(run())
+
+    def test_after_it_the_idle_connections_of_many_threads_are_replaced(self, own_server: LocalServer) -> None:
+        with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+
+            def register_many() -> None:
+                with ThreadPoolExecutor(8) as threads:
+                    for registration in threads.map(
+                        lambda n: manager.register_connection(f"sid-{n}", f"user-{n}"), range(20)
+                    ):
+                        assert registration.displaced == ()
+
+            register_many()
+            own_server.kill()
+            own_server.start()
+            register_many()
+            assert manager.get_connection_count() == 20
+
+
+class TestABrokenConnection:
+    """A request that is lost is sent again; so is one whose reply is lost, for every script may run twice."""
+
+    @pytest.mark.parametrize("fate", [Fate.LOSE_REQUEST, Fate.LOSE_REPLY])
+    @pytest.mark.parametrize("name", sorted(CALLS.keys() - READS))
+    def test_is_not_noticed_and_the_state_is_that_of_one_call(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_client: redis.Redis,
+        own_manager: ConnectionManager,
+        namespace: str,
+        fate: Fate,
+        name: str,
+    ) -> None:
+        states = []
+        for is_broken in (False, True):
+            own_client.flushdb()
+            set_the_scene(own_manager)
+            with Proxy(own_server.port) as proxy:
+                manager = make_manager(proxy.url)
+                manager.get_connection_count()
+                proxy.fates = [fate] if is_broken else []
+                call(manager, name)
+                assert proxy.fates == []
+                manager.close()
+            keyspace = read_keyspace(own_client, namespace)
+            assert violations(keyspace) == []
+            states.append((keyspace.users, {game: set(sids) for game, sids in keyspace.games.items()}))
+        assert states[0] == states[1]
+
+    def test_is_named_when_it_stays_broken(
+        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+    ) -> None:
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url, **at_once)
+            manager.get_connection_count()
+            proxy.fates = [Fate.LOSE_REPLY]
+            with pytest.raises(presence.ServerUnreachableError, match="check that it runs") as raised:
+                manager.register_connection("sid", "user")
+            assert_cause(raised.value, redis.ConnectionError)
+            manager.close()
+
+
+class TestFailover:
+    """A primary that became a replica refuses to write; behind a name that leads to the new one, nobody notices."""
+
+    def test_a_write_on_a_replica_is_refused_with_what_to_do(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str
+    ) -> None:
+        set_the_scene(hasty_manager)
+        before = read_keyspace(own_client, namespace)
+        own_client.replicaof("127.0.0.1", str(free_port()))
+        for name in CALLS.keys() - READS:
+            with pytest.raises(presence.ReadOnlyServerError, match="point the URL at the primary") as raised:
+                call(hasty_manager, name)
+            assert_cause(raised.value, redis.exceptions.ReadOnlyError)
+        after = read_keyspace(own_client, namespace)
+        assert (after.records, after.last_seen) == (before.records, before.last_seen)
+
+    def test_reads_work_on_a_replica(self, own_client: redis.Redis, hasty_manager: ConnectionManager) -> None:
+        set_the_scene(hasty_manager)
+        own_client.replicaof("127.0.0.1", str(free_port()))
+        for name in READS:
+            check(hasty_manager, name)
+
+    def test_a_replica_that_serves_no_stale_data_says_what_it_waits_for(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager
+    ) -> None:
+        own_client.config_set("replica-serve-stale-data", "no")
+        own_client.replicaof("127.0.0.1", str(free_port()))
+        with pytest.raises(presence.ServerBusyError, match="wait for the failover"):
+            hasty_manager.get_connection_count()
+
+    @pytest.mark.parametrize("is_flushed", [False, True], ids=["", "and the old primary lost its scripts too"])
+    def test_when_a_replica_is_promoted_the_next_call_works_there(
+        self,
+        make_manager: ManagerFactory,
+        replicated: tuple[LocalServer, LocalServer],
+        namespace: str,
+        is_flushed: bool,
+    ) -> None:
+        primary, replica = replicated
+        with Proxy(primary.port) as address, admin(primary) as old, admin(replica) as new:
+            managers = {name: make_manager(address.url, namespace=f"{namespace} {name}") for name in CALLS}
+            for name, manager in managers.items():
+                call(manager, name)
+                set_the_scene(manager)
+                check(manager, "update_heartbeat")
+            written = old.info("replication")["master_repl_offset"]
+            wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
+            new.replicaof("NO", "ONE")
+            address.server_port = replica.port
+            old.replicaof("127.0.0.1", str(replica.port))
+            if is_flushed:
+                old.script_flush()
+
+            for name, manager in managers.items():
+                if name in READS:  # The old primary would answer them for ever: reading is not refused.
+                    check(manager, "update_heartbeat")
+                check(manager, name)
+                manager.close()
+
+
+@contextmanager
+def admin(server: LocalServer) -> Iterator[Any]:
+    with redis.Redis.from_url(server.url, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def replicated() -> Iterator[tuple[LocalServer, LocalServer]]:
+    """A primary, and a replica that follows it."""
+    options = ("--repl-diskless-sync-delay", "0")
+    with LocalServer(program(), *options) as primary, LocalServer(program(), *options) as replica:
+        with admin(replica) as client:
+            client.replicaof("127.0.0.1", str(primary.port))
+            wait_until(lambda: client.info("replication")["master_link_status"] == "up")
+        yield primary, replica
+
+
+class TestAFullMemory:
+    """What would add data is refused and changes nothing; what keeps players in and takes them out goes on."""
+
+    @pytest.fixture
+    def full_manager(self, own_client: redis.Redis, hasty_manager: ConnectionManager) -> ConnectionManager:
+        set_the_scene(hasty_manager)
+        own_client.config_set("maxmemory", 1)
+        return hasty_manager
+
+    @pytest.mark.parametrize("name", ["register_connection", "join_game"])
+    def test_refuses_to_add_and_changes_nothing(
+        self, own_client: redis.Redis, full_manager: ConnectionManager, namespace: str, name: str
+    ) -> None:
+        before = read_keyspace(own_client, namespace)
+        with pytest.raises(presence.OutOfMemoryError, match=r"memory is full.*raise maxmemory") as raised:
+            call(full_manager, name)
+        assert_cause(raised.value, redis.OutOfMemoryError)
+        after = read_keyspace(own_client, namespace)
+        assert (after.records, after.users, after.games) == (before.records, before.users, before.games)
+        assert after.last_seen == before.last_seen
+
+    @pytest.mark.parametrize("name", sorted(CALLS.keys() - {"register_connection", "join_game"}))
+    def test_stops_nothing_else(
+        self, own_client: redis.Redis, full_manager: ConnectionManager, namespace: str, name: str
+    ) -> None:
+        own_client.script_flush()
+        check(full_manager, name)
+        assert violations(read_keyspace(own_client, namespace)) == []
+
+    def test_does_not_stop_cleanup(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str
+    ) -> None:
+        set_the_scene(hasty_manager)
+        let_time_pass(own_client, namespace, 91)
+        own_client.config_set("maxmemory", 1)
+        assert [gone.sid for gone in hasty_manager.cleanup_stale_connections()] == ["sid-1", "sid-2"]
+        assert own_client.dbsize() == 0
+
+    def test_does_not_let_a_player_who_beats_expire(
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(own_server.url, conn_ttl_seconds=60)
+        set_the_scene(manager)
+        let_time_pass(own_client, namespace, 59)
+        own_client.config_set("maxmemory", 1)
+        assert manager.update_heartbeat("sid-1")
+        own_client.config_set("maxmemory", 0)
+        let_time_pass(own_client, namespace, 59)
+        assert manager.get_game_user_sids("game") == {"user-1": "sid-1"}
+
+
+class TestAServerThatRefusesToWrite:
+    """A server that protects its data refuses; the error names the setting."""
+
+    def test_for_want_of_replicas(self, own_client: redis.Redis, hasty_manager: ConnectionManager) -> None:
+        own_client.config_set("min-replicas-to-write", 1)
+        with pytest.raises(presence.ReadOnlyServerError, match="start the missing replicas") as raised:
+            hasty_manager.register_connection("sid", "user")
+        assert_cause(raised.value, redis.ResponseError)
+
+    def test_for_want_of_a_disk(
+        self, own_server: LocalServer, own_client: redis.Redis, hasty_manager: ConnectionManager
+    ) -> None:
+        (own_server.folder / "dump.rdb").mkdir()
+        own_client.config_set("save", "3600 1")
+        own_client.bgsave()
+        info: Any = own_client.info
+        wait_until(lambda: info("persistence")["rdb_last_bgsave_status"] == "err")
+        with pytest.raises(presence.ReadOnlyServerError, match="mend its disk"):
+            hasty_manager.register_connection("sid", "user")
+
+
+class TestAServerThatIsBusy:
+    """It runs nothing now; the error says what holds it."""
+
+    def test_with_the_script_of_another_client(
+        self, own_server: LocalServer, own_client: redis.Redis, hasty_manager: ConnectionManager
+    ) -> None:
+        set_the_scene(hasty_manager)
+        own_client.config_set("busy-reply-threshold", 1)
+
+        def run_an_endless_script() -> None:
+            with admin(own_server) as client, pytest.raises(redis.ResponseError, match="killed"):
+                client.eval("while true do end", 0)
+
+        other = threading.Thread(target=run_an_endless_script)
+        other.start()
+        try:
+            wait_until(lambda: is_busy(own_client))
+            for name in CALLS:
+                with pytest.raises(presence.ServerBusyError, match="SCRIPT KILL to end it") as raised:
+                    call(hasty_manager, name)
+                assert_cause(raised.value, redis.ResponseError)
+        finally:
+            own_client.script_kill()
+            other.join(BOUND_SECONDS)
+        assert hasty_manager.get_connection_count() == 2
+
+    def test_with_loading_its_data(self, make_manager: ManagerFactory, at_once: dict[str, Any], namespace: str) -> None:
+        slowly = ("--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024")
+        with LocalServer(program(), *slowly) as server, admin(server) as client:
+            manager = make_manager(server.url, **at_once)
+            set_the_scene(manager)
+            client.config_set("rdbcompression", "no")  # While it loads, it answers once for each 1,024 bytes only.
+            for number in range(200):
+                client.set(f"ballast-{number}", "x" * 1024)
+            client.config_set("key-load-delay", 20_000)
+
+            def reload() -> None:
+                with redis.Redis.from_url(server.url, socket_timeout=BOUND_SECONDS) as other:
+                    other.execute_command("DEBUG", "RELOAD")
+
+            loading = threading.Thread(target=reload)
+            loading.start()
+            try:
+                wait_until(lambda: is_loading(client))
+                with pytest.raises(presence.ServerBusyError, match="call again in a moment") as raised:
+                    manager.get_connection_count()
+                assert_cause(raised.value, redis.BusyLoadingError)
+            finally:
+                client.config_set("key-load-delay", 0)
+                loading.join(BOUND_SECONDS)
+            assert manager.get_connection_count() == 2
+            manager.close()
+
+
+def is_busy(client: redis.Redis) -> bool:
+    try:
+        client.ping()
+    except redis.ResponseError as error:
+        return str(error).startswith("BUSY")
+    return False
+
+
+def is_loading(client: Any) -> bool:
+    return bool(client.info("persistence")["loading"])
+
+
+class TestForeignData:
+    """A key of the namespace that another program wrote is named as such."""
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_of_another_type_is_named_with_what_to_do(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str, name: str
+    ) -> None:
+        own_client.set(f"{{{namespace}}}:last_seen", "what another program wrote")
+        own_client.hset(f"{{{namespace}}}:game_conns:game", "sid", "1 user")
+        own_client.zadd(f"{{{namespace}}}:user_conns:user-1", {"sid": 1})
+        with pytest.raises(presence.UnexpectedReplyError, match="use another namespace") as raised:
+            call(hasty_manager, name)
+        assert_cause(raised.value, redis.ResponseError)
+
+
+class TestAPipelineWithAFault:
+    """What worked is not lost with what did not."""
+
+    def test_keeps_the_results_of_the_operations_that_worked(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str
+    ) -> None:
+        operations = hasty_manager.operations
+        set_the_scene(hasty_manager)
+        own_client.set(f"{{{namespace}}}:game_conns:foreign", "what another program wrote")
+        with pytest.raises(presence.PipelineError, match=r"1 of 3 operations failed.*use another namespace") as raised:
+            pipeline(
+                hasty_manager,
+                operations.update_heartbeat("sid-1"),
+                operations.get_game_user_sids("foreign"),
+                operations.leave_game("sid-1"),
+            )
+        worked, failed, also_worked = raised.value.results
+        assert (worked, also_worked) == (True, "game")
+        assert isinstance(failed, presence.UnexpectedReplyError)
+        assert raised.value.__cause__ is failed
+        assert_cause(failed, redis.ResponseError)
+
+    def test_names_an_unreachable_server_for_each(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
+        manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **at_once)
+        operations = manager.operations
+        with pytest.raises(presence.PipelineError, match=r"2 of 2 operations failed.*check that it runs") as raised:
+            manager.pipeline([operations.get_connection_count(), operations.get_connection_count()])
+        for error in raised.value.results:
+            assert isinstance(error, presence.ServerUnreachableError)
+
+
+class TestACleanupThatMeetsAFault:
+    """Nobody else can report what a cleanup removed, so no fault takes that away."""
+
+    COUNT = CLEANUP_BATCH_SIZE + 50
+
+    @pytest.fixture
+    def stale(self, own_client: redis.Redis, own_manager: ConnectionManager, namespace: str) -> list[str]:
+        sids = [f"sid-{number}" for number in range(self.COUNT)]
+        own_manager.pipeline([own_manager.operations.register_connection(sid, f"user of {sid}") for sid in sids])
+        let_time_pass(own_client, namespace, 91)
+        return sids
+
+    def test_between_two_batches_returns_what_it_removed_and_the_fault(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_manager: ConnectionManager,
+        at_once: dict[str, Any],
+        stale: list[str],
+    ) -> None:
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url, **at_once)
+            manager.cleanup_stale_connections(threshold_seconds=1000)
+            proxy.fates = [Fate.PASS, Fate.LOSE_REQUEST]
+            first = manager.cleanup_stale_connections()
+            manager.close()
+        rest = own_manager.cleanup_stale_connections()
+
+        assert len(first) == CLEANUP_BATCH_SIZE
+        assert isinstance(first.error, presence.ServerUnreachableError)
+        assert_cause(first.error, redis.ConnectionError)
+        assert rest.error is None
+        assert sorted(gone.sid for gone in (*first, *rest)) == sorted(stale)
+
+    def test_before_anything_is_removed_raises_it(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_manager: ConnectionManager,
+        at_once: dict[str, Any],
+        stale: list[str],
+    ) -> None:
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url, **at_once)
+            manager.get_connection_count()
+            proxy.fates = [Fate.LOSE_REQUEST]
+            with pytest.raises(presence.ServerUnreachableError):
+                manager.cleanup_stale_connections()
+            manager.close()
+        assert len(own_manager.cleanup_stale_connections()) == len(stale)
+
+
+async def is_held(proxy: Proxy) -> None:
+    """Wait until a call waits for nothing but the reply that the proxy holds."""
+    assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
+    for _ in range(10):
+        # The task that wrote the request ends. (In Python 3.11 its wait_for swallows a cancellation at that moment.)
+        await asyncio.sleep(0)
+
+
+class TestACancelledCall:
+    """asyncio cancels the wait of one task; its reply never reaches another."""
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_harms_no_later_call(self, own_server: LocalServer, name: str) -> None:
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with presence.ConnectionManager.from_url(proxy.url, max_connections=1) as manager:
+                    for number in (1, 2):
+                        await manager.register_connection(f"sid-{number}", f"user-{number}")
+                        await manager.join_game(f"sid-{number}", "game")
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    cancelled = asyncio.create_task(getattr(manager, name)(*CALLS[name].arguments))
+                    await is_held(proxy)
+                    cancelled.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await cancelled
+                    proxy.release()
+
+                    assert await manager.get_opponent_sid("game", "user-1") == "sid-2"
+                    count, seen, online, left = await asyncio.gather(
+                        manager.get_game_connection_count("no game"),
+                        manager.update_heartbeat("sid-2"),
+                        manager.is_user_online("no user"),
+                        manager.leave_game("sid-2"),
+                    )
+                    assert (count, seen, online, left) == (0, True, False, "game")
+
+        asyncio.run(run())
+
+
+class TestRunCleanup:
+    """It outlives every fault, and never loses what it removed."""
+
+    def test_survives_an_outage_and_goes_on(self, own_server: LocalServer, caplog: pytest.LogCaptureFixture) -> None:
+        reported: list[str] = []
+
+        async def on_removed(result: CleanupResult) -> None:
+            reported.extend(gone.sid for gone in result)
+
+        async def run() -> None:
+            url, options = own_server.url, one_attempt("asyncio")
+            async with presence.ConnectionManager.from_url(url, **options) as manager:
+                task = asyncio.create_task(manager.run_cleanup(0.01, threshold_seconds=0.001, on_removed=on_removed))
+                await manager.register_connection("before", "user")
+                await asyncio.to_thread(wait_until, lambda: reported == ["before"])
+                own_server.kill()
+                await asyncio.to_thread(wait_until, lambda: "cleanup failed" in caplog.text)
+                await asyncio.to_thread(own_server.start)
+                await manager.register_connection("after", "user")
+                await asyncio.to_thread(wait_until, lambda: reported == ["before", "after"])
+                assert not task.done()
+            await asyncio.wait_for(task, BOUND_SECONDS)
+
+        asyncio.run(run())
+        assert "next attempt in 0.01 s: the server cannot be reached; check that it runs" in caplog.text
+
+    def test_survives_an_outage_in_a_thread_too(
+        self, own_server: LocalServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        reported: list[str] = []
+        with presence.sync.ConnectionManager.from_url(own_server.url, **one_attempt("blocking")) as manager:
+            thread = threading.Thread(
+                target=manager.run_cleanup,
+                args=(0.01,),
+                kwargs={
+                    "threshold_seconds": 0.001,
+                    "on_removed": lambda result: reported.extend(gone.sid for gone in result),
+                },
+                daemon=True,
+            )
+            thread.start()
+            manager.register_connection("before", "user")
+            wait_until(lambda: reported == ["before"])
+            own_server.kill()
+            wait_until(lambda: "cleanup failed" in caplog.text)
+            own_server.start()
+            manager.register_connection("after", "user")
+            wait_until(lambda: reported == ["before", "after"])
+        thread.join(BOUND_SECONDS)
+        assert not thread.is_alive()
+
+    def test_delivers_what_it_removed_before_a_fault_and_logs_the_fault(
+        self, own_server: LocalServer, own_client: redis.Redis, namespace: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        reported: list[str] = []
+        options = {"namespace": namespace} | one_attempt("blocking")
+        with Proxy(own_server.port) as proxy:
+            with presence.sync.ConnectionManager.from_url(proxy.url, **options) as manager:
+                operations = manager.operations
+                count = CLEANUP_BATCH_SIZE + 1
+                manager.pipeline([operations.register_connection(f"sid-{n}", f"user-{n}") for n in range(count)])
+                let_time_pass(own_client, namespace, 91)
+                manager.pipeline([operations.cleanup_batch(threshold_seconds=1000)])
+                proxy.fates = [Fate.PASS, Fate.LOSE_REQUEST]
+                thread = threading.Thread(
+                    target=manager.run_cleanup,
+                    args=(0.01,),
+                    kwargs={"on_removed": lambda result: reported.extend(gone.sid for gone in result)},
+                    daemon=True,
+                )
+                thread.start()
+                wait_until(lambda: len(reported) == count)
+            thread.join(BOUND_SECONDS)
+        assert len(set(reported)) == count
+        assert "cleanup failed, next attempt in 0.01 s" in caplog.text
+
+    def test_that_is_cancelled_delivers_what_the_pass_under_way_removed(
+        self, own_server: LocalServer, own_client: redis.Redis, namespace: str
+    ) -> None:
+        reported: list[str] = []
+
+        async def on_removed(result: CleanupResult) -> None:
+            await asyncio.sleep(0)
+            reported.extend(gone.sid for gone in result)
+
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with presence.ConnectionManager.from_url(proxy.url, namespace=namespace) as manager:
+                    await manager.register_connection("sid", "user")
+                    await manager.cleanup_stale_connections(threshold_seconds=1000)
+                    let_time_pass(own_client, namespace, 91)
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
+                    await is_held(proxy)
+                    task.cancel()
+                    proxy.release()
+                    with pytest.raises(asyncio.CancelledError):
+                        await asyncio.wait_for(task, BOUND_SECONDS)
+
+        asyncio.run(run())
+        assert reported == ["sid"]
+        assert own_client.dbsize() == 0
+
+    def test_that_is_closed_waits_for_the_pass_under_way(
+        self, own_server: LocalServer, own_client: redis.Redis, namespace: str
+    ) -> None:
+        reported: list[str] = []
+
+        async def on_removed(result: CleanupResult) -> None:
+            reported.extend(gone.sid for gone in result)
+
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                manager = presence.ConnectionManager.from_url(proxy.url, namespace=namespace)
+                await manager.register_connection("sid", "user")
+                await manager.cleanup_stale_connections(threshold_seconds=1000)
+                let_time_pass(own_client, namespace, 91)
+                proxy.fates = [Fate.HOLD_REPLY]
+                task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
+                await is_held(proxy)
+                closing = asyncio.create_task(manager.aclose())
+                await asyncio.sleep(0)
+                proxy.release()
+                await asyncio.wait_for(closing, BOUND_SECONDS)
+                assert reported == ["sid"]
+                await asyncio.wait_for(task, BOUND_SECONDS)
+
+        asyncio.run(run())
