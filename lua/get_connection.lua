@@ -4,7 +4,7 @@ Read one connection.
 
 KEYS  conn, last_seen
 ARGV  sid, conn_ttl_ms
-Reply {now ms, the connection}, or {} when there is no such live connection
+Reply {the connection, now ms}, or {} when there is no such live connection
       a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
 Cost  O(1)
 ]]
@@ -19,5 +19,5 @@ local connection = read_live_connection(conn_key, last_seen_key, sid, now - conn
 if not connection then
   return {}
 end
-table.insert(connection, 1, now)
+connection[6] = now
 return connection

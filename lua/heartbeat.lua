@@ -14,7 +14,6 @@ Reply 1, or 0 when there is no such live connection
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms
--- @include as_argument
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
@@ -41,5 +40,5 @@ if ttl < key_lifetime_ms - conn_ttl_ms / 4 or ttl > tonumber(key_lifetime_ms) th
     redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
   end
 end
-redis.call('ZADD', last_seen_key, 'XX', as_argument(now), sid)
+redis.call('ZADD', last_seen_key, 'XX', now, sid)
 return 1

@@ -13,7 +13,7 @@ local user_conns_key, last_seen_key = KEYS[1], KEYS[2]
 local threshold_ms, conn_ttl_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
 
 local oldest_online_ms = now_ms() - math.min(threshold_ms, conn_ttl_ms)
-for _, sid in ipairs(redis.call('ZRANGE', user_conns_key, 0, -1)) do
+for _, sid in ipairs(redis.call('ZRANGE', user_conns_key, '0', '-1')) do
   local last_seen = redis.call('ZSCORE', last_seen_key, sid)
   if last_seen and tonumber(last_seen) >= oldest_online_ms then
     return 1

@@ -4,7 +4,7 @@ Remove a connection from everywhere. A newer connection of the same user is neve
 
 KEYS  conn, last_seen
 ARGV  key_prefix, sid, conn_ttl_ms
-Reply {now ms, the removed connection}, or {} when there is no such live connection
+Reply {the removed connection, now ms}, or {} when there is no such live connection
       a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
 Cost  O(log N), N = connections in the namespace
 ]]
@@ -21,5 +21,5 @@ if not connection then
   return {}
 end
 remove_connection(key_prefix, conn_key, last_seen_key, sid, connection[2], connection[3])
-table.insert(connection, 1, now)
+connection[6] = now
 return connection

@@ -153,7 +153,7 @@ class Operations:
                 self._key_lifetime_ms,
                 self._connections_per_user,
             ),
-            _parse_registration,
+            lambda reply: _parse_registration(sid, user_bytes.decode(), reply),
         )
 
     def unregister_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
@@ -393,10 +393,13 @@ def _parse_connections(now: bytes | int, fields: list[Any]) -> tuple[ConnectionI
 
 
 def _parse_connection(reply: list[Any]) -> ConnectionInfo | None:
-    return _parse_connections(reply[0], reply[1:])[0] if reply else None
+    return _parse_connections(reply[5], reply[:5])[0] if reply else None
 
 
-def _parse_registration(reply: list[Any]) -> Registration:
+def _parse_registration(sid: str, user_id: str, reply: bytes | list[Any]) -> Registration:
+    if isinstance(reply, bytes):
+        now = _time(reply)
+        return Registration(ConnectionInfo(sid, user_id, None, now, now, now))
     now, is_replaced, *fields = reply
     connection, *others = _parse_connections(now, fields)
     replaced = others.pop(0) if is_replaced else None
@@ -414,17 +417,20 @@ def _text_or_none(reply: bytes) -> str | None:
 
 def _parse_game(game_id: str, reply: list[Any]) -> list[ConnectionInfo]:
     """Parse a snapshot, and put it into the order of registration."""
-    observed_at = _time(reply[0])
+    observed_at = _time(reply[-1])
     connections = []
-    for index in range(1, len(reply), 3):
-        times, _, user_id = reply[index + 1].partition(b" ")
+    for position, last_seen in enumerate(reply[len(reply) // 3 * 2 : -1]):
+        if not last_seen:
+            continue
+        sid, entry = reply[2 * position : 2 * position + 2]
+        times, _, user_id = entry.partition(b" ")
         registered_at, _, connected_at = times.partition(b":")
         connection = ConnectionInfo(
-            reply[index].decode(),
+            sid.decode(),
             user_id.decode(),
             game_id,
             _time(connected_at or int(registered_at) // 1000),
-            _time(reply[index + 2]),
+            _time(last_seen),
             observed_at,
         )
         connections.append((int(registered_at), connection.sid, connection))
