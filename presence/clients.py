@@ -166,7 +166,7 @@ class _SentinelConnection(redis.sentinel.SentinelManagedConnection):
     """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if not self.is_connected:
+        if not self._sock:
             self._connect_retry()  # type: ignore[no-untyped-call]
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
@@ -195,10 +195,11 @@ class _AsyncSentinelTLSConnection(_AsyncSentinelConnection, redis.asyncio.sentin
 class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.asyncio.BlockingConnectionPool):
     """Like a plain server's pool, it lets operations wait; it closes the connections to the sentinels with its own."""
 
-    async def aclose(self) -> None:
-        await super().aclose()
-        for sentinel in self.sentinel_manager.sentinels:
-            await sentinel.aclose()
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:  # Otherwise the primary has changed, and the sentinels are still asked.
+            for sentinel in self.sentinel_manager.sentinels:
+                await sentinel.aclose()
 
 
 def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:

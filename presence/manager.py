@@ -46,6 +46,10 @@ class _OpenClient:
         self.client = client
         self.in_flight = 0
         self.idle = asyncio.Event()
+        # While redis-py's cluster client learns the slots it drops connections under calls that are made at once, so
+        # the first call goes alone.
+        self.may_share = not isinstance(client, RedisCluster)
+        self.first_call = asyncio.Lock()
 
 
 class _RunningCleanup:
@@ -503,16 +507,26 @@ class ConnectionManager:
         own = self._open_client()
         own.in_flight += 1
         try:
-            request = next(exchange)
-            while True:
-                request = exchange.send(await self._send(own.client, request))
-        except StopIteration as finished:
-            result: Result = finished.value
-            return result
+            if not own.may_share:
+                async with own.first_call:
+                    if not own.may_share:
+                        result = await self._converse(own.client, exchange)
+                        own.may_share = True
+                        return result
+            return await self._converse(own.client, exchange)
         finally:
             own.in_flight -= 1
             if not own.in_flight:
                 own.idle.set()
+
+    async def _converse(self, client: Redis | RedisCluster, exchange: Exchange[Result]) -> Result:
+        try:
+            request = next(exchange)
+            while True:
+                request = exchange.send(await self._send(client, request))
+        except StopIteration as finished:
+            result: Result = finished.value
+            return result
 
     async def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""

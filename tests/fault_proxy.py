@@ -32,12 +32,14 @@ class Proxy:
 
     The EVALSHA requests meet the ``fates`` in their order; when these are used up, they pass. (What the tests send at
     once is small enough to arrive at once.) ``server_port`` may change: connections that are opened later lead there.
+    ``accepted`` counts the connections.
     """
 
     def __init__(self, server_port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.server_port = server_port
         self.fates: list[Fate] = []
         self.port = 0
+        self.accepted = 0
         self.is_holding = threading.Event()
         self._tls = tls
         self._ready = threading.Event()
@@ -80,6 +82,7 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        self.accepted += 1
         connection = _Connection(self)
         writers = [to_client]
         try:

@@ -1,0 +1,507 @@
+"""The ways in which a server is deployed: ACL, unix socket, TLS, sentinels, cluster. Every operation works in each."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+import redis.asyncio
+
+import presence
+import presence.sync
+from presence.scripts import lua_folder
+from tests.conftest import Awaited
+from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
+from tests.fault_proxy import BOUND_SECONDS, Proxy
+from tests.fault_tls import server_context, write_certificate
+from tests.server import LocalServer, free_port, program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from presence.sync import ConnectionManager
+    from tests.conftest import ManagerFactory
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for a state that another process is about to reach."""
+    deadline = time.monotonic() + BOUND_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+@contextmanager
+def admin(server: LocalServer) -> Iterator[Any]:
+    with redis.Redis.from_url(server.url, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The client options of a manager that does not try again, for tests of the error alone."""
+    return one_attempt(request.node.callspec.params["make_manager"])
+
+
+def play(manager: ConnectionManager) -> None:
+    """Check every operation, each in the same scene."""
+    for name in CALLS:
+        for sid in ("sid-1", "sid-2", "sid-3"):
+            manager.unregister_connection(sid)
+        set_the_scene(manager)
+        check(manager, name)
+
+
+class TestAnACLUserWithTheLeastRights:
+    """The rights that the README lists are enough, none of them is needless, and they lead to no other key."""
+
+    COMMANDS = (
+        "del hdel hgetall hkeys hmget hset pexpire pttl time zadd zcount zmscore zrange zrem zremrangebyrank zscore"
+    )
+    RIGHTS = ("~{presence}:*", "+evalsha", "+script|load", *(f"+{command}" for command in COMMANDS.split()))
+
+    @pytest.fixture
+    def user_url(self, own_server: LocalServer) -> str:
+        with admin(own_server) as client:
+            client.execute_command("ACL", "SETUSER", "game-server", "on", ">password", *self.RIGHTS)
+        return f"redis://game-server:password@127.0.0.1:{own_server.port}/0"
+
+    @pytest.mark.parametrize("protocol", [2, 3])
+    def test_can_run_every_operation(self, make_manager: ManagerFactory, user_url: str, protocol: int) -> None:
+        manager = make_manager(f"{user_url}?protocol={protocol}", namespace="presence")
+        play(manager)
+        assert manager.pipeline([manager.operations.get_connection_count()] * 2) == [2, 2]
+
+    def test_has_the_commands_that_the_scripts_call_and_no_other(self) -> None:
+        files = Path(str(lua_folder())).rglob("*.lua")
+        called = {name for file in files for name in re.findall(r"redis\.call\(\s*'(\w+)'", file.read_text())}
+        assert sorted(name.lower() for name in called) == self.COMMANDS.split()
+
+    def test_cannot_touch_another_namespace(
+        self, make_manager: ManagerFactory, user_url: str, at_once: dict[str, Any]
+    ) -> None:
+        for namespace in ("other", "presence2", "p"):
+            manager = make_manager(user_url, namespace=namespace, **at_once)
+            for name in CALLS:
+                with pytest.raises(presence.PermissionDeniedError, match="README lists the rights"):
+                    call(manager, name)
+
+    def test_cannot_touch_another_key_or_run_another_command(self, user_url: str) -> None:
+        with redis.Redis.from_url(user_url) as client:
+            for command in (("HGETALL", "foreign"), ("GET", "{presence}:last_seen"), ("FLUSHALL",), ("KEYS", "*")):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    client.execute_command(*command)
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.eval("return redis.call('HGETALL', 'foreign')", 0)
+
+
+class TestAUnixSocket:
+    """unix:// leads to it."""
+
+    @pytest.fixture
+    def socket_url(self) -> Iterator[str]:
+        # In /tmp, because the path of a socket must be short: 104 bytes on macOS.
+        with (
+            tempfile.TemporaryDirectory(dir="/tmp") as folder,
+            LocalServer(program(), "--unixsocket", f"{folder}/socket"),
+        ):
+            yield f"unix://{folder}/socket"
+
+    def test_serves_every_operation(self, make_manager: ManagerFactory, socket_url: str) -> None:
+        play(make_manager(socket_url))
+
+    def test_that_is_not_there_is_named(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
+        manager = make_manager("unix:///tmp/presence/no/such/socket", **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match=r"check that it runs.*No such file"):
+            manager.get_connection_count()
+
+
+class TestTLS:
+    """rediss:// encrypts, and trusts only the certificates that it is told to trust."""
+
+    @pytest.fixture
+    def secured(self, own_server: LocalServer, tmp_path: Path) -> Iterator[Proxy]:
+        """A proxy that takes the encryption off in front of the server, as is usual where the server has none."""
+        with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
+            yield proxy
+
+    def test_serves_every_operation(self, make_manager: ManagerFactory, secured: Proxy, tmp_path: Path) -> None:
+        manager = make_manager(f"{secured.url}?ssl_ca_certs={write_certificate(tmp_path)}")
+        play(manager)
+        manager.close()
+
+    def test_refuses_a_certificate_that_nobody_vouches_for(
+        self, make_manager: ManagerFactory, secured: Proxy, at_once: dict[str, Any]
+    ) -> None:
+        manager = make_manager(secured.url, **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
+            manager.get_connection_count()
+
+    def test_refuses_a_certificate_for_another_host(
+        self, make_manager: ManagerFactory, secured: Proxy, tmp_path: Path, at_once: dict[str, Any]
+    ) -> None:
+        certificate = write_certificate(tmp_path)
+        manager = make_manager(f"rediss://localhost:{secured.port}/0?ssl_ca_certs={certificate}", **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
+            manager.get_connection_count()
+
+
+class Sentinels:
+    """A primary, a replica, and a sentinel that watches them."""
+
+    OPTIONS = ("--repl-diskless-sync-delay", "0")
+
+    def __init__(self, folder: Path) -> None:
+        self.primary, self.replica = (LocalServer(program(), *self.OPTIONS) for _ in range(2))
+        config = folder / "sentinel.conf"
+        config.write_text(
+            f"sentinel monitor game 127.0.0.1 {self.primary.port} 1\n"
+            "sentinel down-after-milliseconds game 300\n"
+            "sentinel failover-timeout game 3000\n"
+        )
+        self.sentinel = LocalServer(program(), str(config), "--sentinel")
+
+    @property
+    def url(self) -> str:
+        return f"redis+sentinel://127.0.0.1:{self.sentinel.port}/game"
+
+    @contextmanager
+    def running(self) -> Iterator[Sentinels]:
+        with self.primary, self.replica:
+            with admin(self.replica) as replica:
+                replica.replicaof("127.0.0.1", str(self.primary.port))
+                wait_until(lambda: replica.info("replication")["master_link_status"] == "up")
+            with self.sentinel, admin(self.sentinel) as sentinel:
+                wait_until(lambda: len(sentinel.execute_command("SENTINEL", "REPLICAS", "game")) == 1)
+                yield self
+
+    def replicate(self) -> None:
+        """Wait until the replica has everything."""
+        with admin(self.primary) as primary, admin(self.replica) as replica:
+            written = primary.info("replication")["master_repl_offset"]
+            wait_until(lambda: replica.info("replication")["slave_repl_offset"] >= written)
+
+    def fail_over(self) -> None:
+        """Ask the sentinel for a failover, and wait until it has happened."""
+        with admin(self.sentinel) as sentinel:
+
+            def is_accepted() -> bool:
+                try:
+                    sentinel.execute_command("SENTINEL", "FAILOVER", "game")
+                except redis.ResponseError as error:
+                    if not str(error).startswith("NOGOODSLAVE"):
+                        raise
+                    return False
+                return True
+
+            wait_until(is_accepted)
+        self.wait_for_the_new_primary()
+
+    def wait_for_the_new_primary(self) -> None:
+        new = ["127.0.0.1", str(self.replica.port)]
+        with admin(self.sentinel) as sentinel, admin(self.replica) as replica:
+            wait_until(lambda: sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "game") == new)
+            wait_until(lambda: replica.info("replication")["role"] == "master")
+
+    def demote_the_old_primary(self) -> None:
+        """Do at once what the sentinel does within ten seconds."""
+        with admin(self.primary) as primary:
+            primary.replicaof("127.0.0.1", str(self.replica.port))
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
+    with Sentinels(tmp_path_factory.mktemp("sentinel")).running() as sentinels:
+        yield sentinels
+
+
+class TestSentinel:
+    """redis+sentinel:// leads to the primary, whichever server that is."""
+
+    def test_leads_every_operation_to_the_primary(self, make_manager: ManagerFactory, steady: Sentinels) -> None:
+        play(make_manager(steady.url))
+
+    def test_that_is_down_is_passed_over_for_the_next(self, make_manager: ManagerFactory, steady: Sentinels) -> None:
+        with Proxy(free_port()) as broken:
+            manager = make_manager(f"redis+sentinel://127.0.0.1:{broken.port},127.0.0.1:{steady.sentinel.port}/game")
+            assert manager.get_connection_count() == 0
+            assert broken.accepted == 1, "it is asked once, not again and again"
+
+    def test_that_does_not_know_the_service_says_so(
+        self, make_manager: ManagerFactory, steady: Sentinels, at_once: dict[str, Any]
+    ) -> None:
+        manager = make_manager(steady.url.replace("/game", "/gmae"), **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="No master found for 'gmae'"):
+            manager.get_connection_count()
+
+    def test_that_cannot_be_reached_is_named(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
+        manager = make_manager(f"redis+sentinel://127.0.0.1:{free_port()}/game", **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+            manager.get_connection_count()
+
+    def test_serves_more_calls_at_once_than_connections(self, steady: Sentinels) -> None:
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(steady.url, max_connections=3) as manager:
+                assert await asyncio.gather(*(manager.get_connection_count() for _ in range(50))) == [0] * 50
+
+        asyncio.run(run())
+
+
+class TestAFailoverBySentinel:
+    """No caller notices it (guarantee 8)."""
+
+    @pytest.fixture
+    def sentinels(self, tmp_path: Path) -> Iterator[Sentinels]:
+        with Sentinels(tmp_path).running() as sentinels:
+            yield sentinels
+
+    @pytest.fixture
+    def managers(
+        self, make_manager: ManagerFactory, sentinels: Sentinels, namespace: str
+    ) -> dict[str, ConnectionManager]:
+        """A manager for each operation, so that each of them is some manager's first after the failover."""
+        managers = {name: make_manager(sentinels.url, namespace=f"{namespace} {name}") for name in (*CALLS, "pipeline")}
+        for manager in managers.values():
+            set_the_scene(manager)
+        sentinels.replicate()
+        return managers
+
+    def test_on_demand_leads_the_next_call_to_the_new_primary(
+        self, sentinels: Sentinels, managers: dict[str, ConnectionManager]
+    ) -> None:
+        sentinels.fail_over()
+        sentinels.demote_the_old_primary()
+        self.check_all(managers)
+
+    def test_after_a_crash_leads_the_next_call_to_the_new_primary(
+        self, sentinels: Sentinels, managers: dict[str, ConnectionManager]
+    ) -> None:
+        sentinels.primary.kill()
+        sentinels.wait_for_the_new_primary()
+        self.check_all(managers)
+
+    def check_all(self, managers: dict[str, ConnectionManager]) -> None:
+        piped = managers.pop("pipeline")
+        beats = [piped.operations.update_heartbeat(sid) for sid in ("sid-1", "sid-2", "unknown")]
+        assert piped.pipeline(beats) == [True, True, False]
+        for name, manager in managers.items():
+            if name in READS:  # An old primary that is still there would answer them: reading is not refused.
+                check(manager, "update_heartbeat")
+            check(manager, name)
+
+
+class Cluster:
+    """Two nodes, each with half of the slots."""
+
+    def __init__(self) -> None:
+        self.nodes = [
+            LocalServer(
+                program(), "--cluster-enabled", "yes", "--cluster-port", str(port), "--cluster-node-timeout", "2000"
+            )
+            for port in (free_port(), free_port())
+        ]
+
+    @property
+    def url(self) -> str:
+        return f"redis+cluster://127.0.0.1:{self.nodes[0].port}"
+
+    @contextmanager
+    def running(self) -> Iterator[Cluster]:
+        with self.nodes[0], self.nodes[1], admin(self.nodes[0]) as one, admin(self.nodes[1]) as two:
+            self.clients = [one, two]
+            one.execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
+            two.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+            bus_port = two.config_get("cluster-port")["cluster-port"]
+            one.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[1].port, bus_port)
+            wait_until(lambda: all(self._knows_every_slot(client) for client in self.clients))
+            yield self
+
+    @staticmethod
+    def _knows_every_slot(client: Any) -> bool:
+        info = client.cluster("INFO")
+        return bool(info["cluster_state"] == "ok" and info["cluster_slots_assigned"] == "16384")
+
+    def namespaces(self) -> list[str]:
+        """Name two namespaces, one for each node."""
+        names = ["one", "two"]
+        assert [self.slot(name) < 8192 for name in names] == [False, True]
+        return names
+
+    def slot(self, namespace: str) -> int:
+        slot: int = self.clients[0].cluster("KEYSLOT", f"{{{namespace}}}:")
+        return slot
+
+    def move(self, slot: int, node: int) -> None:
+        """Give an empty slot to a node."""
+        owner = self.clients[node].cluster("MYID")
+        for client in (self.clients[node], self.clients[1 - node]):
+            client.cluster("SETSLOT", slot, "NODE", owner)
+
+    def forget_everything(self) -> None:
+        for client in self.clients:
+            client.flushall()
+            client.script_flush()
+
+
+@pytest.fixture(scope="module")
+def running_cluster() -> Iterator[Cluster]:
+    with Cluster().running() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(running_cluster: Cluster) -> Cluster:
+    running_cluster.forget_everything()
+    return running_cluster
+
+
+@contextmanager
+def given_cluster_client(kind: str, namespace: str, **options: Any) -> Iterator[Any]:
+    """Make a cluster client as an application makes its own, and the manager that it is given to."""
+    if kind == "blocking":
+        with redis.RedisCluster(host="127.0.0.1", **options) as client:
+            yield presence.sync.ConnectionManager(client, namespace=namespace)
+        return
+    with asyncio.Runner() as runner:
+        asyncio_client = redis.asyncio.RedisCluster(host="127.0.0.1", **options)
+        yield Awaited(presence.ConnectionManager(asyncio_client, namespace=namespace), runner)
+        runner.run(asyncio_client.aclose())
+
+
+class TestCluster:
+    """A namespace is one slot, so every script is legal; several namespaces spread over the nodes."""
+
+    def test_serves_every_operation_on_every_node(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
+        for namespace in cluster.namespaces():
+            play(make_manager(cluster.url, namespace=namespace))
+        assert all(client.dbsize() > 0 for client in cluster.clients)
+
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    @pytest.mark.parametrize("decode_responses", [False, True])
+    @pytest.mark.parametrize("protocol", [2, 3])
+    def test_serves_a_client_that_the_caller_made(
+        self, cluster: Cluster, kind: str, decode_responses: bool, protocol: int
+    ) -> None:
+        options = {"port": cluster.nodes[0].port, "decode_responses": decode_responses, "protocol": protocol}
+        for namespace in cluster.namespaces():
+            with given_cluster_client(kind, namespace, **options) as manager:
+                play(manager)
+
+    def test_ids_with_braces_stay_in_the_slot_of_their_namespace(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        manager = make_manager(cluster.url, namespace="one")
+        for odd in ("{two}", "}{two}", "a{b}c", "{}", "}", "{"):
+            manager.register_connection(odd, odd)
+            manager.join_game(odd, odd)
+            assert manager.get_game_user_sids(odd) == {odd: odd}
+        assert [client.dbsize() > 0 for client in cluster.clients] == [True, False]
+
+    def test_serves_a_pipeline_and_loads_the_scripts_that_a_node_lost(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        for namespace in cluster.namespaces():
+            manager = make_manager(cluster.url, namespace=namespace)
+            set_the_scene(manager)
+            for client in cluster.clients:
+                client.script_flush()
+            operations = manager.operations
+            described: list[presence.Operation[Any]] = [
+                operations.leave_game("sid-1"),
+                operations.get_game_user_sids("game"),
+                operations.get_connection_count(),
+            ]
+            assert manager.pipeline(described) == ["game", {"user-2": "sid-2"}, 2]
+
+    def test_a_pipeline_keeps_the_results_of_the_operations_that_worked(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        manager = make_manager(cluster.url, namespace="one")
+        set_the_scene(manager)
+        cluster.clients[0].set("{one}:game_conns:foreign", "what another program wrote")
+        operations = manager.operations
+        with pytest.raises(presence.PipelineError, match="use another namespace") as raised:
+            manager.pipeline(
+                [operations.get_game_connection_count("game"), operations.get_game_connection_count("foreign")]
+            )
+        worked, failed = raised.value.results
+        assert worked == 2
+        assert isinstance(failed, presence.UnexpectedReplyError)
+
+    def test_a_slot_that_moves_to_another_node_is_followed(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        slot = cluster.slot("one")
+        managers = {name: make_manager(cluster.url, namespace="one") for name in CALLS}
+        for manager in managers.values():
+            manager.get_connection_count()
+        cluster.move(slot, node=1)
+        try:
+            for name, manager in managers.items():
+                call(manager, name)
+                assert cluster.clients[0].dbsize() == 0
+                cluster.clients[1].flushall()
+        finally:
+            cluster.move(slot, node=0)
+
+    def test_many_calls_at_once_work_from_the_first_on(self, cluster: Cluster) -> None:
+        async def run() -> None:
+            for namespace in cluster.namespaces():
+                async with presence.ConnectionManager.from_url(cluster.url, namespace=namespace) as manager:
+                    for _ in range(2):
+                        counts = await asyncio.gather(*(manager.get_connection_count() for _ in range(100)))
+                        assert counts == [0] * 100
+
+        for _ in range(5):
+            cluster.forget_everything()
+            asyncio.run(run())
+
+    def test_least_rights_are_those_for_one_server_and_two_more(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        rights = (*TestAnACLUserWithTheLeastRights.RIGHTS, "~{one}:*", "~{two}:*", "+cluster|slots", "+command")
+        for client in cluster.clients:
+            client.execute_command("ACL", "SETUSER", "game-server", "on", ">password", *rights)
+        for namespace in cluster.namespaces():
+            play(make_manager(cluster.url.replace("127", "game-server:password@127"), namespace=namespace))
+
+
+class TestAClusterThatCannotServe:
+    """The error says so, and what to do."""
+
+    def test_a_client_for_one_server_is_told_to_be_a_cluster_client(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        manager = make_manager(cluster.nodes[0].url, namespace="two")
+        with pytest.raises(presence.UnexpectedReplyError, match=r"use a redis\+cluster:// URL"):
+            manager.get_connection_count()
+
+    def test_a_server_that_is_no_cluster_is_named(self, make_manager: ManagerFactory, own_server: LocalServer) -> None:
+        manager = make_manager(f"redis+cluster://127.0.0.1:{own_server.port}")
+        with pytest.raises(presence.ServerUnreachableError, match=r"check that its nodes run in cluster mode"):
+            manager.get_connection_count()
+
+    def test_nodes_that_cannot_be_reached_are_named(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(f"redis+cluster://127.0.0.1:{free_port()}")
+        with pytest.raises(presence.ServerUnreachableError, match="check that it runs") as raised:
+            manager.get_connection_count()
+        assert isinstance(raised.value.__cause__, redis.exceptions.RedisClusterException)
+
+    def test_a_wrong_password_is_named(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
+        manager = make_manager(cluster.url.replace("127", "user:wrong@127"))
+        with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
+            manager.get_connection_count()
+
+    def test_slots_that_nobody_serves_are_named(self, make_manager: ManagerFactory) -> None:
+        with LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as lone:
+            with pytest.raises(presence.ServerUnreachableError, match="every slot is covered"):
+                make_manager(f"redis+cluster://127.0.0.1:{lone.port}").get_connection_count()
+            with pytest.raises(presence.ServerUnreachableError, match="CLUSTER INFO"):
+                make_manager(lone.url).get_connection_count()
