@@ -84,6 +84,10 @@ _NOT_A_CLUSTER_CLIENT: _Explanation = (
     UnexpectedReplyError,
     "the server is part of a cluster; use a redis+cluster:// URL or a RedisCluster client",
 )
+_POOL_IN_USE: _Explanation = (
+    ServerUnreachableError,
+    "every connection of the client's pool is in use; raise max_connections of the client",
+)
 _UNREACHABLE: _Explanation = (
     ServerUnreachableError,
     "the server cannot be reached; check that it runs, the host and port in the URL, and the network",
@@ -122,6 +126,11 @@ _BY_WORDS: dict[str, _Explanation] = {
         ServerUnreachableError,
         "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
     ),
+    "No connection available": _POOL_IN_USE,
+    "Cluster mode is not enabled": (
+        UnexpectedReplyError,
+        "the server is not part of a cluster; use a redis:// URL or a Redis client",
+    ),
 }
 
 # By redis-py's class. The first that the error is an instance of decides, so a subclass comes before its base.
@@ -134,10 +143,7 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
         ServerBusyError,
         "the server is still loading its data after a start; call again in a moment",
     ),
-    exceptions.MaxConnectionsError: (
-        ServerUnreachableError,
-        "every connection of the client's pool is in use; raise max_connections of the client",
-    ),
+    exceptions.MaxConnectionsError: _POOL_IN_USE,
     exceptions.ReadOnlyError: (
         ReadOnlyServerError,
         "the server is a read-only replica; point the URL at the primary, or use a redis+sentinel:// URL, "
@@ -171,7 +177,7 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
     OSError: _UNREACHABLE,
 }
 
-_OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation; what it said names the cause")
+_OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation")
 
 
 def explain(error: Exception) -> PresenceError:
