@@ -90,7 +90,7 @@ def parse(url: str) -> Address:
             return _parse_fleet(url, *scheme.split("+"))
         redis.connection.parse_url(url)
     except ValueError as error:
-        if str(error).startswith("Port"):
+        if str(error).startswith("Port could not"):
             # It would quote what may be half a password.
             raise ValueError(
                 "url is malformed: the port is no number; special characters in a password must be percent-encoded"

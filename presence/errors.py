@@ -127,10 +127,6 @@ _BY_WORDS: dict[str, _Explanation] = {
         "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
     ),
     "No connection available": _POOL_IN_USE,
-    "Cluster mode is not enabled": (
-        UnexpectedReplyError,
-        "the server is not part of a cluster; use a redis:// URL or a Redis client",
-    ),
 }
 
 # By redis-py's class. The first that the error is an instance of decides, so a subclass comes before its base.
