@@ -1,0 +1,126 @@
+"""Populations of live connections, each in a two-player game, made with the library's own operations."""
+
+from __future__ import annotations
+
+import base64
+import random
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from bench.measure import MeasurementError, send
+from bench.progress import Progress
+from presence import Operations, operations
+from presence.scripts import Script
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import redis
+
+    from presence.operations import Operation
+
+NAMESPACE = "bench"
+OTHER_NAMESPACE = "bench-few"
+CHUNK = 5_000
+HEARTBEAT_MS = 30_000
+
+_random = random.Random(20_260_101)
+
+
+def new_sid() -> str:
+    """Make a random sid of the shape that Socket.IO's have: 15 bytes in 20 characters."""
+    return base64.urlsafe_b64encode(_random.randbytes(15)).decode()
+
+
+def new_uuid() -> str:
+    """Make a random UUID as a user id."""
+    return str(UUID(bytes=_random.randbytes(16), version=4))
+
+
+def sample(population: Population, count: int, without: Iterable[int] = ()) -> list[int]:
+    """Choose different connections at random, none of them in ``without``."""
+    excluded = set(without)
+    chosen = _random.sample(range(len(population.sids)), count + len(excluded))
+    return [index for index in chosen if index not in excluded][:count]
+
+
+def server_ms(client: redis.Redis) -> int:
+    """Read the server's clock, in milliseconds."""
+    seconds, micros = client.time()
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def load_scripts(client: redis.Redis) -> None:
+    """Load every script, so that no measured call misses one."""
+    for script in vars(operations).values():
+        if isinstance(script, Script):
+            client.script_load(script.source)
+
+
+class Population:
+    """Connections 0, 1, 2, …: number n belongs to user n and is in game n // 2."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        size: int,
+        *,
+        namespace: str = NAMESPACE,
+        make_user_id: Callable[[int], str] = "user-{:06}".format,
+    ) -> None:
+        self.client = client
+        self.operations = Operations(namespace)
+        self.last_seen_key = f"{{{namespace}}}:last_seen"
+        self.sids = [new_sid() for _ in range(size)]
+        self.user_ids = [make_user_id(index) for index in range(size)]
+
+    @staticmethod
+    def game_id(index: int) -> str:
+        """Give the game of a connection."""
+        return f"game-{index // 2:06}"
+
+    def register(self, index: int) -> Operation[Any]:
+        """Describe the registration of a connection."""
+        return self.operations.register_connection(self.sids[index], self.user_ids[index])
+
+    def join(self, index: int) -> Operation[Any]:
+        """Describe how a connection joins its game."""
+        return self.operations.join_game(self.sids[index], self.game_id(index))
+
+    def fill(self) -> None:
+        """Register all connections, then let each join its game."""
+        load_scripts(self.client)
+        size = len(self.sids)
+        for work, describe in (("connections registered", self.register), ("of them in a game", self.join)):
+            progress = Progress(work, size)
+            for start in range(0, size, CHUNK):
+                chunk = range(start, min(start + CHUNK, size))
+                send(self.client, [describe(index).command() for index in chunk])
+                progress.advance(len(chunk))
+        count = self.client.zcard(self.last_seen_key)
+        if count != size:
+            raise MeasurementError(f"the fill left {count} connections instead of {size}")
+
+    def restore(self, indexes: Iterable[int]) -> None:
+        """Register connections that are gone, and let each join its game."""
+        indexes = list(indexes)
+        send(self.client, [self.register(index).command() for index in indexes])
+        send(self.client, [self.join(index).command() for index in indexes])
+
+    def shuffle_last_seen(self) -> None:
+        """Let all have been seen at random moments of the last 30 seconds, as when they sent heartbeats meanwhile."""
+        now = server_ms(self.client)
+        self.set_last_seen({index: now - _random.randrange(HEARTBEAT_MS) for index in range(len(self.sids))})
+
+    def set_last_seen(self, times: dict[int, int]) -> None:
+        """Move connections in last_seen to other times, in milliseconds."""
+        send(self.client, [("ZADD", self.last_seen_key, "XX", time, self.sids[n]) for n, time in times.items()])
+
+
+def remove_all(client: redis.Redis) -> None:
+    """Remove every connection of a population again, with the library's own cleanup."""
+    load_scripts(client)
+    for namespace in (NAMESPACE, OTHER_NAMESPACE):
+        batch = Operations(namespace).cleanup_batch(0)
+        while not batch.parse(client.execute_command(*batch.command())).is_last:
+            pass

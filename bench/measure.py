@@ -1,0 +1,133 @@
+"""How time and memory inside the server are measured, and how repeated measurements are summed up.
+
+Time is the server's own account of it, ``usec`` and ``calls`` in INFO commandstats, as the difference of two readings:
+nothing is reset and no setting is changed. It holds neither the network nor the client.
+
+Calls are made one per round trip, never in a pipeline. A pipeline of one command repeated keeps a tiny script's code
+and data in the CPU's caches, and Valkey even prefetches the keys of pipelined native commands; the traffic of game
+servers offers neither, so a pipeline would flatter the numbers, and not evenly. For the same reason the commands take
+turns in many short rounds, and so a moment in which the machine did something else spoils few rounds and no median.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import redis
+
+    from presence.operations import Command
+
+PIPELINE_SIZE = 500
+STABLE_SECONDS = 1.0
+STABLE_BYTES = 64 * 1024
+"""Changes of the used memory below this are the buffers of our own connection."""
+LONGEST_WAIT_SECONDS = 60
+
+
+class MeasurementError(Exception):
+    """The server did not do what was to be measured, so there is no result."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Give the smallest of the values that at least this percentage of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of repeated measurements, and the range in which four of five of them are."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Sum up repeated measurements."""
+        return cls(statistics.median(values), percentile(values, 10), percentile(values, 90))
+
+    @classmethod
+    def exactly(cls, value: float) -> Self:
+        """Hold the result of a measurement that is made once."""
+        return cls(value, value, value)
+
+
+def ratios(costs: Sequence[float], baselines: Sequence[float]) -> Spread:
+    """Sum up the ratios of measurements to the baselines of the same rounds."""
+    return Spread.of([cost / baseline for cost, baseline in zip(costs, baselines, strict=True)])
+
+
+def send(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
+    """Send commands that are not measured, in pipelines; an error reply is raised."""
+    replies: list[Any] = []
+    for start in range(0, len(commands), PIPELINE_SIZE):
+        pipeline = client.pipeline(transaction=False)
+        for command in commands[start : start + PIPELINE_SIZE]:
+            pipeline.execute_command(*command)
+        replies += pipeline.execute()
+    return replies
+
+
+def server_time(client: redis.Redis, commands: Iterable[Command]) -> tuple[float, list[Any]]:
+    """Call commands of one kind, one per round trip.
+
+    Args:
+        client: the connection to the server, which nobody else uses at this time.
+        commands: calls of one command (EVALSHA, or a native one).
+
+    Returns:
+        The time inside the server in microseconds per call, and the replies.
+
+    Raises:
+        MeasurementError: the server counted other calls than these.
+
+    """
+    replies: list[Any] = []
+    name = ""
+    calls_before, usec_before = 0, 0
+    for command in commands:
+        if not name:
+            name = str(command[0]).lower()
+            calls_before, usec_before = _command_stats(client, name)
+        replies.append(client.execute_command(*command))
+    calls, usec = _command_stats(client, name)
+    if calls - calls_before != len(replies):
+        raise MeasurementError(
+            f"the server counted {calls - calls_before} calls of {name} instead of {len(replies)}; "
+            "does another program use it?"
+        )
+    return (usec - usec_before) / len(replies), replies
+
+
+def _command_stats(client: redis.Redis, name: str) -> tuple[int, int]:
+    stats: Any = client.info("commandstats")
+    entry = stats.get(f"cmdstat_{name}", {"calls": 0, "usec": 0})
+    return entry["calls"], entry["usec"]
+
+
+def used_memory(client: redis.Redis) -> int:
+    """Read the server's used memory once it stands still: a hash table that grows holds two tables for a while.
+
+    Raises:
+        MeasurementError: it does not stand still.
+
+    """
+    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+    reference, since = -STABLE_BYTES, 0.0
+    while time.monotonic() < deadline:
+        info: Any = client.info("memory")
+        used: int = info["used_memory"]
+        if abs(used - reference) >= STABLE_BYTES:
+            reference, since = used, time.monotonic()
+        elif time.monotonic() - since >= STABLE_SECONDS:
+            return used
+        time.sleep(0.1)
+    raise MeasurementError(f"the server's used memory still changes after {LONGEST_WAIT_SECONDS} s")

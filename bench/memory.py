@@ -1,0 +1,37 @@
+"""Memory that a connection in a game takes, everything included: records, indexes, user and game keys, hash tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bench.fill import Population, load_scripts, new_uuid
+from bench.measure import Spread, used_memory
+from bench.report import Row
+
+if TYPE_CHECKING:
+    from bench.scale import Scale
+    from bench.servers import Server
+
+REDIS_TARGET = 700
+VALKEY_TARGET = 540
+
+
+def measure_memory(server: Server, scale: Scale) -> list[Row]:
+    """Measure the memory per connection, with user ids like user-000005."""
+    info: Any = server.client.info("server")
+    target = VALKEY_TARGET if "valkey_version" in info else REDIS_TARGET
+    cost = _bytes_per_connection(Population(server.client, scale.connections))
+    return [Row("connection in a game, 11-character user id", cost, "bytes", target=target)]
+
+
+def measure_memory_with_uuids(server: Server, scale: Scale) -> list[Row]:
+    """Measure the memory per connection, with UUIDs as user ids."""
+    cost = _bytes_per_connection(Population(server.client, scale.connections, make_user_id=lambda _: new_uuid()))
+    return [Row("connection in a game, UUID as user id", cost, "bytes")]
+
+
+def _bytes_per_connection(population: Population) -> Spread:
+    load_scripts(population.client)
+    empty = used_memory(population.client)
+    population.fill()
+    return Spread.exactly((used_memory(population.client) - empty) / len(population.sids))

@@ -1,0 +1,209 @@
+"""Server time of each operation, beside native commands on the same data.
+
+Every round measures every operation on connections chosen at random, and leaves the state as it found it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
+from bench.measure import MeasurementError, Spread, ratios, send, server_time
+from bench.progress import Progress
+from bench.report import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from bench.scale import Scale
+    from bench.servers import Server
+    from presence.operations import Command, Operation
+
+Result = TypeVar("Result")
+
+NOTHING = "return 1 as EVALSHA"
+ZADD = "ZADD XX, same index"
+ZADD_LATE = "ZADD XX, same moment"
+HSET = "HSET, 4 fields, new key"
+
+REFRESHING = "heartbeat that refreshes TTLs"
+"""With the default TTL of an hour, one in 15 minutes."""
+
+# Operation, the native command that it is held against, and how many times that one's time it may take.
+COMPARED: tuple[tuple[str, str, float | None], ...] = (
+    ("heartbeat", ZADD, 3.5),
+    (REFRESHING, ZADD_LATE, None),
+    ("register, first of its user", HSET, 9),
+    ("register, displacing one in a game", HSET, 13),
+    ("snapshot of a two-player game", NOTHING, 10),
+    ("join a game", HSET, None),
+    ("leave a game", HSET, None),
+    ("unregister one in a game", HSET, None),
+    ("get_connection", NOTHING, None),
+    ("get_user_connection", NOTHING, None),
+    ("is_user_online", NOTHING, None),
+    ("get_connection_count", NOTHING, None),
+    ("get_game_connection_count", NOTHING, None),
+)
+
+DUE_TTL_MS = 3_600_000
+"""Less than any record is left with: the next heartbeat has to refresh the TTLs."""
+
+
+class Rounds:
+    """The measured rounds: for each name the server time per call, in microseconds, round by round."""
+
+    def __init__(self, population: Population, calls: int) -> None:
+        self.costs: defaultdict[str, list[float]] = defaultdict(list)
+        self._population = population
+        self._operations = population.operations
+        self._client = population.client
+        self._calls = calls
+        self._nothing = str(self._client.script_load("return 1"))
+
+    def run_one(self) -> None:
+        """Measure everything once; a native command comes right before the operations that are held against it."""
+        self._measure_heartbeats()
+        self._measure_reads()
+        self._measure_registrations()
+        self._measure_joins_and_removals()
+
+    def run_refreshing_heartbeats(self, rounds: int) -> None:
+        """Measure heartbeats of connections whose keys would expire soon; each connection can be measured once."""
+        due = sample(self._population, rounds * self._calls)
+        keys = [f"{{{NAMESPACE}}}:conn:{self._population.sids[index]}" for index in due]
+        send(self._client, [("PEXPIRE", key, DUE_TTL_MS) for key in keys])
+        for start in range(0, len(due), self._calls):
+            self._time_native(ZADD_LATE, self._native_heartbeats(self._sample(without=due)), 0)
+            self._time(REFRESHING, self._heartbeats(due[start : start + self._calls]), bool)
+        if min(send(self._client, [("PTTL", key) for key in keys])) <= DUE_TTL_MS:
+            raise MeasurementError("heartbeats did not refresh the TTLs of keys that would expire soon")
+
+    def _measure_heartbeats(self) -> None:
+        self._time_native(ZADD, self._native_heartbeats(self._sample()), 0)
+        self._time("heartbeat", self._heartbeats(self._sample()), bool)
+
+    def _heartbeats(self, indexes: list[int]) -> list[Operation[bool]]:
+        return [self._operations.update_heartbeat(self._population.sids[index]) for index in indexes]
+
+    def _native_heartbeats(self, indexes: list[int]) -> Iterator[Command]:
+        offset = server_ms(self._client) - time.time_ns() // 1_000_000
+        for index in indexes:
+            now = time.time_ns() // 1_000_000 + offset
+            yield "ZADD", self._population.last_seen_key, "XX", now, self._population.sids[index]
+
+    def _measure_reads(self) -> None:
+        sids, user_ids = self._population.sids, self._population.user_ids
+        describe, game_id = self._operations, self._population.game_id
+        self._time_native(NOTHING, [("EVALSHA", self._nothing, 0)] * self._calls, 1)
+        self._time(
+            "snapshot of a two-player game",
+            [describe.get_game_connections(game_id(index)) for index in self._sample()],
+            lambda connections: len(connections) == 2,
+        )
+        self._time("get_connection", [describe.get_connection(sids[index]) for index in self._sample()], _is_found)
+        self._time(
+            "get_user_connection",
+            [describe.get_user_connection(user_ids[index]) for index in self._sample()],
+            _is_found,
+        )
+        # On a slow machine some are offline by now; to find that out costs the same.
+        self._time("is_user_online", [describe.is_user_online(user_ids[index]) for index in self._sample()], _is_found)
+        self._time(
+            "get_connection_count", [describe.get_connection_count()] * self._calls, lambda count: count == len(sids)
+        )
+        self._time(
+            "get_game_connection_count",
+            [describe.get_game_connection_count(game_id(index)) for index in self._sample()],
+            lambda count: count == 2,
+        )
+
+    def _measure_registrations(self) -> None:
+        now = server_ms(self._client)
+        records = [f"{{{NAMESPACE}}}:conn:{new_sid()}" for _ in range(self._calls)]
+        users = [f"user-{len(self._population.sids) + index:06}" for index in range(self._calls)]
+        try:
+            self._time_native(
+                HSET,
+                [
+                    ("HSET", record, "user_id", user, "game_id", "game-000005", "connected_at", now, "last_seen", now)
+                    for record, user in zip(records, users, strict=True)
+                ],
+                4,
+            )
+        finally:
+            send(self._client, [("DEL", record) for record in records])
+
+        sids = [new_sid() for _ in users]
+        self._time(
+            "register, first of its user",
+            [self._operations.register_connection(sid, user) for sid, user in zip(sids, users, strict=True)],
+            lambda registration: not registration.displaced,
+        )
+        send(self._client, [self._operations.unregister_connection(sid).command() for sid in sids])
+
+        returning = self._sample()
+        for index in returning:
+            self._population.sids[index] = new_sid()
+        self._time(
+            "register, displacing one in a game",
+            [self._population.register(index) for index in returning],
+            lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is not None,
+        )
+        send(self._client, [self._population.join(index).command() for index in returning])
+
+    def _measure_joins_and_removals(self) -> None:
+        sids = self._population.sids
+        moving = self._sample()
+        self._time("leave a game", [self._operations.leave_game(sids[index]) for index in moving], _is_found)
+        going = self._sample(without=moving)
+        self._time(
+            "unregister one in a game",
+            [self._operations.unregister_connection(sids[index]) for index in going],
+            lambda connection: connection is not None and connection.game_id is not None,
+        )
+        self._population.restore(going)
+        self._time("join a game", [self._population.join(index) for index in moving], bool)
+
+    def _sample(self, without: Sequence[int] = ()) -> list[int]:
+        return sample(self._population, self._calls, without)
+
+    def _time_native(self, name: str, commands: Sequence[Command] | Iterator[Command], expected: object) -> None:
+        cost, replies = server_time(self._client, commands)
+        for reply in replies:
+            if reply != expected:
+                raise MeasurementError(f"{name} answered {reply!r} instead of {expected!r}")
+        self.costs[name].append(cost)
+
+    def _time(self, name: str, operations: Sequence[Operation[Result]], is_right: Callable[[Result], object]) -> None:
+        cost, replies = server_time(self._client, [operation.command() for operation in operations])
+        for operation, reply in zip(operations, replies, strict=True):
+            if not is_right(operation.parse(reply)):
+                raise MeasurementError(f"{name} answered {reply!r}, so it did not do what was to be measured")
+        self.costs[name].append(cost)
+
+
+def _is_found(answer: Any) -> bool:
+    return answer is not None
+
+
+def measure_speed(server: Server, scale: Scale) -> list[Row]:
+    """Measure the server time of each operation."""
+    population = Population(server.client, scale.connections)
+    population.fill()
+    population.shuffle_last_seen()
+    rounds = Rounds(population, scale.calls)
+    progress = Progress(f"rounds of {scale.calls:,} calls of each operation", scale.rounds)
+    for _ in range(scale.rounds):
+        rounds.run_one()
+        progress.advance()
+    rounds.run_refreshing_heartbeats(scale.rounds)
+
+    costs = rounds.costs
+    natives = [Row(name, Spread.of(costs[name]), "µs") for name in (NOTHING, ZADD, HSET)]
+    return natives + [
+        Row(name, Spread.of(costs[name]), "µs", ratios(costs[name], costs[native]), native, target)
+        for name, native, target in COMPARED
+    ]
