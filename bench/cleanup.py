@@ -74,12 +74,12 @@ def measure_cleanup(server: Server, scale: Scale) -> list[Row]:
     rows = []
     for cleanups in (many, few):
         among = f"{scale.stale:,} stale among {len(cleanups.population.sids):,}"
-        # The median of the cleanups' longest scripts: the longest of all tells what else the machine did meanwhile.
-        longest = Spread.of(cleanups.longest_ms)
+        # The longest of all may have waited for a CPU that something else had; the other rows tell what is usual.
+        longest = Spread.exactly(max(cleanups.batch_ms))
         rows += [
             Row(f"{among}: longest script", longest, "ms", target=LONGEST_SCRIPT_MS),
+            Row(f"{among}: longest, median of {scale.cleanup_rounds} runs", Spread.of(cleanups.longest_ms), "ms"),
             Row(f"{among}: 99th percentile", Spread.exactly(percentile(cleanups.batch_ms, 99)), "ms"),
-            Row(f"{among}: longest of {scale.cleanup_rounds} cleanups", Spread.exactly(max(cleanups.batch_ms)), "ms"),
         ]
     rows.append(Row(f"for each removed among {scale.few_connections:,}", Spread.of(few.us_per_removed), "µs"))
     ratio = ratios(many.us_per_removed, few.us_per_removed)

@@ -7,7 +7,7 @@ snapshot needs of each member, so that a snapshot need not open every member's r
 
 KEYS  conn, game_conns, last_seen
 ARGV  key_prefix, sid, game_id, conn_ttl_ms, key_lifetime_ms
-Reply {joined 0|1, the game left or ''}
+Reply the game left, '' when it left none, or 0 when there is no such live connection
 Cost  O(1)
 Error OOM when the server's memory is full; nothing is changed then
 ]]
@@ -21,17 +21,18 @@ local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
 
 local connection = read_live_connection(conn_key, last_seen_key, sid, now_ms() - conn_ttl_ms)
 if not connection then
-  return {0, ''}
+  return 0
 end
 local user_id, current_game_id, connected_at = connection[2], connection[3], connection[4]
 if current_game_id == game_id then
-  return {1, ''}
+  return ''
 end
+-- Where keys are evicted it may be gone, and a script must not fail between its writes.
+local registered_at = redis.call('ZSCORE', key_prefix .. 'user_conns:' .. user_id, sid) or connected_at .. '000'
 if current_game_id ~= '' then
   redis.call('HDEL', key_prefix .. 'game_conns:' .. current_game_id, sid)
 end
 redis.call('HSET', conn_key, 'game_id', game_id)
-local registered_at = redis.call('ZSCORE', key_prefix .. 'user_conns:' .. user_id, sid)
 redis.call('HSET', game_conns_key, sid, game_entry(registered_at, connected_at, user_id))
 redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
-return {1, current_game_id}
+return current_game_id

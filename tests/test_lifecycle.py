@@ -311,6 +311,19 @@ class TestAStateThatTheServerLostInPart:
         assert manager.register_connection("new", "evicted user").displaced == ()
         assert manager.is_user_online("new owner")
 
+    def test_a_join_does_not_fail_halfway_when_the_users_key_was_evicted(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+    ) -> None:
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "old game")
+        client.delete(f"{{{namespace}}}:user_conns:user")
+
+        assert manager.join_game("sid", "new game").left_game_id == "old game"
+
+        assert manager.get_game_connections("new game") == [manager.get_connection("sid")]
+        assert manager.get_game_connections("old game") == []
+        manager.unregister_connection("sid")
+
     def test_a_ttl_that_was_lowered_lets_no_game_expire(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
