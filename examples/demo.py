@@ -196,7 +196,7 @@ async def fall_silent(stage: Stage, silent: Device, opponent: Device) -> None:
     stage.timeline.say(silent.user_id, "sends no more heartbeats")
 
     def removals() -> list[dict[str, Any]]:
-        cleanups = [it.value for it in stage.timeline.answers if it.operation == "cleanup_stale_connections"]
+        cleanups = [it.value for it in stage.timeline.answers if it.operation == "run_cleanup"]
         return [connection for cleanup in cleanups for connection in cleanup["removed"]]
 
     await stage.timeline.until(removals, "a cleanup removes bob")

@@ -23,7 +23,7 @@ from examples.socketio_server import GameServer
 from presence import CleanupResult, ConnectionInfo, ConnectionManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -54,9 +54,7 @@ def reported(
         except Exception as error:
             report(operation=method.__name__, arguments=args, error=f"{type(error).__name__}: {error}")
             raise
-        # Both servers clean up twice a second, mostly with nothing to say.
-        if not isinstance(answer, CleanupResult) or answer:
-            report(operation=method.__name__, arguments=args, answer=answer)
+        report(operation=method.__name__, arguments=args, answer=answer)
         return answer
 
     return call
@@ -72,7 +70,6 @@ class ReportingManager(ConnectionManager):
     leave_game = reported(ConnectionManager.leave_game)
     update_heartbeat = reported(ConnectionManager.update_heartbeat)
     get_opponent_sid = reported(ConnectionManager.get_opponent_sid)
-    cleanup_stale_connections = reported(ConnectionManager.cleanup_stale_connections)
     report_unregister = reported(ConnectionManager.unregister_connection)
 
     async def unregister_connection(self, sid: str) -> ConnectionInfo | None:
@@ -81,6 +78,22 @@ class ReportingManager(ConnectionManager):
             report(held=sid)
             await self.may_unregister.wait()
         return await self.report_unregister(sid)
+
+    async def run_cleanup(
+        self,
+        interval_seconds: float = 30,
+        *,
+        threshold_seconds: float | None = None,
+        on_removed: Callable[[CleanupResult], Awaitable[object]] | None = None,
+    ) -> None:
+        """Clean up as ever, and report what that removes."""
+
+        async def report_and_pass_on(result: CleanupResult) -> None:
+            report(operation="run_cleanup", arguments=(), answer=result)
+            if on_removed is not None:
+                await on_removed(result)
+
+        await super().run_cleanup(interval_seconds, threshold_seconds=threshold_seconds, on_removed=report_and_pass_on)
 
 
 async def obey(manager: ReportingManager, server: uvicorn.Server) -> None:

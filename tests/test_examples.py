@@ -1,0 +1,33 @@
+"""What the README shows works as it is shown."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def test_the_demo_ends_well(server_url: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "examples.demo"],
+        cwd=CHECKOUT,
+        env=os.environ | {"PRESENCE_REDIS_URL": server_url},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "checks passed, no key is left" in finished.stdout.splitlines()[-1]
+
+
+def test_the_readmes_example_prints_what_it_says(server_url: str, namespace: str) -> None:
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    code, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", readme, re.DOTALL).groups()  # type: ignore[union-attr]
+    here = code.replace('"redis://localhost:6379/0"', f"{server_url!r}, namespace={namespace!r}")
+    assert here != code
+    finished = subprocess.run([sys.executable, "-c", here], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert finished.stdout == printed, finished.stderr
