@@ -307,8 +307,8 @@ def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
     """Converse with the server to run operations, together and in order.
 
     A script that the server does not have is loaded and exactly the calls that missed it are repeated; nothing of them
-    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be
-    there and others not, and the calls would run out of order: so these are loaded in the same breath.
+    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be there and
+    others not, and the calls would run out of order: so these are loaded in the same breath.
 
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
