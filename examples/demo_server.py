@@ -72,12 +72,14 @@ class ReportingManager(ConnectionManager):
     get_opponent_sid = reported(ConnectionManager.get_opponent_sid)
     report_unregister = reported(ConnectionManager.unregister_connection)
 
-    async def unregister_connection(self, sid: str) -> ConnectionInfo | None:
+    async def unregister_connection(
+        self, sid: str, *, grace_seconds: float | None = None, epoch: int | None = None
+    ) -> ConnectionInfo | None:
         """Unregister as ever, but not before the demo lets it."""
         if not self.may_unregister.is_set():
             report(held=sid)
             await self.may_unregister.wait()
-        return await self.report_unregister(sid)
+        return await self.report_unregister(sid, grace_seconds=grace_seconds, epoch=epoch)
 
     async def run_cleanup(
         self,

@@ -1,23 +1,19 @@
 #!lua flags=no-writes
 --[[
-Read one connection.
+Read one connection, live or detached.
 
 KEYS  conn, last_seen
 ARGV  sid, conn_ttl_ms
-Reply {the connection, now ms}, or {} when there is no such live connection
-      a connection = sid, user_id, game_id or '', connected_at ms, last_seen ms
+Reply {now ms, the connection}, or {} when there is no such connection, live or within its grace
+      a connection = see read_connection
 Cost  O(1)
 ]]
 -- @include now_ms
--- @include read_live_connection
+-- @include find_connection
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local sid, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
 
 local now = now_ms()
-local connection = read_live_connection(conn_key, last_seen_key, sid, now - conn_ttl_ms)
-if not connection then
-  return {}
-end
-connection[6] = now
-return connection
+local connection = find_connection(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+return connection and {now, connection} or {}

@@ -9,35 +9,29 @@ more often than a quarter would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
-ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms
-Reply 1, or 0 when there is no such live connection
+ARGV  key_prefix, sid, epoch ('' = any), conn_ttl_ms, key_lifetime_ms
+Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms
+-- @include refresh_ttls
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
-local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local key_prefix, sid, epoch = ARGV[1], ARGV[2], ARGV[3]
+local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
 
 local now = now_ms()
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 if not last_seen or tonumber(last_seen) < now - conn_ttl_ms then
   return 0
 end
-
+if epoch ~= '' and redis.call('HGET', conn_key, 'epoch') ~= epoch then
+  return 0
+end
 local ttl = redis.call('PTTL', conn_key)
 if ttl < key_lifetime_ms - conn_ttl_ms / 4 or ttl > tonumber(key_lifetime_ms) then
-  local record = redis.call('HMGET', conn_key, 'user_id', 'game_id')
-  local user_id, game_id = record[1], record[2]
-  if not user_id then
-    -- The record was evicted: nothing of the connection is left but this entry.
-    redis.call('ZREM', last_seen_key, sid)
+  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms) then
     return 0
-  end
-  redis.call('PEXPIRE', conn_key, key_lifetime_ms)
-  redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-  redis.call('PEXPIRE', key_prefix .. 'user_conns:' .. user_id, key_lifetime_ms)
-  if game_id ~= '' then
-    redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
   end
 end
 redis.call('ZADD', last_seen_key, 'XX', now, sid)

@@ -55,6 +55,24 @@ def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int
     return whole
 
 
+def check_epoch(epoch: object) -> int | str:
+    """Check the epoch of a registration, and give it as the scripts take it: empty for any."""
+    if epoch is None:
+        return ""
+    if isinstance(epoch, bool) or not isinstance(epoch, int):
+        raise TypeError(f"epoch must be an int or None, not {type(epoch).__name__}: {epoch!r:.80}")
+    if epoch < 0:
+        raise ValueError(f"epoch must be 0 or more, not {epoch!r:.80}")
+    return epoch
+
+
+def check_displacement(displacement: object) -> str:
+    """Check the policy by which one connection gives way to another."""
+    if displacement not in ("newest_wins", "reject_while_alive"):
+        raise ValueError(f'displacement must be "newest_wins" or "reject_while_alive", not {displacement!r:.80}')
+    return str(displacement)
+
+
 def check_namespace(namespace: object) -> str:
     """Check a namespace: it is the hash tag of every key, so it may hold no brace."""
     text = check_text("namespace", namespace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
+    from presence.operations import Displacement
     from presence.results import ConnectionInfo, JoinResult, Registration
 
 logger = logging.getLogger("presence")
@@ -83,6 +85,8 @@ class ConnectionManager:
             namespace; 0.001 s to ten years.
         heartbeat_seconds: how often clients beat; a user is online for three times as long after the last one.
         connections_per_user: live connections that a user may have, 1 to 100; registering displaces the oldest ones.
+        displacement: ``"newest_wins"``; or ``"reject_while_alive"``: a register is refused while the user has as many
+            connections as are allowed that are not stale.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -98,12 +102,14 @@ class ConnectionManager:
         conn_ttl_seconds: float = 3600,
         heartbeat_seconds: float = 30,
         connections_per_user: int = 1,
+        displacement: Displacement = "newest_wins",
     ) -> None:
         self.operations = Operations(
             namespace,
             conn_ttl_seconds=conn_ttl_seconds,
             heartbeat_seconds=heartbeat_seconds,
             connections_per_user=connections_per_user,
+            displacement=displacement,
         )
         """The same operations as descriptions, for :meth:`pipeline`."""
         if client is not None and not isinstance(client, Redis | RedisCluster):
@@ -128,6 +134,7 @@ class ConnectionManager:
         conn_ttl_seconds: float = 3600,
         heartbeat_seconds: float = 30,
         connections_per_user: int = 1,
+        displacement: Displacement = "newest_wins",
         **client_options: Any,
     ) -> Self:
         """Make a manager with a client of its own, which connects on first use.
@@ -139,6 +146,7 @@ class ConnectionManager:
             conn_ttl_seconds: see the class.
             heartbeat_seconds: see the class.
             connections_per_user: see the class.
+            displacement: see the class.
             client_options: more options for redis-py's client, over the defaults of presence.
 
         Returns:
@@ -154,6 +162,7 @@ class ConnectionManager:
             conn_ttl_seconds=conn_ttl_seconds,
             heartbeat_seconds=heartbeat_seconds,
             connections_per_user=connections_per_user,
+            displacement=displacement,
         )
         manager._address = clients.parse(url)
         manager._client_options = client_options
@@ -208,40 +217,57 @@ class ConnectionManager:
         """
         return await self._run(perform(self.operations.register_connection(sid, user_id)))
 
-    async def unregister_connection(self, sid: str) -> ConnectionInfo | None:
-        """Remove a connection everywhere; a newer connection of the same user is never touched.
+    async def unregister_connection(
+        self, sid: str, *, grace_seconds: float | None = None, epoch: int | None = None
+    ) -> ConnectionInfo | None:
+        """Remove a connection everywhere, or keep its seat for a grace; the user's newer ones are never touched.
+
+        With a grace the connection is detached: the user is offline, but ``get_game_connections`` still lists the seat,
+        and a register of the same user within the grace takes it over with its game, on any server. After the grace,
+        cleanup removes it and reports it. To detach it again changes nothing; without a grace it is removed.
 
         Args:
             sid: the connection's id.
+            grace_seconds: how long the seat is kept, 0 to ``conn_ttl_seconds``; None or 0 keeps none.
+            epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            What was removed; None when there was no such connection, as after it was displaced.
+            What was removed or detached; None when there was no such connection, as after it was displaced.
 
         Cost: one round trip; O(log N).
 
         """
-        return await self._run(perform(self.operations.unregister_connection(sid)))
+        return await self._run(
+            perform(self.operations.unregister_connection(sid, grace_seconds=grace_seconds, epoch=epoch))
+        )
 
-    async def join_game(self, sid: str, game_id: str) -> JoinResult:
+    async def join_game(
+        self, sid: str, game_id: str, *, capacity: int | None = None, epoch: int | None = None
+    ) -> JoinResult:
         """Put a connection into a game; if it is in another, it leaves that first.
 
         Args:
             sid: the connection's id.
             game_id: the game's id.
+            capacity: refuse when so many connections, 1 to 1,000,000, have a seat in the game, detached ones among
+                them; None for any number.
+            epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            Whether it is in the game, and the game that it left. Falsy when there is no such connection.
+            Whether it is in the game, and the game that it left. Falsy when there is no such connection, or the game
+            ``is_full``: then the connection stays in the game that it was in.
 
-        Cost: one round trip; O(1).
+        Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
 
         """
-        return await self._run(perform(self.operations.join_game(sid, game_id)))
+        return await self._run(perform(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch)))
 
-    async def leave_game(self, sid: str) -> str | None:
+    async def leave_game(self, sid: str, *, epoch: int | None = None) -> str | None:
         """Take a connection out of its game.
 
         Args:
             sid: the connection's id.
+            epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
             The game that it left; None when it was in none, or there is no such connection.
@@ -249,13 +275,14 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return await self._run(perform(self.operations.leave_game(sid)))
+        return await self._run(perform(self.operations.leave_game(sid, epoch=epoch)))
 
-    async def update_heartbeat(self, sid: str) -> bool:
+    async def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> bool:
         """Mark a connection as seen now, and keep every key that it lives in from expiring.
 
         Args:
             sid: the connection's id.
+            epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
             Whether there is such a connection. False is final: it was displaced, removed or has expired, and a
@@ -264,10 +291,10 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return await self._run(perform(self.operations.update_heartbeat(sid)))
+        return await self._run(perform(self.operations.update_heartbeat(sid, epoch=epoch)))
 
     async def get_connection(self, sid: str) -> ConnectionInfo | None:
-        """Read one connection.
+        """Read one connection, live or detached (``ConnectionInfo.is_detached``).
 
         Args:
             sid: the connection's id.
@@ -309,13 +336,13 @@ class ConnectionManager:
         return await self._run(perform(self.operations.is_user_online(user_id)))
 
     async def get_game_connections(self, game_id: str) -> list[ConnectionInfo]:
-        """Read all connections in a game, as they are at one moment.
+        """Read all connections in a game, the detached ones among them, as they are at one moment.
 
         Args:
             game_id: the game's id.
 
         Returns:
-            The connections by the time of their registration; an empty list when there are none.
+            The connections by their epoch, so the earliest registration comes first; an empty list when there are none.
 
         Cost: one round trip; O(M), M = connections in the game, all read by one script.
 
@@ -323,7 +350,7 @@ class ConnectionManager:
         return await self._run(perform(self.operations.get_game_connections(game_id)))
 
     async def get_game_user_sids(self, game_id: str) -> dict[str, str]:
-        """Read who is in a game, and on which connection.
+        """Read who is in a game, and on which connection; detached ones are left out.
 
         Args:
             game_id: the game's id.
@@ -344,7 +371,8 @@ class ConnectionManager:
             current_user_id: the user who asks.
 
         Returns:
-            The newest sid of the other user; None when there is none. With several others, the one who connected first.
+            The newest sid of the other user; None when there is none, or it is detached. With several others, that of
+            the one who connected first.
 
         Cost: one round trip; O(M), M = connections in the game.
 
@@ -352,7 +380,7 @@ class ConnectionManager:
         return await self._run(perform(self.operations.get_opponent_sid(game_id, current_user_id)))
 
     async def get_connection_count(self) -> int:
-        """Count the live connections of the namespace.
+        """Count the live connections of the namespace; detached ones do not count.
 
         Returns:
             How many have not expired.
@@ -363,7 +391,7 @@ class ConnectionManager:
         return await self._run(perform(self.operations.get_connection_count()))
 
     async def get_game_connection_count(self, game_id: str) -> int:
-        """Count the live connections in a game.
+        """Count the live connections in a game; detached ones do not count.
 
         Args:
             game_id: the game's id.
@@ -377,7 +405,7 @@ class ConnectionManager:
         return await self._run(perform(self.operations.get_game_connection_count(game_id)))
 
     async def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> CleanupResult:
-        """Remove the connections that were not seen for longer than a threshold, in bounded batches.
+        """Remove the connections that were not seen for longer than a threshold, or whose grace is over, in batches.
 
         Any number of servers may do so at once: each connection is reported by exactly one of them.
 
@@ -391,7 +419,7 @@ class ConnectionManager:
         Cost: a round trip for each 50 removed connections; O(log N) for each removed connection.
 
         """
-        return await self._run(clean_up(self.operations.cleanup_batch(threshold_seconds)))
+        return await self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))
 
     async def run_cleanup(
         self,
@@ -416,7 +444,8 @@ class ConnectionManager:
 
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
-        batch = self.operations.cleanup_batch(threshold_seconds)
+        describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
+        describe_batch()  # A bad threshold is refused here, not in the background.
         if self._is_closed:
             return
         running = _RunningCleanup()
@@ -424,7 +453,7 @@ class ConnectionManager:
         try:
             while not running.stop.is_set():
                 # What a batch removes only its answer reports, so its end is waited for, however often one cancels.
-                cleanup = asyncio.ensure_future(self._clean_up_batch(batch, interval, on_removed))
+                cleanup = asyncio.ensure_future(self._clean_up_batch(describe_batch(), interval, on_removed))
                 running.tasks.add(cleanup)
                 try:
                     is_last = await asyncio.shield(cleanup)

@@ -5,10 +5,11 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from redis.exceptions import NoScriptError
 
@@ -27,6 +28,9 @@ Command: TypeAlias = "tuple[bytes | str | int, ...]"
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
 
+Displacement: TypeAlias = Literal["newest_wins", "reject_while_alive"]
+"""Which connection gives way when a user has as many as are allowed."""
+
 SCRIPT_LOAD = "SCRIPT LOAD"
 SCRIPT_LOADS = 2
 """Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
@@ -41,21 +45,29 @@ RETENTION_MS = 24 * 60 * 60 * 1000
 
 REGISTER = scripts.load(
     "register",
-    keys=("conn", "user_conns", "last_seen"),
-    arguments=("key_prefix", "sid", "user_id", "conn_ttl_ms", "key_lifetime_ms", "connections_per_user"),
+    keys=("conn", "user_conns", "last_seen", "epoch", "reply"),
+    arguments=("key_prefix", "sid", "user_id", "conn_ttl_ms", "key_lifetime_ms", "connections_per_user", "reject_ms"),
 )
-UNREGISTER = scripts.load("unregister", keys=("conn", "last_seen"), arguments=("key_prefix", "sid", "conn_ttl_ms"))
+UNREGISTER = scripts.load(
+    "unregister",
+    keys=("conn", "last_seen", "reply"),
+    arguments=("key_prefix", "sid", "epoch", "grace_ms", "conn_ttl_ms", "key_lifetime_ms"),
+)
 JOIN = scripts.load(
     "join",
-    keys=("conn", "game_conns", "last_seen"),
-    arguments=("key_prefix", "sid", "game_id", "conn_ttl_ms", "key_lifetime_ms"),
+    keys=("conn", "game_conns", "last_seen", "reply"),
+    arguments=("key_prefix", "sid", "game_id", "epoch", "capacity", "conn_ttl_ms", "key_lifetime_ms"),
 )
-LEAVE = scripts.load("leave", keys=("conn", "last_seen"), arguments=("key_prefix", "sid", "conn_ttl_ms"))
+LEAVE = scripts.load(
+    "leave", keys=("conn", "last_seen", "reply"), arguments=("key_prefix", "sid", "epoch", "conn_ttl_ms")
+)
 HEARTBEAT = scripts.load(
-    "heartbeat", keys=("conn", "last_seen"), arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms")
+    "heartbeat",
+    keys=("conn", "last_seen"),
+    arguments=("key_prefix", "sid", "epoch", "conn_ttl_ms", "key_lifetime_ms"),
 )
 CLEANUP = scripts.load(
-    "cleanup", keys=("last_seen",), arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "batch_size")
+    "cleanup", keys=("last_seen", "reply"), arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "batch_size")
 )
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
 GET_USER_CONNECTION = scripts.load(
@@ -64,22 +76,32 @@ GET_USER_CONNECTION = scripts.load(
 IS_USER_ONLINE = scripts.load(
     "is_user_online", keys=("user_conns", "last_seen"), arguments=("threshold_ms", "conn_ttl_ms")
 )
-GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",))
+GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=())
 GET_CONNECTION_COUNT = scripts.load("get_connection_count", keys=("last_seen",), arguments=("conn_ttl_ms",))
 GET_GAME_CONNECTION_COUNT = scripts.load(
     "get_game_connection_count", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",)
 )
+
+REJECT_WHILE_ALIVE = "reject_while_alive"
+MAX_CAPACITY = 1_000_000
+
+REFUSED, RESUMED = 0, 2
+"""Outcomes of a register, as its script answers them."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[Result_co]):
-    """One call of one script: everything that is to be sent, and how the reply becomes a result."""
+    """One call of one script: everything that is to be sent, and how the reply becomes a result.
+
+    A call that changes more than a heartbeat carries a token. Sent again within a minute, because its reply was lost,
+    it changes nothing more and gives the same answer. So for another call make another operation.
+    """
 
     script: scripts.Script
     keys: tuple[bytes, ...]
-    arguments: tuple[bytes | int, ...]
+    arguments: tuple[bytes | str | int, ...]
     parse: Callable[[Any], Result_co]
 
     def command(self) -> Command:
@@ -103,6 +125,7 @@ class Operations:
         conn_ttl_seconds: a connection without a heartbeat for longer has expired; 0.001 s to ten years.
         heartbeat_seconds: how often clients beat; three missed heartbeats make a connection stale.
         connections_per_user: live connections that a user may have, 1 to 100; the oldest are displaced first.
+        displacement: ``"newest_wins"``, or ``"reject_while_alive"``: a register is refused while as many are not stale.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -117,6 +140,7 @@ class Operations:
         conn_ttl_seconds: float = 3600,
         heartbeat_seconds: float = 30,
         connections_per_user: int = 1,
+        displacement: Displacement = "newest_wins",
     ) -> None:
         self.namespace = arguments.check_namespace(namespace)
         self._conn_ttl_ms = arguments.milliseconds("conn_ttl_seconds", conn_ttl_seconds)
@@ -124,10 +148,12 @@ class Operations:
         self._connections_per_user = arguments.check_count(
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
+        self._reject_ms = self._stale_ms if arguments.check_displacement(displacement) == REJECT_WHILE_ALIVE else 0
         # A key's TTL is refreshed by the first heartbeat in each quarter of the connections' TTL only.
         self._key_lifetime_ms = self._conn_ttl_ms + -(-self._conn_ttl_ms // 4) + RETENTION_MS
         self._prefix = f"{{{namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
+        self._epoch_key = self._prefix + b"epoch"
 
     def _conn(self, sid: bytes) -> bytes:
         return self._prefix + b"conn:" + sid
@@ -138,13 +164,17 @@ class Operations:
     def _game_conns(self, game_id: bytes) -> bytes:
         return self._prefix + b"game_conns:" + game_id
 
+    def _reply(self) -> bytes:
+        """Name the key under which the answer of one call is kept, for when it is sent again."""
+        return self._prefix + b"reply:" + secrets.token_hex(12).encode()
+
     def register_connection(self, sid: str, user_id: str | UUID) -> Operation[Registration]:
         """Describe a registration."""
         sid_bytes = arguments.encode("sid", sid)
         user_bytes = arguments.encode_user_id("user_id", user_id)
         return Operation(
             REGISTER,
-            (self._conn(sid_bytes), self._user_conns(user_bytes), self.last_seen_key),
+            (self._conn(sid_bytes), self._user_conns(user_bytes), self.last_seen_key, self._epoch_key, self._reply()),
             (
                 self._prefix,
                 sid_bytes,
@@ -152,48 +182,81 @@ class Operations:
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
                 self._connections_per_user,
+                self._reject_ms,
             ),
             lambda reply: _parse_registration(sid, user_bytes.decode(), reply),
         )
 
-    def unregister_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
-        """Describe the removal of a connection."""
+    def unregister_connection(
+        self, sid: str, *, grace_seconds: float | None = None, epoch: int | None = None
+    ) -> Operation[ConnectionInfo | None]:
+        """Describe the removal of a connection, or how it is detached."""
         sid_bytes = arguments.encode("sid", sid)
+        grace_ms = 0
+        if grace_seconds is not None:
+            grace_ms = arguments.milliseconds("grace_seconds", grace_seconds, allow_zero=True)
+            if grace_ms > self._conn_ttl_ms:
+                at_most = f"conn_ttl_seconds ({self._conn_ttl_ms / 1000:g})"
+                raise ValueError(f"grace_seconds must be at most {at_most}, not {grace_seconds!r}")
         return Operation(
             UNREGISTER,
-            (self._conn(sid_bytes), self.last_seen_key),
-            (self._prefix, sid_bytes, self._conn_ttl_ms),
+            (self._conn(sid_bytes), self.last_seen_key, self._reply()),
+            (
+                self._prefix,
+                sid_bytes,
+                arguments.check_epoch(epoch),
+                grace_ms,
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+            ),
             _parse_connection,
         )
 
-    def join_game(self, sid: str, game_id: str) -> Operation[JoinResult]:
+    def join_game(
+        self, sid: str, game_id: str, *, capacity: int | None = None, epoch: int | None = None
+    ) -> Operation[JoinResult]:
         """Describe a join."""
         sid_bytes = arguments.encode("sid", sid)
         game_bytes = arguments.encode("game_id", game_id)
+        limit = 0 if capacity is None else arguments.check_count("capacity", capacity, MAX_CAPACITY)
         return Operation(
             JOIN,
-            (self._conn(sid_bytes), self._game_conns(game_bytes), self.last_seen_key),
-            (self._prefix, sid_bytes, game_bytes, self._conn_ttl_ms, self._key_lifetime_ms),
+            (self._conn(sid_bytes), self._game_conns(game_bytes), self.last_seen_key, self._reply()),
+            (
+                self._prefix,
+                sid_bytes,
+                game_bytes,
+                arguments.check_epoch(epoch),
+                limit,
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+            ),
             _parse_join,
         )
 
-    def leave_game(self, sid: str) -> Operation[str | None]:
+    def leave_game(self, sid: str, *, epoch: int | None = None) -> Operation[str | None]:
         """Describe a leave."""
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             LEAVE,
-            (self._conn(sid_bytes), self.last_seen_key),
-            (self._prefix, sid_bytes, self._conn_ttl_ms),
+            (self._conn(sid_bytes), self.last_seen_key, self._reply()),
+            (self._prefix, sid_bytes, arguments.check_epoch(epoch), self._conn_ttl_ms),
             _text_or_none,
         )
 
-    def update_heartbeat(self, sid: str) -> Operation[bool]:
+    def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> Operation[bool]:
         """Describe a heartbeat."""
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             HEARTBEAT,
             (self._conn(sid_bytes), self.last_seen_key),
-            (self._prefix, sid_bytes, self._conn_ttl_ms, self._key_lifetime_ms),
+            (
+                self._prefix,
+                sid_bytes,
+                arguments.check_epoch(epoch),
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+            ),
             bool,
         )
 
@@ -234,7 +297,8 @@ class Operations:
     def get_game_user_sids(self, game_id: str) -> Operation[dict[str, str]]:
         """Describe the snapshot of a game as user_id -> sid; of a user's connections the newest counts."""
         return self._get_game(
-            game_id, lambda connections: {connection.user_id: connection.sid for connection in connections}
+            game_id,
+            lambda seats: {connection.user_id: connection.sid for connection in seats if not connection.is_detached},
         )
 
     def get_opponent_sid(self, game_id: str, current_user_id: str | UUID) -> Operation[str | None]:
@@ -242,7 +306,7 @@ class Operations:
         current_user = arguments.encode_user_id("current_user_id", current_user_id).decode()
 
         def opponent(connections: list[ConnectionInfo]) -> str | None:
-            sids = {connection.user_id: connection.sid for connection in connections}
+            sids = {connection.user_id: connection.sid for connection in connections if not connection.is_detached}
             return next((sid for user_id, sid in sids.items() if user_id != current_user), None)
 
         return self._get_game(game_id, opponent)
@@ -252,8 +316,8 @@ class Operations:
         return Operation(
             GET_GAME,
             (self._game_conns(game_bytes), self.last_seen_key),
-            (self._conn_ttl_ms,),
-            lambda reply: select(_parse_game(game_id, reply)),
+            (),
+            lambda reply: select(_parse_game(game_id, self._conn_ttl_ms, reply)),
         )
 
     def get_connection_count(self) -> Operation[int]:
@@ -279,13 +343,13 @@ class Operations:
         )
         return Operation(
             CLEANUP,
-            (self.last_seen_key,),
+            (self.last_seen_key, self._reply()),
             (self._prefix, threshold_ms, self._conn_ttl_ms, CLEANUP_BATCH_SIZE),
             _parse_cleanup,
         )
 
 
-def clean_up(batch: Operation[CleanupBatch]) -> Exchange[CleanupResult]:
+def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[CleanupResult]:
     """Converse with the server batch by batch until nothing stale is left.
 
     What was removed before a fault is still reported: nobody else could report it.
@@ -293,7 +357,7 @@ def clean_up(batch: Operation[CleanupBatch]) -> Exchange[CleanupResult]:
     removed: list[ConnectionInfo] = []
     while True:
         try:
-            done = yield from perform(batch)
+            done = yield from perform(describe_batch())
         except PresenceError as error:
             if not removed:
                 raise
@@ -395,66 +459,83 @@ def _time(milliseconds: bytes | int) -> datetime:
     return EPOCH + timedelta(milliseconds=int(milliseconds))
 
 
-def _parse_connections(now: bytes | int, fields: list[Any]) -> tuple[ConnectionInfo, ...]:
-    observed_at = _time(now)
-    return tuple(
-        ConnectionInfo(
-            fields[index].decode(),
-            fields[index + 1].decode(),
-            fields[index + 2].decode() or None,
-            _time(fields[index + 3]),
-            _time(fields[index + 4]),
-            observed_at,
-        )
-        for index in range(0, len(fields), 5)
+def _parse_connection_at(observed_at: datetime, fields: list[Any]) -> ConnectionInfo:
+    """Parse a connection as every reply lists one, see lua/include/read_connection.lua."""
+    sid, user_id, game_id, epoch, connected_at, heartbeat_at, score = fields
+    return _connection(
+        sid.decode(), user_id, game_id.decode() or None, [epoch, connected_at, heartbeat_at], score, observed_at
+    )
+
+
+def _connection(
+    sid: str,
+    user_id: bytes,
+    game_id: str | None,
+    times: Sequence[bytes],
+    score: bytes | int,
+    observed_at: datetime,
+) -> ConnectionInfo:
+    epoch, connected_at, heartbeat_at = times
+    return ConnectionInfo(
+        sid,
+        user_id.decode(),
+        game_id,
+        _time(connected_at or int(epoch) // 1000),
+        _time(heartbeat_at or score),
+        observed_at,
+        int(epoch),
+        _time(-int(score)) if heartbeat_at else None,
     )
 
 
 def _parse_connection(reply: list[Any]) -> ConnectionInfo | None:
-    return _parse_connections(reply[5], reply[:5])[0] if reply else None
+    return _parse_connection_at(_time(reply[0]), reply[1]) if reply else None
 
 
 def _parse_registration(sid: str, user_id: str, reply: bytes | list[Any]) -> Registration:
     if isinstance(reply, bytes):
-        now = _time(reply)
-        return Registration(ConnectionInfo(sid, user_id, None, now, now, now))
-    now, is_replaced, *fields = reply
-    connection, *others = _parse_connections(now, fields)
-    replaced = others.pop(0) if is_replaced else None
-    return Registration(connection, tuple(others), replaced=replaced)
+        epoch = int(reply)
+        now = _time(epoch // 1000)
+        return Registration(ConnectionInfo(sid, user_id, None, now, now, now, epoch))
+    observed_at, outcome = _time(reply[0]), reply[1]
+    connection, replaced, resumed_from, *displaced = reply[2:]
+    return Registration(
+        _parse_connection_at(observed_at, connection),
+        tuple(_parse_connection_at(observed_at, gone) for gone in displaced),
+        resumed=outcome == RESUMED,
+        replaced=_parse_connection_at(observed_at, replaced) if replaced else None,
+        resumed_from=_parse_connection_at(observed_at, resumed_from) if resumed_from else None,
+        refused=outcome == REFUSED,
+    )
 
 
 def _parse_join(reply: bytes | int) -> JoinResult:
-    return JoinResult(True, _text_or_none(reply)) if isinstance(reply, bytes) else JoinResult(False)
+    return JoinResult(True, _text_or_none(reply)) if isinstance(reply, bytes) else JoinResult(False, is_full=reply == 1)
 
 
 def _text_or_none(reply: bytes) -> str | None:
     return reply.decode() or None
 
 
-def _parse_game(game_id: str, reply: list[Any]) -> list[ConnectionInfo]:
-    """Parse a snapshot, and put it into the order of registration."""
-    observed_at = _time(reply[-1])
+def _parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[ConnectionInfo]:
+    """Parse a snapshot: choose who is live, or detached and within the grace, in the order of registration."""
+    now, members, scores = int(reply[0]), reply[1], reply[2]
+    oldest_live, observed_at = now - conn_ttl_ms, _time(now)
     connections = []
-    for position, last_seen in enumerate(reply[len(reply) // 3 * 2 : -1]):
-        if not last_seen:
+    for position, score in enumerate(scores):
+        if score is None or not (int(score) >= oldest_live or -int(score) >= now):
             continue
-        sid, entry = reply[2 * position : 2 * position + 2]
-        times, _, user_id = entry.partition(b" ")
-        registered_at, _, connected_at = times.partition(b":")
-        connection = ConnectionInfo(
-            sid.decode(),
-            user_id.decode(),
-            game_id,
-            _time(connected_at or int(registered_at) // 1000),
-            _time(last_seen),
-            observed_at,
-        )
-        connections.append((int(registered_at), connection.sid, connection))
-    connections.sort()
-    return [connection for _, _, connection in connections]
+        sid, entry = members[2 * position : 2 * position + 2]
+        head, _, user_id = entry.partition(b" ")
+        times = [*head.split(b":"), b"", b""][:3]
+        connections.append(_connection(sid.decode(), user_id, game_id, times, score, observed_at))
+    connections.sort(key=lambda connection: connection.epoch)
+    return connections
 
 
 def _parse_cleanup(reply: list[Any]) -> CleanupBatch:
-    now, examined, *fields = reply
-    return CleanupBatch(_parse_connections(now, fields), is_last=examined < CLEANUP_BATCH_SIZE)
+    now, examined, *removed = reply
+    observed_at = _time(now)
+    return CleanupBatch(
+        tuple(_parse_connection_at(observed_at, fields) for fields in removed), is_last=examined < CLEANUP_BATCH_SIZE
+    )

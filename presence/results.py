@@ -35,6 +35,15 @@ class ConnectionInfo:
     """When it was registered or sent its last heartbeat, whichever is later."""
     observed_at: datetime = field(default_factory=_now, compare=False, repr=False)
     """The server's time at which this was read (of one made by hand, this machine's). Comparisons leave it out."""
+    epoch: int = 0
+    """The number of its registration, larger than every earlier one in the namespace: a fencing token."""
+    detached_until: datetime | None = None
+    """When the grace of a detached connection ends; None of one that is connected."""
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether its socket is gone and only its seat is kept, until ``detached_until``."""
+        return self.detached_until is not None
 
     def is_stale(self, threshold_seconds: float = 90) -> bool:
         """Tell whether it had not been seen for longer than the threshold when it was read.
@@ -55,16 +64,23 @@ class ConnectionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What ``register_connection`` did."""
+    """What ``register_connection`` did; true unless it was refused."""
 
     connection: ConnectionInfo
-    """The connection that is now the user's active one."""
+    """The connection that is the user's active one now; where it was refused, the one that is alive."""
     displaced: tuple[ConnectionInfo, ...] = ()
     """The user's earlier connections that it displaced. They are gone: close their sockets. Nobody else is told."""
     resumed: bool = False
-    """Whether it took over the seat of an earlier connection."""
+    """Whether it took over the seat of a detached connection, with its game."""
     replaced: ConnectionInfo | None = None
     """What had this same sid before and is gone: another user's connection, or one that had expired."""
+    resumed_from: ConnectionInfo | None = None
+    """The detached connection whose seat it took over, as it was before; it may have had the same sid."""
+    refused: bool = False
+    """Whether nothing was changed, because the user is connected and the policy is ``reject_while_alive``."""
+
+    def __bool__(self) -> bool:
+        return not self.refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +88,11 @@ class JoinResult:
     """What ``join_game`` did; true when the connection is in the game now."""
 
     joined: bool
-    """Whether the connection is in the game; False when there is no such connection."""
+    """Whether the connection is in the game; False when there is no such connection, or the game is full."""
     left_game_id: str | None = None
     """The other game that it left for this one, if any."""
+    is_full: bool = False
+    """Whether it did not join because the game is full; it stays in the game that it was in."""
 
     def __bool__(self) -> bool:
         return self.joined

@@ -29,7 +29,17 @@ def main() -> int:
             files.append(str(file))
         luacheck = shutil.which("luacheck")
         if luacheck:
-            standard = ["--std", "lua51", "--read-globals", "redis", "KEYS", "ARGV", "--max-line-length", "120"]
+            standard = [
+                "--std",
+                "lua51",
+                "--read-globals",
+                "redis",
+                "cmsgpack",
+                "KEYS",
+                "ARGV",
+                "--max-line-length",
+                "120",
+            ]
             finished = subprocess.run([luacheck, "--no-color", "--codes", "-q", *standard, "--", *files], check=False)
             if finished.returncode:
                 return finished.returncode

@@ -17,23 +17,31 @@ end
 for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
   local kind = string.match(string.sub(key, #prefix + 1), '^[a-z_]+')
   if kind == 'conn' then
-    redis.call('HSET', key, 'connected_at', earlier(redis.call('HGET', key, 'connected_at'), 1))
+    for field, units in pairs({epoch = 1000, connected_at = 1, last_seen = 1}) do
+      local time = redis.call('HGET', key, field)
+      if time then
+        redis.call('HSET', key, field, earlier(time, units))
+      end
+    end
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)
     for index = 1, #members, 2 do
-      local registered_at, connected_at, user_id = string.match(members[index + 1], '^(%d+)(:?%d*) (.*)$')
-      if connected_at ~= '' then
-        connected_at = ':' .. earlier(string.sub(connected_at, 2), 1)
-      end
-      redis.call('HSET', key, members[index], earlier(registered_at, 1000) .. connected_at .. ' ' .. user_id)
+      local epoch, times, user_id = string.match(members[index + 1], '^(%d+)([:%d]*) (.*)$')
+      times = string.gsub(times, '%d+', function(time) return earlier(time, 1) end)
+      redis.call('HSET', key, members[index], earlier(epoch, 1000) .. times .. ' ' .. user_id)
     end
-  else
+  elseif kind == 'epoch' then
+    redis.call('SET', key, earlier(redis.call('GET', key), 1000), 'KEEPTTL')
+  elseif kind ~= 'reply' then
     local scores = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
     for index = 1, #scores, 2 do
-      redis.call('ZADD', key, earlier(scores[index + 1], kind == 'user_conns' and 1000 or 1), scores[index])
+      local score = scores[index + 1]
+      -- A detached connection's score is minus a time.
+      local units = kind == 'user_conns' and 1000 or tonumber(score) < 0 and -1 or 1
+      redis.call('ZADD', key, earlier(score, units), scores[index])
     end
   end
-  redis.call('PEXPIRE', key, redis.call('PTTL', key) - milliseconds)
+  redis.call('PEXPIRE', key, math.max(0, redis.call('PTTL', key) - milliseconds))
 end
 """
 

@@ -60,8 +60,8 @@ def namespace(client: redis.Redis) -> Iterator[str]:
     name = f"test-{uuid.uuid4()}"
     yield name
     keyspace = read_keyspace(client, name)
-    if keyspace.ttls_ms:
-        client.delete(*[key.encode() for key in keyspace.ttls_ms])
+    if keyspace.ttls_ms or keyspace.other_ttls_ms:
+        client.delete(*[key.encode() for key in keyspace.ttls_ms | keyspace.other_ttls_ms])
     assert violations(keyspace, connections_per_user=presence.operations.MAX_CONNECTIONS_PER_USER) == []
 
 

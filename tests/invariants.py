@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     import redis
 
 
+RECORD_FIELDS = ("user_id", "game_id", "epoch", "connected_at", "last_seen")
+"""The last two only where they are needed: registered again, detached."""
+
+
 @dataclass
 class Keyspace:
     """Every key of a namespace, as it is stored, read in one transaction."""
@@ -18,7 +22,11 @@ class Keyspace:
     registered_at: dict[tuple[str, str], int] = field(default_factory=dict)
     games: dict[str, dict[str, str]] = field(default_factory=dict)
     last_seen: dict[str, int] = field(default_factory=dict)
+    epoch: int = 0
     ttls_ms: dict[str, int] = field(default_factory=dict)
+    """Of the keys in which connections live."""
+    other_ttls_ms: dict[str, int] = field(default_factory=dict)
+    """Of the namespace's last epoch, and of the answers that are kept for a minute for calls that are sent again."""
 
 
 def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
@@ -28,8 +36,9 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
     keyspace = Keyspace()
     for raw in client.scan_iter(match=(pattern + "*").encode(), count=10_000):
         key = (raw if isinstance(raw, bytes) else raw.encode()).decode()
-        keyspace.ttls_ms[key] = int(_ask(client, "PTTL", key))
         kind, _, name = key.removeprefix(prefix).partition(":")
+        ttls = keyspace.other_ttls_ms if kind in ("epoch", "reply") else keyspace.ttls_ms
+        ttls[key] = int(_ask(client, "PTTL", key))
         if kind == "conn":
             keyspace.records[name] = _pairs(_ask(client, "HGETALL", key))
         elif kind == "user_conns":
@@ -42,7 +51,9 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
             scores = _ask(client, "ZRANGE", key, 0, -1)
             for sid in scores:
                 keyspace.last_seen[sid.decode()] = int(float(_ask(client, "ZSCORE", key, sid)))
-        else:
+        elif key == prefix + "epoch":
+            keyspace.epoch = int(_ask(client, "GET", key))
+        elif kind != "reply":
             raise AssertionError(f"unknown key {key!r}")
     return keyspace
 
@@ -59,22 +70,29 @@ def _pairs(reply: Any) -> dict[str, str]:
 
 def _game_entry(keyspace: Keyspace, sid: str, record: dict[str, str]) -> str:
     """What a game must keep of a member: see lua/include/game_entry.lua."""
-    registered_at = keyspace.registered_at.get((record["user_id"], sid), 0)
-    connected_at = "" if str(registered_at // 1000) == record["connected_at"] else f":{record['connected_at']}"
-    return f"{registered_at}{connected_at} {record['user_id']}"
+    times = [record["epoch"], record.get("connected_at", "")]
+    if "last_seen" in record:
+        times.append(record["last_seen"])
+    return ":".join(times).removesuffix(":") + f" {record['user_id']}"
 
 
 def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
     """Name everything that is wrong in a namespace."""
     wrong = []
     for sid, record in keyspace.records.items():
-        if sorted(record) != ["connected_at", "game_id", "user_id"]:
+        if not {"epoch", "game_id", "user_id"} <= record.keys() <= {*RECORD_FIELDS}:
             wrong.append(f"connection {sid!r} is partial: {record}")
             continue
         if sid not in keyspace.users.get(record["user_id"], []):
             wrong.append(f"connection {sid!r} is not among the connections of its user {record['user_id']!r}")
+        if keyspace.registered_at.get((record["user_id"], sid)) != int(record["epoch"]):
+            wrong.append(f"connection {sid!r} has another epoch than its user's list says: {record}")
+        if int(record["epoch"]) > keyspace.epoch:
+            wrong.append(f"connection {sid!r} has an epoch above the namespace's, {keyspace.epoch}: {record}")
         if sid not in keyspace.last_seen:
             wrong.append(f"connection {sid!r} is not in last_seen")
+        elif (keyspace.last_seen[sid] < 0) is not ("last_seen" in record):
+            wrong.append(f"connection {sid!r} is half detached: {record}, {keyspace.last_seen[sid]}")
         game_id = record["game_id"]
         if game_id and keyspace.games.get(game_id, {}).get(sid) != _game_entry(keyspace, sid, record):
             wrong.append(f"connection {sid!r} says game {game_id!r}, which does not list it so")
@@ -93,5 +111,6 @@ def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
             if keyspace.records.get(sid, {}).get("game_id") != game_id
         ]
     wrong += [f"last_seen lists {sid!r}, which has no record" for sid in keyspace.last_seen.keys() - keyspace.records]
-    wrong += [f"key {key!r} has no TTL" for key, ttl in keyspace.ttls_ms.items() if ttl < 0]
+    ttls_ms = keyspace.ttls_ms | keyspace.other_ttls_ms
+    wrong += [f"key {key!r} has no TTL" for key, ttl in ttls_ms.items() if ttl == -1]
     return wrong

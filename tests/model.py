@@ -14,6 +14,18 @@ class ModelConnection:
     game_id: str | None
     connected_at: int
     last_seen: int
+    epoch: int = 0
+    detached_until: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelRegistration:
+    """What a register answers."""
+
+    connection: ModelConnection
+    displaced: list[ModelConnection]
+    replaced: ModelConnection | None
+    resumed_from: ModelConnection | None
 
 
 @dataclass
@@ -29,7 +41,19 @@ class Model:
     """Their sids in the order of registration."""
 
     def is_live(self, connection: ModelConnection, now: int) -> bool:
-        return connection.last_seen >= now - self.conn_ttl_ms
+        return connection.detached_until is None and connection.last_seen >= now - self.conn_ttl_ms
+
+    def is_seat(self, connection: ModelConnection, now: int) -> bool:
+        """Whether it is detached, and within its grace."""
+        return connection.detached_until is not None and connection.detached_until >= now
+
+    def holds(self, connection: ModelConnection, now: int) -> bool:
+        return self.is_live(connection, now) or self.is_seat(connection, now)
+
+    def known(self, sid: str, now: int) -> ModelConnection | None:
+        """Give a connection that is live, or detached and within its grace."""
+        connection = self.connections.get(sid)
+        return connection if connection and self.holds(connection, now) else None
 
     def live(self, sid: str, now: int) -> ModelConnection | None:
         connection = self.connections.get(sid)
@@ -43,34 +67,47 @@ class Model:
         self.registered.remove(sid)
         return self.connections.pop(sid)
 
-    def register(
-        self, sid: str, user_id: str, now: int
-    ) -> tuple[ModelConnection, list[ModelConnection], ModelConnection | None]:
-        """Give the connection, the displaced ones and the replaced one."""
-        replaced = self._remove(sid) if sid in self.connections else None
-        connection = ModelConnection(sid, user_id, None, now, now)
-        if replaced and replaced.user_id == user_id and self.is_live(replaced, now):
-            connection = replace(replaced, last_seen=now)
-            replaced = None
+    def register(self, sid: str, user_id: str, now: int, epoch: int) -> ModelRegistration:
+        own = self._remove(sid) if sid in self.connections else None
+        kept = own if own and own.user_id == user_id and self.holds(own, now) else None
+        connection = ModelConnection(sid, user_id, None, now, now, epoch)
+        resumed_from = None
+        if kept:
+            connection = replace(kept, last_seen=now, epoch=epoch, detached_until=None)
+            resumed_from = kept if self.is_seat(kept, now) else None
         others = self.of_user(user_id)
-        expired = [other for other in others if not self.is_live(other, now)]
-        live = [other for other in others if self.is_live(other, now)]
-        too_many = max(0, len(live) + 1 - self.connections_per_user)
-        gone = expired + live[:too_many]
+        seats = [other for other in others if self.is_seat(other, now)]
+        if seats and not kept:
+            resumed_from = seats[-1]
+            connection = replace(connection, game_id=resumed_from.game_id)
+            self._remove(resumed_from.sid)
+            others.remove(resumed_from)
+        gone = [other for other in others if not self.holds(other, now)]
+        holding = [other for other in others if self.holds(other, now)]
+        gone += holding[: max(0, len(holding) + 1 - self.connections_per_user)]
         displaced = [self._remove(other.sid) for other in others if other in gone]
         self.connections[sid] = connection
         self.registered.append(sid)
-        return connection, displaced, replaced
+        return ModelRegistration(connection, displaced, None if kept else own, resumed_from)
 
     def unregister(self, sid: str, now: int) -> ModelConnection | None:
-        return self._remove(sid) if self.live(sid, now) else None
+        return self._remove(sid) if self.known(sid, now) else None
 
-    def join(self, sid: str, game_id: str, now: int) -> tuple[bool, str | None]:
+    def detach(self, sid: str, now: int, until: int) -> ModelConnection | None:
+        connection = self.known(sid, now)
+        if connection and self.is_live(connection, now):
+            connection = self.connections[sid] = replace(connection, detached_until=until)
+        return connection
+
+    def join(self, sid: str, game_id: str, now: int, capacity: int | None = None) -> tuple[bool, str | None, bool]:
+        """Tell whether it joined, the game that it left, and whether the other one was full."""
         connection = self.live(sid, now)
         if not connection:
-            return False, None
+            return False, None, False
+        if capacity is not None and connection.game_id != game_id and len(self.game(game_id, now)) >= capacity:
+            return False, None, True
         self.connections[sid] = replace(connection, game_id=game_id)
-        return True, connection.game_id if connection.game_id != game_id else None
+        return True, connection.game_id if connection.game_id != game_id else None, False
 
     def leave(self, sid: str, now: int) -> str | None:
         connection = self.live(sid, now)
@@ -88,7 +125,11 @@ class Model:
 
     def cleanup(self, threshold_ms: int, now: int) -> list[ModelConnection]:
         oldest_kept = now - min(threshold_ms, self.conn_ttl_ms)
-        stale = [connection for connection in self.connections.values() if connection.last_seen < oldest_kept]
+        stale = [
+            connection
+            for connection in self.connections.values()
+            if (connection.detached_until or connection.last_seen) < (now if connection.detached_until else oldest_kept)
+        ]
         return [self._remove(connection.sid) for connection in stale]
 
     def user_connection(self, user_id: str, now: int) -> ModelConnection | None:
@@ -97,17 +138,21 @@ class Model:
 
     def is_online(self, user_id: str, now: int) -> bool:
         oldest_online = now - min(self.stale_ms, self.conn_ttl_ms)
-        return any(connection.last_seen >= oldest_online for connection in self.of_user(user_id))
+        own = [connection for connection in self.of_user(user_id) if self.is_live(connection, now)]
+        return any(connection.last_seen >= oldest_online for connection in own)
 
     def game(self, game_id: str, now: int) -> list[ModelConnection]:
-        """The live connections in a game, in the order of registration."""
+        """The live and the detached connections in a game, in the order of registration."""
         registered = (self.connections[sid] for sid in self.registered)
         return [
-            connection for connection in registered if connection.game_id == game_id and self.is_live(connection, now)
+            connection for connection in registered if connection.game_id == game_id and self.holds(connection, now)
         ]
 
+    def game_count(self, game_id: str, now: int) -> int:
+        return sum(self.is_live(member, now) for member in self.game(game_id, now))
+
     def user_sids(self, game_id: str, now: int) -> dict[str, str]:
-        return {member.user_id: member.sid for member in self.game(game_id, now)}
+        return {member.user_id: member.sid for member in self.game(game_id, now) if self.is_live(member, now)}
 
     def opponent(self, game_id: str, user_id: str, now: int) -> str | None:
         return next((sid for other, sid in self.user_sids(game_id, now).items() if other != user_id), None)
@@ -122,4 +167,6 @@ class Model:
                 connection,
                 connected_at=connection.connected_at - milliseconds,
                 last_seen=connection.last_seen - milliseconds,
+                epoch=connection.epoch - 1000 * milliseconds,
+                detached_until=connection.detached_until and connection.detached_until - milliseconds,
             )

@@ -102,7 +102,12 @@ class TestAClientThatTheCallerMade:
             first = manager.register_connection(SID, USER)
             assert first == Registration(first.connection)
             assert first.connection == ConnectionInfo(
-                SID, USER, None, first.connection.connected_at, first.connection.connected_at
+                SID,
+                USER,
+                None,
+                first.connection.connected_at,
+                first.connection.connected_at,
+                epoch=first.connection.epoch,
             )
             assert manager.register_connection(RIVAL_SID, RIVAL).connection.sid == RIVAL_SID
             assert manager.join_game(SID, NEXT_GAME) == JoinResult(joined=True)

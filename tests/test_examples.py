@@ -21,7 +21,7 @@ def test_the_demo_ends_well(server_url: str) -> None:
         timeout=120,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "checks passed, no key is left" in finished.stdout.splitlines()[-1]
+    assert "checks passed, no key of a connection is left" in finished.stdout.splitlines()[-1]
 
 
 def test_the_readmes_example_prints_what_it_says(server_url: str, namespace: str) -> None:

@@ -288,7 +288,9 @@ class TestAStateThatTheServerLostInPart:
         manager = make_manager(connections_per_user=2)
         manager.register_connection("before", "user")
         user_conns = f"{{{namespace}}}:user_conns:user"
-        client.zincrby(user_conns, 3_600_000_000, "before")
+        last: Any = client.incrby(f"{{{namespace}}}:epoch", 3_600_000_000)
+        client.zadd(user_conns, {"before": last})
+        client.hset(f"{{{namespace}}}:conn:before", "epoch", last)
 
         manager.register_connection("after", "user")
 

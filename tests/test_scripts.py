@@ -146,6 +146,8 @@ class Header:
 
     def slots(self, field: str) -> tuple[str, ...]:
         """Give the names in KEYS or ARGV; a remark in brackets is no name."""
+        if self.fields[field] == "none":
+            return ()
         return tuple(name.strip() for name in re.sub(r"\([^)]*\)", "", self.fields[field]).split(","))
 
     def bindings(self) -> list[tuple[str, str, int]]:
@@ -235,6 +237,8 @@ EXPECTED_KEYS = {
     "user_conns": b"{ns}:user_conns:user",
     "game_conns": b"{ns}:game_conns:game",
     "last_seen": b"{ns}:last_seen",
+    "epoch": b"{ns}:epoch",
+    "reply": b"{ns}:reply:<token>",
 }
 
 EXPECTED_ARGUMENTS = {
@@ -247,12 +251,18 @@ EXPECTED_ARGUMENTS = {
     "threshold_ms": 21_000,
     "connections_per_user": 2,
     "batch_size": CLEANUP_BATCH_SIZE,
+    "epoch": "",
+    "grace_ms": 0,
+    "capacity": 0,
+    "reject_ms": 21_000,
 }
 
 
 def described() -> Iterator[tuple[str, Operation[Any]]]:
     """Make an operation with each method of Operations that describes one."""
-    made = Operations("ns", conn_ttl_seconds=60, heartbeat_seconds=7, connections_per_user=2)
+    made = Operations(
+        "ns", conn_ttl_seconds=60, heartbeat_seconds=7, connections_per_user=2, displacement="reject_while_alive"
+    )
     for name, method in inspect.getmembers(made, inspect.ismethod):
         if name.startswith("_"):
             continue
@@ -273,7 +283,8 @@ class TestOperation:
 
     def test_it_sends_the_declared_keys(self, name: str) -> None:
         operation = DESCRIBED[name]
-        assert operation.keys == tuple(EXPECTED_KEYS[key] for key in operation.script.keys)
+        keys = tuple(re.sub(rb"reply:[0-9a-f]{24}$", b"reply:<token>", key) for key in operation.keys)
+        assert keys == tuple(EXPECTED_KEYS[key] for key in operation.script.keys)
 
     def test_it_sends_the_declared_arguments(self, name: str) -> None:
         operation = DESCRIBED[name]
@@ -290,10 +301,10 @@ def test_every_script_is_used_by_an_operation() -> None:
 
 
 def test_cleanup_sends_its_batches_and_nothing_else() -> None:
-    batch = Operations("ns").cleanup_batch()
-    exchange = operations.clean_up(batch)
-    assert next(exchange) == [batch.command()]
-    assert exchange.send([[1, CLEANUP_BATCH_SIZE]]) == [batch.command()]
+    batches = [Operations("ns").cleanup_batch(), Operations("ns").cleanup_batch()]
+    exchange = operations.clean_up(iter(batches).__next__)
+    assert next(exchange) == [batches[0].command()]
+    assert exchange.send([[1, CLEANUP_BATCH_SIZE]]) == [batches[1].command()]
     with pytest.raises(StopIteration):
         exchange.send([[1, CLEANUP_BATCH_SIZE - 1]])
 

@@ -39,6 +39,8 @@ USERS = st.sampled_from(["user-1", "user-2", "user-3"])
 GAMES = st.sampled_from(["game-1", "game-2"])
 # Time moves in steps of ten seconds and every limit lies at five, so the few real seconds of a run cannot matter.
 STEPS = st.sampled_from([10, 30, 70, 100, 250, 310])
+GRACES = st.sampled_from([5, 45, 105, 255])
+CAPACITIES = st.sampled_from([1, 2, None])
 THRESHOLDS = st.sampled_from([5, 45, 95, 1005])
 CONN_TTL_SECONDS = 305
 HEARTBEAT_SECONDS = 95 / 3
@@ -70,7 +72,8 @@ class Sequences(RuleBasedStateMachine):
         self.calls = 0
 
     def teardown(self) -> None:
-        keys = list(read_keyspace(self.client, self.namespace).ttls_ms)
+        keyspace = read_keyspace(self.client, self.namespace)
+        keys = [*keyspace.ttls_ms, *keyspace.other_ttls_ms]
         if keys:
             self.client.delete(*keys)
         self.stack.close()
@@ -101,6 +104,8 @@ class Sequences(RuleBasedStateMachine):
             connection.game_id,
             time(connection.connected_at),
             time(connection.last_seen),
+            epoch=connection.epoch,
+            detached_until=time(connection.detached_until) if connection.detached_until else None,
         )
 
     def written_at(self, sid: str, before: int) -> int:
@@ -117,20 +122,46 @@ class Sequences(RuleBasedStateMachine):
     def register(self, sid: str, user_id: str) -> None:
         before = self.now()
         registration = self.manager.register_connection(sid, user_id)
-        connection, displaced, replaced = self.model.register(sid, user_id, self.written_at(sid, before))
-        self.same(registration.connection, connection)
-        assert registration.displaced == tuple(map(self.typed, displaced))
-        self.same(registration.replaced, replaced)
-        assert registration.resumed is False
+        # The epoch is the one thing besides the time that the model cannot know: it must be the largest.
+        epoch = registration.connection.epoch
+        assert epoch > max((connection.epoch for connection in self.model.connections.values()), default=0)
+        expected = self.model.register(sid, user_id, self.written_at(sid, before), epoch)
+        self.same(registration.connection, expected.connection)
+        assert registration.displaced == tuple(map(self.typed, expected.displaced))
+        self.same(registration.replaced, expected.replaced)
+        self.same(registration.resumed_from, expected.resumed_from)
+        assert registration.resumed is (expected.resumed_from is not None)
+        assert registration
 
     @rule(sid=SIDS)
     def unregister(self, sid: str) -> None:
         self.same(self.manager.unregister_connection(sid), self.model.unregister(sid, self.now()))
 
-    @rule(sid=SIDS, game_id=GAMES)
-    def join(self, sid: str, game_id: str) -> None:
-        joined, left_game_id = self.model.join(sid, game_id, self.now())
-        assert self.manager.join_game(sid, game_id) == presence.JoinResult(joined, left_game_id)
+    @rule(sid=SIDS, grace_seconds=GRACES)
+    def detach(self, sid: str, grace_seconds: int) -> None:
+        before = self.now()
+        detached = self.manager.unregister_connection(sid, grace_seconds=grace_seconds)
+        score = self.client.zscore(f"{{{self.namespace}}}:last_seen", sid)
+        if self.model.live(sid, before):
+            assert score is not None
+            assert before <= -int(score) - grace_seconds * 1000 <= self.now()
+        self.same(detached, self.model.detach(sid, before, -int(score or 0)))
+
+    @rule(sid=SIDS, game_id=GAMES, capacity=CAPACITIES)
+    def join(self, sid: str, game_id: str, capacity: int | None) -> None:
+        joined, left_game_id, is_full = self.model.join(sid, game_id, self.now(), capacity)
+        result = self.manager.join_game(sid, game_id, capacity=capacity)
+        assert result == presence.JoinResult(joined, left_game_id, is_full)
+
+    @rule(sid=SIDS, other=SIDS)
+    def act_for_another_registration(self, sid: str, other: str) -> None:
+        mine, another = self.model.live(sid, self.now()), self.model.connections.get(other)
+        epoch = another.epoch if another and sid != other else 1
+        if mine:
+            assert not self.manager.update_heartbeat(sid, epoch=epoch)
+            assert not self.manager.join_game(sid, "game-1", epoch=epoch)
+            assert self.manager.leave_game(sid, epoch=epoch) is None
+            assert self.manager.unregister_connection(sid, epoch=epoch) is None
 
     @rule(sid=SIDS)
     def leave(self, sid: str) -> None:
@@ -148,7 +179,14 @@ class Sequences(RuleBasedStateMachine):
     def cleanup(self, threshold_seconds: int) -> None:
         removed = self.manager.cleanup_stale_connections(threshold_seconds).removed
         expected = self.model.cleanup(threshold_seconds * 1000, self.now())
-        assert list(removed) == sorted(map(self.typed, expected), key=lambda gone: (gone.last_seen, gone.sid))
+        stale = sorted(
+            (gone for gone in expected if not gone.detached_until), key=lambda gone: (gone.last_seen, gone.sid)
+        )
+        past_grace = sorted(
+            (gone for gone in expected if gone.detached_until), key=lambda gone: (gone.detached_until, gone.sid)
+        )
+        assert list(removed)[: len(stale)] == list(map(self.typed, stale))
+        assert set(removed[len(stale) :]) == set(map(self.typed, past_grace))
 
     @rule()
     def cleanup_by_default_threshold(self) -> None:
@@ -167,7 +205,7 @@ class Sequences(RuleBasedStateMachine):
         manager, model = self.manager, self.model
         for number in range(1, 6):
             sid = f"sid-{number}"
-            self.same(manager.get_connection(sid), model.live(sid, now))
+            self.same(manager.get_connection(sid), model.known(sid, now))
         for number in range(1, 4):
             user_id = f"user-{number}"
             self.same(manager.get_user_connection(user_id), model.user_connection(user_id, now))
@@ -176,7 +214,7 @@ class Sequences(RuleBasedStateMachine):
             assert manager.get_game_connections(game_id) == list(map(self.typed, model.game(game_id, now)))
             assert manager.get_game_user_sids(game_id) == model.user_sids(game_id, now)
             assert manager.get_opponent_sid(game_id, "user-1") == model.opponent(game_id, "user-1", now)
-            assert manager.get_game_connection_count(game_id) == len(model.game(game_id, now))
+            assert manager.get_game_connection_count(game_id) == model.game_count(game_id, now)
         assert manager.get_connection_count() == model.count(now)
 
     @invariant()
@@ -184,11 +222,13 @@ class Sequences(RuleBasedStateMachine):
         keyspace = read_keyspace(self.client, self.namespace)
         assert violations(keyspace, self.connections_per_user) == []
         connections = self.model.connections
-        assert keyspace.records == {
+        assert {
+            sid: {"user_id": record["user_id"], "game_id": record["game_id"]}
+            for sid, record in keyspace.records.items()
+        } == {
             sid: {
                 "user_id": connection.user_id,
                 "game_id": connection.game_id or "",
-                "connected_at": str(connection.connected_at),
             }
             for sid, connection in connections.items()
         }
@@ -198,7 +238,10 @@ class Sequences(RuleBasedStateMachine):
         assert {game: set(members) for game, members in keyspace.games.items()} == {
             game: {sid for sid, connection in connections.items() if connection.game_id == game} for game in games
         }
-        assert keyspace.last_seen == {sid: connection.last_seen for sid, connection in connections.items()}
+        assert keyspace.last_seen == {
+            sid: -connection.detached_until if connection.detached_until else connection.last_seen
+            for sid, connection in connections.items()
+        }
 
     @invariant()
     def every_key_outlives_the_connections_in_it(self) -> None:
@@ -206,7 +249,7 @@ class Sequences(RuleBasedStateMachine):
         keyspace = read_keyspace(self.client, self.namespace)
         prefix = f"{{{self.namespace}}}:"
         for sid, connection in self.model.connections.items():
-            remaining = connection.last_seen + self.model.conn_ttl_ms - now
+            remaining = (connection.detached_until or connection.last_seen + self.model.conn_ttl_ms) - now
             keys = [f"conn:{sid}", f"user_conns:{connection.user_id}", "last_seen"]
             if connection.game_id:
                 keys.append(f"game_conns:{connection.game_id}")

@@ -1,0 +1,5 @@
+-- What this same call answered before, or nil: its reply was lost, and it was sent again.
+local function earlier_answer(reply_key)
+  local earlier = redis.call('GET', reply_key)
+  return earlier and cmsgpack.unpack(earlier) or nil
+end
