@@ -39,11 +39,11 @@ class Cleanups:
         now = server_ms(population.client)
         population.set_last_seen({index: now - _random.randint(*STALE_MS) for index in chosen})
 
-        batch = population.operations.cleanup_batch()
         removed: set[str] = set()
         costs_us = []
         is_last = False
         while not is_last:
+            batch = population.operations.cleanup_batch()
             cost, (reply,) = server_time(population.client, [batch.command()])
             costs_us.append(cost)
             done = batch.parse(reply)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from presence import Operations, operations
 from presence.scripts import Script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     import redis
 
@@ -55,6 +56,21 @@ def load_scripts(client: redis.Redis) -> None:
     for script in vars(operations).values():
         if isinstance(script, Script):
             client.script_load(script.source)
+
+
+def forget_answers(client: redis.Redis) -> int:
+    """Remove the answers that are kept for calls that are sent again, as a minute would; tell how many they were."""
+    forgotten = 0
+    for keys in batched(client.scan_iter(match="{*}:reply:*", count=CHUNK), CHUNK):
+        forgotten += int(client.delete(*keys))
+    return forgotten
+
+
+def batched(keys: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
+    """Give lists of so many keys."""
+    remaining = iter(keys)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
 
 
 class Population:
@@ -121,6 +137,8 @@ def remove_all(client: redis.Redis) -> None:
     """Remove every connection of a population again, with the library's own cleanup."""
     load_scripts(client)
     for namespace in (NAMESPACE, OTHER_NAMESPACE):
-        batch = Operations(namespace).cleanup_batch(0)
-        while not batch.parse(client.execute_command(*batch.command())).is_last:
-            pass
+        is_last = False
+        while not is_last:
+            batch = Operations(namespace).cleanup_batch(0)
+            is_last = batch.parse(client.execute_command(*batch.command())).is_last
+    forget_answers(client)

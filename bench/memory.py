@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.fill import Population, load_scripts, new_uuid
+from bench.fill import Population, forget_answers, load_scripts, new_uuid
 from bench.measure import Spread, used_memory
 from bench.report import Row
 
@@ -20,18 +20,25 @@ def measure_memory(server: Server, scale: Scale) -> list[Row]:
     """Measure the memory per connection, with user ids like user-000005."""
     info: Any = server.client.info("server")
     target = VALKEY_TARGET if "valkey_version" in info else REDIS_TARGET
-    cost = _bytes_per_connection(Population(server.client, scale.connections))
-    return [Row("connection in a game, 11-character user id", cost, "bytes", target=target)]
+    cost, answer = _bytes_per_connection(Population(server.client, scale.connections))
+    return [
+        Row("connection in a game, 11-character user id", cost, "bytes", target=target),
+        Row("answer of a register or join, kept for a minute", answer, "bytes"),
+    ]
 
 
 def measure_memory_with_uuids(server: Server, scale: Scale) -> list[Row]:
     """Measure the memory per connection, with UUIDs as user ids."""
-    cost = _bytes_per_connection(Population(server.client, scale.connections, make_user_id=lambda _: new_uuid()))
+    cost, _ = _bytes_per_connection(Population(server.client, scale.connections, make_user_id=lambda _: new_uuid()))
     return [Row("connection in a game, UUID as user id", cost, "bytes")]
 
 
-def _bytes_per_connection(population: Population) -> Spread:
+def _bytes_per_connection(population: Population) -> tuple[Spread, Spread]:
+    """Give the bytes for each connection without the answers that are kept for a minute, and for each answer."""
     load_scripts(population.client)
     empty = used_memory(population.client)
     population.fill()
-    return Spread.exactly((used_memory(population.client) - empty) / len(population.sids))
+    full = used_memory(population.client)
+    answers = forget_answers(population.client)
+    without = used_memory(population.client)
+    return Spread.exactly((without - empty) / len(population.sids)), Spread.exactly((full - without) / answers)
