@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import random
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -14,7 +13,7 @@ from presence import Operations, operations
 from presence.scripts import Script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     import redis
 
@@ -58,21 +57,6 @@ def load_scripts(client: redis.Redis) -> None:
             client.script_load(script.source)
 
 
-def forget_answers(client: redis.Redis) -> int:
-    """Remove the answers that are kept for calls that are sent again, as a minute would; tell how many they were."""
-    forgotten = 0
-    for keys in batched(client.scan_iter(match="{*}:reply:*", count=CHUNK), CHUNK):
-        forgotten += int(client.delete(*keys))
-    return forgotten
-
-
-def batched(keys: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    """Give lists of so many keys."""
-    remaining = iter(keys)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
-
-
 class Population:
     """Connections 0, 1, 2, …: number n belongs to user n and is in game n // 2."""
 
@@ -111,7 +95,11 @@ class Population:
             progress = Progress(work, size)
             for start in range(0, size, CHUNK):
                 chunk = range(start, min(start + CHUNK, size))
-                send(self.client, [describe(index).command() for index in chunk])
+                calls = [describe(index) for index in chunk]
+                send(self.client, [call.command() for call in calls])
+                # Otherwise the server's tables would be sized for the answers of a fill that no fleet of servers does
+                # in a minute.
+                send(self.client, [("DEL", call.keys[-1]) for call in calls])
                 progress.advance(len(chunk))
         count = self.client.zcard(self.last_seen_key)
         if count != size:
@@ -141,4 +129,3 @@ def remove_all(client: redis.Redis) -> None:
         while not is_last:
             batch = Operations(namespace).cleanup_batch(0)
             is_last = batch.parse(client.execute_command(*batch.command())).is_last
-    forget_answers(client)

@@ -42,7 +42,8 @@ MAX_CLUSTER_CONNECTIONS = 10_000
 RETRIES = 6
 """Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
 
-Every script leaves the same state when it runs twice, so to send one again after a lost reply is safe.
+Every script that is sent again after a lost reply changes nothing more and answers the same, for a minute: longer than
+all attempts with their timeouts take.
 """
 
 
