@@ -13,6 +13,7 @@ from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
 from bench.measure import MeasurementError, Spread, ratios, send, server_time
 from bench.progress import Progress
 from bench.report import Row
+from presence.operations import HEARTBEAT_BATCH_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,9 @@ Result = TypeVar("Result")
 NOTHING = "return 1 as EVALSHA"
 ZADD = "ZADD XX, same index"
 ZADD_LATE = "ZADD XX, same moment"
+ZADD_MANY = "ZADD XX, 250 members"
+MANY_HEARTBEATS = "250 heartbeats in one script"
+BATCHES = 4
 HSET = "HSET, 4 fields, new key"
 
 REFRESHING = "heartbeat that refreshes TTLs"
@@ -35,6 +39,7 @@ REFRESHING = "heartbeat that refreshes TTLs"
 COMPARED: tuple[tuple[str, str, float | None], ...] = (
     ("heartbeat", ZADD, 3.5),
     (REFRESHING, ZADD_LATE, None),
+    (MANY_HEARTBEATS, ZADD_MANY, 2),
     ("register, first of its user", HSET, 9),
     ("register, displacing one in a game", HSET, 13),
     ("snapshot of a two-player game", NOTHING, 10),
@@ -84,6 +89,19 @@ class Rounds:
     def _measure_heartbeats(self) -> None:
         self._time_native(ZADD, self._native_heartbeats(self._sample()), 0)
         self._time("heartbeat", self._heartbeats(self._sample()), bool)
+
+        # Each draws its own connections: those of one would be in the CPU's caches for the other.
+        native, many = ([sample(self._population, HEARTBEAT_BATCH_SIZE) for _ in range(BATCHES)] for _ in range(2))
+        self._time_native(ZADD_MANY, [self._native_batch(batch) for batch in native], 0)
+        self._time(
+            MANY_HEARTBEATS,
+            [self._operations.heartbeat_batch([self._population.sids[index] for index in batch]) for batch in many],
+            all,
+        )
+
+    def _native_batch(self, indexes: list[int]) -> Command:
+        pairs = [command[3:] for command in self._native_heartbeats(indexes)]
+        return ("ZADD", self._population.last_seen_key, "XX", *(part for pair in pairs for part in pair))
 
     def _heartbeats(self, indexes: list[int]) -> list[Operation[bool]]:
         return [self._operations.update_heartbeat(self._population.sids[index]) for index in indexes]
@@ -202,7 +220,7 @@ def measure_speed(server: Server, scale: Scale) -> list[Row]:
     rounds.run_refreshing_heartbeats(scale.rounds)
 
     costs = rounds.costs
-    natives = [Row(name, Spread.of(costs[name]), "µs") for name in (NOTHING, ZADD, HSET)]
+    natives = [Row(name, Spread.of(costs[name]), "µs") for name in (NOTHING, ZADD, ZADD_MANY, HSET)]
     return natives + [
         Row(name, Spread.of(costs[name]), "µs", ratios(costs[name], costs[native]), native, target)
         for name, native, target in COMPARED

@@ -18,13 +18,14 @@ from presence.errors import (
 )
 from presence.manager import ConnectionManager
 from presence.operations import Operation, Operations
-from presence.results import CleanupResult, ConnectionInfo, JoinResult, Registration
+from presence.results import CleanupResult, ConnectionInfo, HeartbeatStatus, JoinResult, Registration
 
 __all__ = [
     "AuthenticationFailedError",
     "CleanupResult",
     "ConnectionInfo",
     "ConnectionManager",
+    "HeartbeatStatus",
     "JoinResult",
     "Operation",
     "Operations",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
 from uuid import UUID
 
 MAX_ID_LENGTH = 1024
@@ -71,6 +73,18 @@ def check_displacement(displacement: object) -> str:
     if displacement not in ("newest_wins", "reject_while_alive"):
         raise ValueError(f'displacement must be "newest_wins" or "reject_while_alive", not {displacement!r:.80}')
     return str(displacement)
+
+
+def check_iterable(name: str, values: object) -> list[Any]:
+    """Check that several ids were given, not one."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be several ids, as a list, not {type(values).__name__}: {values!r:.80}")
+    return list(values)
+
+
+def check_users(name: str, values: object) -> list[str]:
+    """Check several user ids, and give each once, as text."""
+    return list(dict.fromkeys(encode_user_id(name, value).decode() for value in check_iterable(name, values)))
 
 
 def check_namespace(namespace: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -96,6 +97,22 @@ class JoinResult:
 
     def __bool__(self) -> bool:
         return self.joined
+
+
+class HeartbeatStatus(Enum):
+    """What became of one heartbeat of many; true when the connection was seen."""
+
+    SEEN = "seen"
+    """It is live, and was seen now."""
+    UNKNOWN = "unknown"
+    """There is no such connection: it was displaced or removed, or there never was one."""
+    EXPIRED = "expired"
+    """It had not been seen for ``conn_ttl_seconds``, and no cleanup has removed it yet."""
+    DETACHED = "detached"
+    """Its socket was reported as gone, and only its seat is kept."""
+
+    def __bool__(self) -> bool:
+        return self is HeartbeatStatus.SEEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,50 @@
+#!lua flags=allow-oom
+--[[
+Mark many connections as seen now and keep every key that they live in from expiring.
+
+To ask for the TTL of each record, as heartbeat does, would cost more than all the rest. Instead each connection's TTLs
+are refreshed with a chance that grows with the time since its previous heartbeat: 48 times on average in a day, by
+which the keys outlive their connections. That a key misses all of them is less likely than e^-48.
+
+KEYS  last_seen
+ARGV  key_prefix, conn_ttl_ms, key_lifetime_ms, sids (at most 1000)
+Reply {position of a sid, 0 unknown | -1 expired | -2 detached, … for each that was not seen}
+Cost  O(log N) for each sid, N = connections in the namespace
+]]
+-- @include now_us
+-- @include refresh_ttls
+
+local last_seen_key = KEYS[1]
+local key_prefix, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local sids = {unpack(ARGV, 4)}
+
+local REFRESHES, RETENTION_MS = 48, 24 * 60 * 60 * 1000
+
+local time = now_us()
+local now = string.sub(time, 1, -4)
+local now_number = tonumber(now)
+local seen, reply = {}, {}
+-- The clock's last digits are as good as a random number, where one is enough for all.
+local chance = tonumber(string.sub(time, -3)) / 1000
+for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))) do
+  local last_seen = score and tonumber(score)
+  local is_seen = last_seen and last_seen >= now_number - conn_ttl_ms
+  if is_seen then
+    chance = chance + (now_number - last_seen) * REFRESHES / RETENTION_MS
+    if chance >= 1 then
+      chance = chance % 1
+      is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms)
+    end
+  end
+  if is_seen then
+    seen[#seen + 1] = now
+    seen[#seen + 1] = sids[position]
+  else
+    reply[#reply + 1] = position
+    reply[#reply + 1] = not last_seen and 0 or last_seen >= 0 and -1 or -2
+  end
+end
+if #seen > 0 then
+  redis.call('ZADD', last_seen_key, 'XX', unpack(seen))
+end
+return reply
