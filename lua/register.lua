@@ -113,7 +113,10 @@ end
 if #alive >= connections_per_user and (resumed or not kept) then
   local newest = alive[#alive]
   local refusing = read_connection(key_prefix .. 'conn:' .. others[newest], others[newest], scores[newest + 1])
-  return earlier_answer(reply_key) or {now, 0, refusing, {}, {}}
+  if refusing then
+    return earlier_answer(reply_key) or {now, 0, refusing, {}, {}}
+  end
+  scores[newest + 1] = false -- Its record was evicted, so it is not alive.
 end
 
 local displaced, strays = {}, {}

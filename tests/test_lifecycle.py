@@ -301,6 +301,17 @@ class TestAStateThatTheServerLostInPart:
         assert manager.get_game_connections("game") == [manager.get_connection("after")]
         assert [gone.sid for gone in manager.register_connection("third", "user").displaced] == ["before"]
 
+    def test_an_evicted_record_refuses_nobody(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        manager.register_connection("evicted", "user")
+        client.delete(f"{{{namespace}}}:conn:evicted")
+
+        assert manager.register_connection("new", "user")
+        assert not manager.register_connection("another", "user")
+        client.zrem(f"{{{namespace}}}:last_seen", "evicted")
+
     def test_an_evicted_record_does_not_let_one_user_displace_another(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str
     ) -> None:

@@ -1,0 +1,542 @@
+"""A call whose reply was lost is sent again: it has taken effect once, and its answer is the one that was lost."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+import redis
+import redis.asyncio.retry
+import redis.retry
+from redis.backoff import NoBackoff
+
+from presence import CleanupResult, ConnectionInfo, JoinResult, Registration
+from presence.operations import CLEANUP_BATCH_SIZE
+from tests.clock import let_time_pass
+from tests.invariants import Keyspace, read_keyspace, violations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from presence import Operation
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+    from tests.server import LocalServer
+
+BOUND_SECONDS = 10
+CHUNK = 1 << 20
+
+
+class CuttingProxy:
+    """Passes bytes between one manager and the server, and can cut a connection within a reply.
+
+    Each EVALSHA meets the next of the ``cuts``: None, or how many bytes of its reply pass before the connection is cut.
+    When these are used up, replies pass. ``replies`` are the whole replies, as the server sent them.
+    """
+
+    def __init__(self, server_port: int) -> None:
+        self.cuts: list[int | None] = []
+        self.replies: list[bytes] = []
+        self._server_port = server_port
+        self._cut: int | None = None
+        self._is_of_a_script = False
+        self._peers: dict[socket.socket, socket.socket] = {}
+        self._clients: set[socket.socket] = set()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(BOUND_SECONDS)
+        assert not self._thread.is_alive()
+        for open_socket in (self._listener, *self._peers):
+            open_socket.close()
+
+    def _serve(self) -> None:
+        while not self._ended.is_set():
+            for ready in select.select([self._listener, *self._peers], [], [], 0.05)[0]:
+                if ready is self._listener:
+                    client = self._listener.accept()[0]
+                    server = socket.create_connection(("127.0.0.1", self._server_port))
+                    self._peers |= {client: server, server: client}
+                    self._clients.add(client)
+                elif ready in self._peers and not self._pass_on(ready):
+                    peer = self._peers.pop(ready)
+                    del self._peers[peer]
+                    self._clients -= {ready, peer}
+                    ready.close()
+                    peer.close()
+
+    def _pass_on(self, source: socket.socket) -> bool:
+        """Pass on what has arrived; tell whether the connection stays."""
+        try:
+            chunk = source.recv(CHUNK)
+            if source in self._clients:
+                self._is_of_a_script = b"EVALSHA" in chunk
+                if self._is_of_a_script:
+                    self._cut = self.cuts.pop(0) if self.cuts else None
+                    self.replies.append(b"")
+            elif self._is_of_a_script:
+                self.replies[-1] += chunk
+                if self._cut is not None:
+                    self._peers[source].sendall(chunk[: self._cut])
+                    return False
+            self._peers[source].sendall(chunk)
+        except OSError:
+            return False
+        return chunk != b""
+
+
+@pytest.fixture
+def proxy(own_server: LocalServer) -> Iterator[CuttingProxy]:
+    with CuttingProxy(own_server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
+    """A plain client of the test's own server."""
+    with redis.Redis.from_url(own_server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The client options of a manager that tries again as often as managers do, but does not wait before it."""
+    is_asyncio = request.node.callspec.params["make_manager"] == "asyncio"
+    retry = redis.asyncio.retry.Retry if is_asyncio else redis.retry.Retry
+    return {"retry": retry(NoBackoff(), 6)}
+
+
+def told(result: Any) -> Any:
+    """What an answer says, without times and epochs: those of a twin differ."""
+    match result:
+        case ConnectionInfo():
+            assert result.epoch > 0
+            return (result.sid, result.user_id, result.game_id, result.is_detached)
+        case Registration():
+            return {
+                "connection": told(result.connection),
+                "displaced": [told(gone) for gone in result.displaced],
+                "replaced": told(result.replaced),
+                "resumed": result.resumed,
+                "resumed_from": told(result.resumed_from),
+                "refused": result.refused,
+            }
+        case CleanupResult():
+            assert result.error is None
+            return [told(gone) for gone in result]
+        case None | str() | JoinResult():
+            return result
+    raise AssertionError(result)
+
+
+def stored(keyspace: Keyspace) -> Any:
+    """What a namespace holds, without times and epochs."""
+    assert violations(keyspace) == []
+    return (
+        {
+            sid: (record["user_id"], record["game_id"], "last_seen" in record)
+            for sid, record in keyspace.records.items()
+        },
+        keyspace.users,
+        {game_id: set(members) for game_id, members in keyspace.games.items()},
+        set(keyspace.last_seen),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, the scene in which it is made, and how much time passes between."""
+
+    scene: Callable[[ConnectionManager], object]
+    call: Callable[[ConnectionManager], Any]
+    seconds: float = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    changes_something: bool = True
+
+
+def nothing(manager: ConnectionManager) -> None:
+    """Nobody is there."""
+
+
+def one_is_there(manager: ConnectionManager) -> None:
+    manager.register_connection("old", "user")
+
+
+def one_plays(manager: ConnectionManager) -> None:
+    manager.register_connection("old", "user")
+    manager.join_game("old", "game")
+
+
+def one_is_detached(manager: ConnectionManager) -> None:
+    one_plays(manager)
+    manager.unregister_connection("old", grace_seconds=30)
+
+
+def the_next_game_is_full(manager: ConnectionManager) -> None:
+    one_plays(manager)
+    for number in range(2):
+        manager.register_connection(f"sid-{number}", f"user-{number}")
+        manager.join_game(f"sid-{number}", "next game")
+
+
+def some_are_stale(manager: ConnectionManager) -> None:
+    one_is_detached(manager)
+    for number in range(2):
+        manager.register_connection(f"sid-{number}", f"user-{number}")
+        manager.join_game(f"sid-{number}", "game")
+
+
+CASES = {
+    "register the first": Case(nothing, lambda manager: manager.register_connection("new", "user")),
+    "register the same again": Case(one_plays, lambda manager: manager.register_connection("old", "user")),
+    "register and displace": Case(one_plays, lambda manager: manager.register_connection("new", "user")),
+    "register and resume": Case(one_is_detached, lambda manager: manager.register_connection("new", "user")),
+    "register and resume the same sid": Case(
+        one_is_detached, lambda manager: manager.register_connection("old", "user")
+    ),
+    "register another user's sid": Case(one_plays, lambda manager: manager.register_connection("old", "new user")),
+    "register and be refused": Case(
+        one_plays,
+        lambda manager: manager.register_connection("new", "user"),
+        options={"displacement": "reject_while_alive"},
+        changes_something=False,
+    ),
+    "register while the earlier one is stale": Case(
+        one_plays,
+        lambda manager: manager.register_connection("new", "user"),
+        seconds=91,
+        options={"displacement": "reject_while_alive"},
+    ),
+    "join the first game": Case(one_is_there, lambda manager: manager.join_game("old", "game")),
+    "join from another game": Case(one_plays, lambda manager: manager.join_game("old", "next game", capacity=1)),
+    "join a full game": Case(
+        the_next_game_is_full,
+        lambda manager: manager.join_game("old", "next game", capacity=2),
+        changes_something=False,
+    ),
+    "leave": Case(one_plays, lambda manager: manager.leave_game("old")),
+    "unregister": Case(one_plays, lambda manager: manager.unregister_connection("old")),
+    "unregister with a grace": Case(one_plays, lambda manager: manager.unregister_connection("old", grace_seconds=30)),
+    "unregister a detached one": Case(one_is_detached, lambda manager: manager.unregister_connection("old")),
+    "clean up": Case(some_are_stale, lambda manager: manager.cleanup_stale_connections(), seconds=91),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wherever_the_reply_is_cut_the_call_takes_effect_once_and_answers_the_same(
+    make_manager: ManagerFactory,
+    own_server: LocalServer,
+    own_client: redis.Redis,
+    proxy: CuttingProxy,
+    at_once: dict[str, Any],
+    namespace: str,
+    name: str,
+) -> None:
+    case = CASES[name]
+    direct = make_manager(own_server.url, **case.options)
+    manager = make_manager(proxy.url, **case.options, **at_once)
+
+    def set_the_scene() -> None:
+        own_client.flushdb()
+        case.scene(direct)
+        if case.seconds:
+            let_time_pass(own_client, namespace, case.seconds)
+
+    set_the_scene()
+    expected = told(case.call(direct))
+    expected_state = stored(read_keyspace(own_client, namespace))
+
+    cut = length = 0
+    while cut <= length:
+        # The last round cuts nothing: so the call is seen to need one script when nothing is lost.
+        set_the_scene()
+        proxy.replies, proxy.cuts = [], [] if cut == length > 0 else [cut]
+        result = case.call(manager)
+
+        where = f"cut after {cut} of {len(proxy.replies[0])} bytes"
+        assert told(result) == expected, where
+        assert stored(read_keyspace(own_client, namespace)) == expected_state, where
+        assert proxy.cuts == []
+        assert len(proxy.replies) == (1 if cut == length > 0 else 2), where
+        if case.changes_something:
+            assert proxy.replies[0] == proxy.replies[-1], where
+        if isinstance(result, Registration):
+            assert direct.get_connection(result.connection.sid) == result.connection, where
+        if isinstance(result, ConnectionInfo) and expected_state[0]:
+            assert direct.get_connection(result.sid) == result, where
+        length = len(proxy.replies[0])
+        cut += 1
+    manager.close()
+
+
+@pytest.mark.parametrize("batch", range(3))
+@pytest.mark.parametrize("share", [0, 0.5, 0.999], ids=["at its start", "in its middle", "at its end"])
+def test_a_long_cleanup_reports_each_connection_once_when_the_reply_of_a_batch_is_cut(
+    make_manager: ManagerFactory,
+    own_server: LocalServer,
+    own_client: redis.Redis,
+    proxy: CuttingProxy,
+    at_once: dict[str, Any],
+    namespace: str,
+    batch: int,
+    share: float,
+) -> None:
+    direct, manager = make_manager(own_server.url), make_manager(proxy.url, **at_once)
+    sids = [f"sid-{number:03}" for number in range(2 * CLEANUP_BATCH_SIZE + 20)]
+
+    def clean_up(cuts: list[int | None]) -> list[str]:
+        direct.pipeline([direct.operations.register_connection(sid, f"user {sid}") for sid in sids])
+        let_time_pass(own_client, namespace, 91)
+        proxy.replies, proxy.cuts = [], cuts
+        return sorted(gone.sid for gone in manager.cleanup_stale_connections())
+
+    # The manager meets its script first, so that every reply in the second round is one of a batch.
+    assert clean_up([]) == sids
+    assert clean_up([]) == sids
+    length = len(proxy.replies[batch])
+
+    assert clean_up([*[None] * batch, int(share * length)]) == sids
+
+    assert len(proxy.replies) == 4
+    assert read_keyspace(own_client, namespace).ttls_ms == {}
+    manager.close()
+
+
+def send(client: redis.Redis, operation: Operation[Any]) -> Any:
+    """Send the very command of an operation, as a client does that sends it again."""
+    client.script_load(operation.script.source)
+    return operation.parse(client.execute_command(*operation.command(), NEVER_DECODE=True))
+
+
+class TestTheSameOperationTwice:
+    """A description made once is one call, however often it is run: for another call there is another description."""
+
+    @pytest.mark.parametrize("name", sorted(CASES.keys() - {"clean up"}))
+    def test_in_pipelines_it_answers_the_same_and_takes_effect_once(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys, name: str
+    ) -> None:
+        case = CASES[name]
+        manager = make_manager(**case.options)
+        case.scene(manager)
+        wait(case.seconds)
+        operation = case.call(_Describing(manager))  # type: ignore[arg-type]
+
+        (first,) = manager.pipeline([operation])
+        before = keys()
+        (second,) = manager.pipeline([operation])
+        third, fourth = manager.pipeline([operation, operation])
+
+        assert first == second == third == fourth
+        after = keys()
+        assert (after.records, after.users, after.games) == (before.records, before.users, before.games)
+        assert after.last_seen == before.last_seen
+
+    def test_two_descriptions_of_the_same_are_two_calls(self, manager: ConnectionManager) -> None:
+        operations = manager.operations
+        first, second = manager.pipeline([operations.register_connection("sid", "user") for _ in range(2)])
+        assert second.connection.epoch > first.connection.epoch
+
+    def test_a_batch_of_a_cleanup_removes_no_others_when_it_is_sent_again(
+        self, manager: ConnectionManager, client: redis.Redis, wait: Callable[[float], None]
+    ) -> None:
+        operation = manager.operations.cleanup_batch(threshold_seconds=30)
+        manager.register_connection("first", "user-1")
+        wait(31)
+        assert [gone.sid for gone in send(client, operation).removed] == ["first"]
+        manager.register_connection("second", "user-2")
+        wait(31)
+
+        assert [gone.sid for gone in send(client, operation).removed] == ["first"]
+        assert manager.get_connection("second") is not None
+
+
+class _Describing:
+    """Calls a manager's operations by the names of its methods, and gives their descriptions."""
+
+    def __init__(self, manager: ConnectionManager) -> None:
+        self._operations = manager.operations
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operations, name)
+
+
+class TestACallThatComesAgainLate:
+    """Between the two times others have acted: it touches nothing of theirs, and answers as at first."""
+
+    def test_a_register_does_not_displace_the_newer_connection(
+        self, manager: ConnectionManager, client: redis.Redis, keys: Keys
+    ) -> None:
+        operation = manager.operations.register_connection("sid", "user")
+        first = send(client, operation)
+        newer = manager.register_connection("newer", "user")
+        assert newer.displaced == (first.connection,)
+
+        assert send(client, operation) == first
+
+        assert manager.get_user_connection("user") == newer.connection
+        assert list(keys().records) == ["newer"]
+
+    def test_a_register_that_displaced_reports_the_same_ones_and_no_newer_one(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        manager.register_connection("old", "user")
+        manager.join_game("old", "game")
+        operation = manager.operations.register_connection("sid", "user")
+        first = send(client, operation)
+        manager.register_connection("newer", "user")
+
+        again = send(client, operation)
+
+        assert again == first
+        assert [(gone.sid, gone.game_id) for gone in again.displaced] == [("old", "game")]
+        assert manager.get_connection("newer") is not None
+
+    def test_a_register_does_not_come_back_after_the_disconnect(
+        self, manager: ConnectionManager, client: redis.Redis, keys: Keys
+    ) -> None:
+        operation = manager.operations.register_connection("sid", "user")
+        first = send(client, operation)
+        manager.unregister_connection("sid")
+
+        assert send(client, operation) == first
+        assert keys().ttls_ms == {}
+
+    def test_a_register_does_not_take_the_sid_from_its_next_owner(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        operation = manager.operations.register_connection("sid", "user")
+        first = send(client, operation)
+        next_owner = manager.register_connection("sid", "next owner")
+
+        assert send(client, operation) == first
+        assert manager.get_connection("sid") == next_owner.connection
+
+    def test_a_register_that_resumed_does_not_resume_again(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        one_is_detached(manager)
+        operation = manager.operations.register_connection("sid", "user")
+        first = send(client, operation)
+        manager.unregister_connection("sid", grace_seconds=30)
+        detached = manager.get_connection("sid")
+
+        again = send(client, operation)
+
+        assert (again, again.resumed) == (first, True)
+        assert manager.get_connection("sid") == detached
+        assert not manager.is_user_online("user")
+
+    def test_a_register_that_was_accepted_is_not_refused_because_a_newer_one_is_alive(
+        self, make_manager: ManagerFactory, client: redis.Redis
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        operation = manager.operations.register_connection("sid", "user")
+        first = send(client, operation)
+        manager.unregister_connection("sid")
+        newer = manager.register_connection("newer", "user")
+
+        again = send(client, operation)
+
+        assert (again, again.refused) == (first, False)
+        assert manager.get_user_connection("user") == newer.connection
+
+    def test_a_join_does_not_join_again_after_a_leave(
+        self, manager: ConnectionManager, client: redis.Redis, keys: Keys
+    ) -> None:
+        one_plays(manager)
+        operation = manager.operations.join_game("old", "next game")
+        first = send(client, operation)
+        manager.leave_game("old")
+
+        assert send(client, operation) == first == JoinResult(True, "game")
+        assert keys().games == {}
+
+    def test_a_join_does_not_take_the_connection_out_of_its_next_game(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        one_is_there(manager)
+        operation = manager.operations.join_game("old", "game")
+        first = send(client, operation)
+        manager.join_game("old", "next game")
+
+        assert send(client, operation) == first == JoinResult(True)
+        assert manager.get_game_user_sids("next game") == {"user": "old"}
+        assert manager.get_game_connections("game") == []
+
+    def test_a_join_still_says_that_it_joined_when_the_game_is_full_by_now(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        one_is_there(manager)
+        operation = manager.operations.join_game("old", "game", capacity=1)
+        first = send(client, operation)
+        manager.leave_game("old")
+        manager.register_connection("other", "other user")
+        manager.join_game("other", "game", capacity=1)
+
+        assert send(client, operation) == first == JoinResult(True)
+        assert manager.get_game_user_sids("game") == {"other user": "other"}
+
+    def test_a_leave_does_not_leave_the_next_game(self, manager: ConnectionManager, client: redis.Redis) -> None:
+        one_plays(manager)
+        operation = manager.operations.leave_game("old")
+        assert send(client, operation) == "game"
+        manager.join_game("old", "next game")
+
+        assert send(client, operation) == "game"
+        assert manager.get_game_user_sids("next game") == {"user": "old"}
+
+    @pytest.mark.parametrize("grace_seconds", [None, 30])
+    def test_an_unregister_does_not_touch_the_sid_that_was_registered_anew(
+        self, manager: ConnectionManager, client: redis.Redis, grace_seconds: float | None
+    ) -> None:
+        one_plays(manager)
+        operation = manager.operations.unregister_connection("old", grace_seconds=grace_seconds)
+        first = send(client, operation)
+        anew = manager.register_connection("old", "user")
+        assert anew.resumed is (grace_seconds is not None)
+
+        assert send(client, operation) == first
+        assert manager.get_connection("old") == anew.connection
+        assert manager.is_user_online("user")
+
+    def test_an_unregister_without_a_grace_leaves_the_one_that_is_detached_by_now(
+        self, manager: ConnectionManager, client: redis.Redis
+    ) -> None:
+        one_plays(manager)
+        operation = manager.operations.unregister_connection("old")
+        first = send(client, operation)
+        manager.register_connection("old", "user")
+        manager.unregister_connection("old", grace_seconds=30)
+        detached = manager.get_connection("old")
+
+        assert send(client, operation) == first
+        assert manager.get_connection("old") == detached
+
+
+def test_an_answer_is_kept_for_a_minute_and_no_longer(manager: ConnectionManager, keys: Keys) -> None:
+    one_plays(manager)
+    manager.leave_game("old")
+    manager.unregister_connection("old")
+
+    answers = [ttl for key, ttl in keys().other_ttls_ms.items() if ":reply:" in key]
+
+    assert len(answers) == 4
+    assert all(0 < ttl <= 60_000 for ttl in answers)
