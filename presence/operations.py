@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from redis.exceptions import NoScriptError
@@ -560,14 +561,22 @@ def _parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[Connec
     now, members, scores = int(reply[0]), reply[1], reply[2]
     oldest_live, observed_at = now - conn_ttl_ms, _time(now)
     connections = []
-    for position, score in enumerate(scores):
-        if score is None or not (int(score) >= oldest_live or -int(score) >= now):
+    for sid, entry, score in zip(members[::2], members[1::2], scores, strict=True):
+        seen = int(score or 0)
+        if seen < oldest_live and -seen < now:
             continue
-        sid, entry = members[2 * position : 2 * position + 2]
         head, _, user_id = entry.partition(b" ")
-        times = [*head.split(b":"), b"", b""][:3]
-        connections.append(_connection(sid.decode(), user_id, game_id, times, score, observed_at))
-    connections.sort(key=lambda connection: connection.epoch)
+        if b":" in head:
+            times = [*head.split(b":"), b""][:3]
+            connections.append(_connection(sid.decode(), user_id, game_id, times, seen, observed_at))
+        else:
+            epoch = int(head)
+            connected_at = EPOCH + timedelta(milliseconds=epoch // 1000)
+            last_seen = EPOCH + timedelta(milliseconds=seen)
+            connections.append(
+                ConnectionInfo(sid.decode(), user_id.decode(), game_id, connected_at, last_seen, observed_at, epoch)
+            )
+    connections.sort(key=attrgetter("epoch"))
     return connections
 
 

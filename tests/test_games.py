@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from presence import JoinResult
 
 if TYPE_CHECKING:
@@ -156,3 +158,100 @@ class TestReads:
         assert len(manager.get_game_connections("game")) == size
         assert manager.get_game_connection_count("game") == size
         assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}
+
+
+class TestCapacity:
+    """join_game(…, capacity=n) is refused when the game is full, and changes nothing then."""
+
+    def test_a_full_game_is_refused_and_the_connection_stays_where_it_is(
+        self, manager: ConnectionManager, keys: Keys
+    ) -> None:
+        for number in range(3):
+            manager.register_connection(f"sid-{number}", f"user-{number}")
+        assert manager.join_game("sid-0", "game", capacity=2)
+        assert manager.join_game("sid-1", "game", capacity=2)
+        manager.join_game("sid-2", "lobby")
+        before = keys()
+
+        refused = manager.join_game("sid-2", "game", capacity=2)
+
+        assert refused == JoinResult(joined=False, is_full=True)
+        assert not refused
+        assert keys().games == before.games
+        assert manager.join_game("sid-2", "game", capacity=3) == JoinResult(joined=True, left_game_id="lobby")
+
+    def test_who_is_in_the_game_may_join_it_again(self, manager: ConnectionManager) -> None:
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "game", capacity=1)
+        assert manager.join_game("sid", "game", capacity=1) == JoinResult(joined=True)
+
+    def test_an_expired_member_frees_the_seat_and_a_detached_one_keeps_it_for_its_grace(
+        self, manager: ConnectionManager, wait: Callable[[float], None]
+    ) -> None:
+        manager.register_connection("detached", "user-1")
+        manager.join_game("detached", "game")
+        manager.unregister_connection("detached", grace_seconds=60)
+        manager.register_connection("sid", "user-2")
+        assert manager.join_game("sid", "game", capacity=1).is_full
+        wait(61)
+        assert manager.join_game("sid", "game", capacity=1)
+        wait(3601)
+        manager.register_connection("later", "user-3")
+        assert manager.join_game("later", "game", capacity=1)
+
+    @pytest.mark.parametrize("capacity", [0, -1, 1_000_001])
+    def test_a_capacity_out_of_bounds_is_refused(self, manager: ConnectionManager, capacity: int) -> None:
+        with pytest.raises(ValueError, match="capacity must be from 1 to"):
+            manager.join_game("sid", "game", capacity=capacity)
+
+
+class TestRejectWhileAlive:
+    """displacement="reject_while_alive": who is connected is not displaced."""
+
+    def test_a_register_is_refused_and_names_the_connection_that_is_alive(
+        self, make_manager: ManagerFactory, keys: Keys
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        alive = manager.register_connection("alive", "user").connection
+        manager.register_connection("other", "another user")
+        before = keys()
+
+        refused = manager.register_connection("new", "user")
+
+        assert not refused
+        assert refused.refused
+        assert refused.connection == alive
+        assert not manager.register_connection("other", "user")
+        after = keys()
+        assert (after.records, after.last_seen) == (before.records, before.last_seen)
+        assert manager.register_connection("alive", "user")
+
+    @pytest.mark.parametrize("silent_seconds", [91, 3601])
+    def test_a_stale_or_expired_one_locks_nobody_out(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], silent_seconds: float
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        manager.register_connection("silent", "user")
+        wait(silent_seconds)
+        assert [gone.sid for gone in manager.register_connection("new", "user").displaced] == ["silent"]
+
+    def test_a_detached_one_is_resumed(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        manager.register_connection("detached", "user")
+        manager.unregister_connection("detached", grace_seconds=60)
+        assert manager.register_connection("new", "user").resumed
+
+    def test_of_several_the_stale_one_gives_way_though_it_is_the_newer(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive", connections_per_user=2)
+        manager.register_connection("older", "user")
+        manager.register_connection("newer", "user")
+        wait(91)
+        manager.update_heartbeat("older")
+        assert [gone.sid for gone in manager.register_connection("third", "user").displaced] == ["newer"]
+        assert manager.register_connection("fourth", "user").connection.sid == "third"
+
+    def test_an_unknown_policy_is_refused(self, make_manager: ManagerFactory) -> None:
+        with pytest.raises(ValueError, match='displacement must be "newest_wins" or "reject_while_alive"'):
+            make_manager(displacement="oldest_wins")

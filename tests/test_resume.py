@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -140,9 +140,13 @@ LATE_CALLS: dict[str, tuple[Callable[[ConnectionManager], Any], Any]] = {
     ),
     "leave": (lambda manager: manager.leave_game("sid"), None),
     "heartbeat": (lambda manager: manager.update_heartbeat("sid"), False),
-    "detach": (lambda manager: manager.unregister_connection("sid", grace_seconds=1).detached_until, ...),
+    "detach": (lambda manager: end_of(manager.unregister_connection("sid", grace_seconds=1)), ...),
     "clean up all": (lambda manager: manager.cleanup_stale_connections(90).removed, ()),
 }
+
+
+def end_of(connection: ConnectionInfo | None) -> datetime | None:
+    return connection.detached_until if connection else None
 
 
 def epoch_of(manager: ConnectionManager) -> int:
