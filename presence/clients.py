@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -109,8 +110,11 @@ def parse_default() -> Address:
 
 
 def _parse_fleet(url: str, base: str, deployment: str) -> Address:
-    parts = urlsplit(url)
-    credentials, at, host_list = parts.netloc.rpartition("@")
+    # urlsplit refuses several hosts where one is an IPv6 address, in those Python versions that check the brackets.
+    location = url.partition("://")[2]
+    netloc = re.split("[/?#]", location, maxsplit=1)[0]
+    parts = urlsplit("//hosts" + location[len(netloc) :])
+    credentials, at, host_list = netloc.rpartition("@")
     default_port = DEFAULT_SENTINEL_PORT if deployment == "sentinel" else DEFAULT_CLUSTER_PORT
     hosts = tuple(_parse_host(host, default_port) for host in host_list.split(","))
     service_name, _, database = parts.path.strip("/").partition("/")
