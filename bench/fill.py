@@ -101,7 +101,7 @@ class Population:
                 # in a minute.
                 send(self.client, [("DEL", call.keys[-1]) for call in calls])
                 progress.advance(len(chunk))
-        count = self.client.zcard(self.last_seen_key)
+        count = self.client.zcount(self.last_seen_key, 0, "+inf")
         if count != size:
             raise MeasurementError(f"the fill left {count} connections instead of {size}")
 

@@ -38,6 +38,8 @@ def plain(answer: Any) -> Any:
     """Turn a result of presence into what JSON can carry, named by its type."""
     if isinstance(answer, datetime):
         return answer.isoformat()
+    if isinstance(answer, bytes):
+        return answer.decode()
     fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
     return {"type": type(answer).__name__, **fields}
 

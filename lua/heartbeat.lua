@@ -14,6 +14,8 @@ Reply 1, or 0 when there is no such live connection, or it is not the registrati
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms
+-- @include split_record
+-- @include split_body
 -- @include refresh_ttls
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
@@ -25,8 +27,12 @@ local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 if not last_seen or tonumber(last_seen) < now - conn_ttl_ms then
   return 0
 end
-if epoch ~= '' and redis.call('HGET', conn_key, 'epoch') ~= epoch then
-  return 0
+if epoch ~= '' then
+  local _, body = split_record(redis.call('GET', conn_key) or '0:0 ')
+  local _, its_epoch = split_body(body)
+  if its_epoch ~= epoch then
+    return 0
+  end
 end
 local ttl = redis.call('PTTL', conn_key)
 if ttl < key_lifetime_ms - conn_ttl_ms / 4 or ttl > tonumber(key_lifetime_ms) then

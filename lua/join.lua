@@ -7,43 +7,58 @@ the game full stays in its current one. The game keeps what a snapshot needs of 
 open every member's record.
 
 KEYS  conn, game_conns, last_seen, reply
-ARGV  key_prefix, sid, game_id, epoch ('' = any), capacity (0 = any number), conn_ttl_ms, key_lifetime_ms
+ARGV  key_prefix, sid, game_id, epoch ('' = any), capacity (0 = any number), conn_ttl_ms, key_lifetime_ms,
+      events ('' = off)
 Reply the game left, '' when it left none; 0 when there is no such live connection, or it is not the registration of
       that epoch; 1 when the game is full
 Cost  O(1); O(M) when capacity members or more are listed, M = connections in the game
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_ms
--- @include game_entry
--- @include find_connection
+-- @include find_record
+-- @include split_record
+-- @include make_record
+-- @include split_body
 -- @include has_free_seat
 -- @include earlier_answer
 -- @include answer_once
+-- @include event
+-- @include publish
 
 local conn_key, game_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_prefix, sid, game_id, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local capacity, conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local capacity, conn_ttl_ms, key_lifetime_ms, events = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
 
 local now = now_ms()
-local connection, is_detached = find_connection(conn_key, last_seen_key, sid, now, conn_ttl_ms)
-if not connection or is_detached or (epoch ~= '' and connection[4] ~= epoch) then
+local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
-local current_game_id = connection[3]
-if current_game_id == game_id then
+local left_game_id, body = split_record(record)
+local user_id, its_epoch = split_body(body)
+if epoch ~= '' and its_epoch ~= epoch then
+  return earlier_answer(reply_key) or 0
+end
+if left_game_id == game_id then
   return earlier_answer(reply_key) or ''
 end
 if capacity > 0 and not has_free_seat(game_conns_key, last_seen_key, capacity, now, conn_ttl_ms) then
   return earlier_answer(reply_key) or 1
 end
-local earlier = answer_once(reply_key, current_game_id)
+local earlier = answer_once(reply_key, left_game_id)
 if earlier then
   return earlier
 end
-if current_game_id ~= '' then
-  redis.call('HDEL', key_prefix .. 'game_conns:' .. current_game_id, sid)
-end
-redis.call('HSET', conn_key, 'game_id', game_id)
-redis.call('HSET', game_conns_key, sid, game_entry(connection))
+local joined = make_record(game_id, body)
+redis.call('SET', conn_key, joined, 'KEEPTTL')
+redis.call('HSET', game_conns_key, sid, body)
 redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
-return current_game_id
+local message, channels = '', {'user:' .. user_id, 'game:' .. game_id}
+if left_game_id ~= '' then
+  redis.call('HDEL', key_prefix .. 'game_conns:' .. left_game_id, sid)
+  message, channels[3] = event('left', sid, record, score), 'game:' .. left_game_id
+end
+if events ~= '' then
+  publish(key_prefix, events, key_lifetime_ms, now, channels, message .. event('joined', sid, joined, score))
+end
+return left_game_id

@@ -10,29 +10,40 @@ is refused instead while as many others as the limit allows were seen within tha
 
 First all is read, then the answer is kept for a call that is sent again, then all is written.
 
-KEYS  conn, user_conns, last_seen, epoch, reply
+KEYS  conn, user_conns, last_seen, reply
 ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user,
-      reject_ms (0 = the newest wins)
-Reply the epoch, when the sid was new and the user had no other connection: then the new one is in no game, and
-      connected and seen now; otherwise
-      {now ms, 0 refused | 1 registered | 2 resumed, the connection (if refused, the newest that is alive), the replaced
-      one or {}, the resumed one or {}, the displaced connections, oldest first}
-      a connection = see read_connection
+      reject_ms (0 = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
+Reply the epoch, when nothing was displaced, and {epoch, the displaced connection} when one was, in the two usual cases:
+      the new connection is in no game, and connected and seen now; otherwise
+      {outcome, now ms, the connection (if refused, the newest that is alive), the replaced one if outcome has it, the
+      resumed one if outcome has it, the displaced connections, oldest first}
+      outcome = 0 refused, or 1 registered + 2 if one was resumed + 4 if one was replaced
+      a connection = sid, record (see split_record), score (see find_record)
 Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 -- @include next_epoch
--- @include read_connection
--- @include game_entry
--- @include remove_connection
+-- @include needs_ttl
+-- @include split_record
+-- @include make_record
+-- @include split_body
+-- @include make_body
+-- @include split_sids
+-- @include make_sids
+-- @include drop_connection
+-- @include drop_from_user
+-- @include has_attached
 -- @include earlier_answer
 -- @include answer_once
+-- @include event
+-- @include publish
 
-local conn_key, user_conns_key, last_seen_key, epoch_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_prefix, sid, user_id = ARGV[1], ARGV[2], ARGV[3]
 local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
 local connections_per_user, reject_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
+local server, metadata, events = ARGV[8], ARGV[9], ARGV[10]
 
 local time = now_us()
 local now = string.sub(time, 1, -4)
@@ -51,125 +62,188 @@ local function is_alive(score)
   return reject_ms > 0 and is_live(score) and tonumber(score) >= now - reject_ms
 end
 
-local function write(connection)
-  local game_id, epoch, connected_at = connection[3], connection[4], connection[5]
-  if connected_at == '' then
-    redis.call('HSET', conn_key, 'user_id', user_id, 'game_id', game_id, 'epoch', epoch)
+local others = split_sids(redis.call('GET', user_conns_key))
+local scores = redis.call('ZMSCORE', last_seen_key, '', sid, unpack(others))
+local epoch = next_epoch(scores[1], time)
+
+-- What the connection will be, which of the others stay, and which go: {sid, record, score, game_id, server, user_id}.
+local game_id, connected_at, stay, gone, answer = '', epoch == time and '' or now, {}, {}, nil
+local replaced, resumed, kept_server
+
+-- Of one that has no record, evicted, nothing is known.
+local function find(other, score)
+  local record = redis.call('GET', key_prefix .. 'conn:' .. other)
+  if not record then
+    return nil
+  end
+  local its_game_id, body = split_record(record)
+  local its_user_id, _, _, _, its_server = split_body(body)
+  return {other, record, score, its_game_id, its_server, its_user_id}
+end
+
+if not scores[2] and epoch == time then
+  if #others == 0 then
+    answer = epoch
+  elseif #others == 1 and connections_per_user == 1 and reject_ms == 0 and tonumber(scores[3] or -1) >= 0 then
+    local other = find(others[1], scores[3])
+    if other and other[6] == user_id then
+      gone[1] = other
+      answer = {epoch, other[1], other[2], other[3]}
+    end
+  end
+end
+
+if not answer then
+  -- What has the sid now: this user's own connection, which is kept, or one to replace.
+  local own = scores[2] and find(sid, scores[2])
+  local seat, kept
+  if own and own[6] == user_id and (is_live(own[3]) or is_detached(own[3])) then
+    kept, seat, kept_server = own, own, own[5]
+    resumed = is_detached(own[3]) and own
   else
-    redis.call('HSET', conn_key, 'user_id', user_id, 'game_id', game_id, 'epoch', epoch, 'connected_at', connected_at)
+    replaced = own
   end
-  redis.call('PEXPIRE', conn_key, key_lifetime_ms)
-  redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-  redis.call('ZADD', user_conns_key, epoch, sid)
-  redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
-  if game_id ~= '' then
-    local game_conns_key = key_prefix .. 'game_conns:' .. game_id
-    redis.call('HSET', game_conns_key, sid, game_entry(connection))
-    redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
-  end
-end
 
-local others = redis.call('ZRANGE', user_conns_key, '0', '-1')
-local epoch = next_epoch(epoch_key, time, key_lifetime_ms)
-
--- The first connection of a user, the most frequent case, has nothing to read but whether the sid is known, which the
--- command that inserts it tells.
-if #others == 0 and epoch == time and redis.call('ZADD', last_seen_key, 'NX', now, sid) == 1 then
-  local earlier = answer_once(reply_key, epoch)
-  if earlier then
-    redis.call('ZREM', last_seen_key, sid)
-    return earlier
-  end
-  write({sid, user_id, '', epoch, '', '', now})
-  return epoch
-end
-
--- What has the sid now: this user's own connection, which is kept, or one to replace.
-local scores = redis.call('ZMSCORE', last_seen_key, sid, unpack(others))
-local connection = {sid, user_id, '', epoch, epoch == time and '' or now, '', now}
-local kept, replaced, resumed
-local own = scores[1] and read_connection(conn_key, sid, scores[1])
-if own and own[2] == user_id and (is_live(own[7]) or is_detached(own[7])) then
-  kept = own
-  resumed = is_detached(own[7]) and own
-  connection[3], connection[5] = own[3], own[5] ~= '' and own[5] or string.sub(own[4], 1, -4)
-else
-  replaced = own
-end
-
--- The user's other connections, oldest first: how many count, who is alive, whose seat is there to be resumed.
-local count, alive, seat_index = 1, {}, nil
-for index, other in ipairs(others) do
-  local score = scores[index + 1] or 0
-  if other ~= sid and (is_live(score) or is_detached(score)) then
-    count = count + 1
-    if is_alive(score) then
-      alive[#alive + 1] = index
-    elseif is_detached(score) and not kept then
-      seat_index = index
+  -- The user's other connections, oldest first: how many count, who is alive, whose seat is there to be resumed.
+  local count, alive, seat_index = 1, {}, nil
+  for index, other in ipairs(others) do
+    local score = scores[index + 2] or 0
+    if other ~= sid and (is_live(score) or is_detached(score)) then
+      count = count + 1
+      if is_alive(score) then
+        alive[#alive + 1] = index
+      elseif is_detached(score) and not kept then
+        seat_index = index
+      end
     end
   end
-end
-if #alive >= connections_per_user and (resumed or not kept) then
-  local newest = alive[#alive]
-  local refusing = read_connection(key_prefix .. 'conn:' .. others[newest], others[newest], scores[newest + 1])
-  if refusing then
-    return earlier_answer(reply_key) or {now, 0, refusing, {}, {}}
-  end
-  scores[newest + 1] = false -- Its record was evicted, so it is not alive.
-end
-
-local displaced, strays = {}, {}
-if seat_index then
-  resumed = read_connection(key_prefix .. 'conn:' .. others[seat_index], others[seat_index], scores[seat_index + 1])
-  count = count - 1
-  if resumed and resumed[2] == user_id then
-    connection[3] = resumed[3]
-  else
-    resumed = nil
-    strays[1] = others[seat_index]
-  end
-end
-for index, other in ipairs(others) do
-  local score = scores[index + 1] or 0
-  local counts = is_live(score) or is_detached(score)
-  local must_go = not counts or (count > connections_per_user and not is_alive(score))
-  if must_go and other ~= sid and index ~= seat_index then
-    local earlier = read_connection(key_prefix .. 'conn:' .. other, other, score)
-    if earlier and earlier[2] == user_id then
-      displaced[#displaced + 1] = earlier
-    else
-      -- The record was evicted, and may be another user's by now: only this entry is ours to drop.
-      strays[#strays + 1] = other
+  if #alive >= connections_per_user and (resumed or not kept) then
+    local newest = alive[#alive]
+    local refusing = find(others[newest], scores[newest + 2])
+    if refusing then
+      return earlier_answer(reply_key) or {0, now, refusing[1], refusing[2], refusing[3]}
     end
-    if counts then
-      count = count - 1
+    scores[newest + 2] = false -- Its record was evicted, so it is not alive.
+  end
+
+  if seat_index then
+    local other = find(others[seat_index], scores[seat_index + 2])
+    if other and other[6] == user_id then
+      resumed, seat = other, other
+    end
+    count = count - 1
+  end
+  for index, other in ipairs(others) do
+    local score = scores[index + 2] or 0
+    local counts = is_live(score) or is_detached(score)
+    if other ~= sid and index ~= seat_index then
+      if not counts or (count > connections_per_user and not is_alive(score)) then
+        -- A record that was evicted may be another user's by now: then only the entry in this list is ours to drop.
+        local earlier = find(other, score)
+        if earlier and earlier[6] == user_id then
+          gone[#gone + 1] = earlier
+        end
+        if counts then
+          count = count - 1
+        end
+      else
+        stay[#stay + 1] = other
+      end
+    end
+  end
+
+  if seat then
+    local _, body = split_record(seat[2])
+    local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
+    game_id = seat[4]
+    metadata = metadata ~= '' and metadata or its_metadata
+    if kept then
+      connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
     end
   end
 end
 
-local answer = {now, resumed and 2 or 1, connection, replaced or {}, resumed or {}, unpack(displaced)}
+local body = make_body(user_id, epoch, connected_at, '', server, metadata)
+local record = make_record(game_id, body)
+if not answer then
+  answer = {1 + (resumed and 2 or 0) + (replaced and 4 or 0), now, sid, record, now}
+  for _, gone_one in ipairs({replaced or {}, resumed or {}, unpack(gone)}) do
+    for field = 1, gone_one[1] and 3 or 0 do
+      answer[#answer + 1] = gone_one[field]
+    end
+  end
+end
 local earlier = answer_once(reply_key, answer)
 if earlier then
   return earlier
 end
 
 if replaced then
-  remove_connection(key_prefix, last_seen_key, replaced)
-end
-if resumed and kept then
-  redis.call('HDEL', conn_key, 'last_seen')
+  drop_connection(key_prefix, last_seen_key, sid, replaced[4], replaced[5])
+  if replaced[6] ~= user_id then
+    drop_from_user(key_prefix, replaced[6], sid, key_lifetime_ms)
+  end
 end
 -- The new connection enters before others go, so that no key is deleted and made again in between.
-redis.call('ZADD', last_seen_key, now, sid)
-write(connection)
-if resumed and not kept then
-  remove_connection(key_prefix, last_seen_key, resumed)
+redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
+if needs_ttl(scores[1], time, conn_ttl_ms) then
+  redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
 end
-for _, gone in ipairs(displaced) do
-  remove_connection(key_prefix, last_seen_key, gone)
+redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
+redis.call('SET', user_conns_key, make_sids(stay) .. #sid .. ':' .. sid, 'PX', key_lifetime_ms)
+if game_id ~= '' then
+  local game_conns_key = key_prefix .. 'game_conns:' .. game_id
+  redis.call('HSET', game_conns_key, sid, body)
+  redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
 end
-for _, stray in ipairs(strays) do
-  redis.call('ZREM', user_conns_key, stray)
+if kept_server and kept_server ~= '' and kept_server ~= server then
+  redis.call('SREM', key_prefix .. 'server_conns:' .. kept_server, sid)
+end
+if server ~= '' then
+  local server_conns_key = key_prefix .. 'server_conns:' .. server
+  redis.call('SADD', server_conns_key, sid)
+  redis.call('PEXPIRE', server_conns_key, key_lifetime_ms)
+  -- One that was taken for dead is known again: otherwise nobody would find its connections when it dies.
+  redis.call('ZADD', key_prefix .. 'servers', 'NX', now, server)
+  redis.call('PEXPIRE', key_prefix .. 'servers', key_lifetime_ms)
+end
+if resumed and resumed[1] ~= sid then
+  drop_connection(key_prefix, last_seen_key, resumed[1], resumed[4], resumed[5])
+end
+for _, other in ipairs(gone) do
+  drop_connection(key_prefix, last_seen_key, other[1], other[4], other[5])
+end
+
+if events ~= '' then
+  local message, channels, was_online = '', {'user:' .. user_id}, false
+  local function tell(kind, connection)
+    message = message .. event(kind, connection[1], connection[2], connection[3])
+    if connection[4] ~= '' then
+      channels[#channels + 1] = 'game:' .. connection[4]
+    end
+  end
+  for _, score in ipairs({unpack(scores, 3)}) do
+    was_online = was_online or (score and tonumber(score) >= 0)
+  end
+  if replaced then
+    tell('displaced', replaced)
+    if replaced[6] ~= user_id then
+      channels[#channels + 1] = 'user:' .. replaced[6]
+      if tonumber(replaced[3]) >= 0 and not has_attached(key_prefix, last_seen_key, replaced[6], sid) then
+        tell('user_offline', replaced)
+      end
+    end
+  end
+  for _, other in ipairs(gone) do
+    tell('displaced', other)
+  end
+  tell(resumed and 'resumed' or 'registered', {sid, record, now, game_id})
+  if resumed then
+    tell('resumed_from', resumed)
+  end
+  if not was_online then
+    tell('user_online', {sid, record, now, ''})
+  end
+  publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end
 return answer

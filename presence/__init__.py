@@ -18,13 +18,25 @@ from presence.errors import (
 )
 from presence.manager import ConnectionManager
 from presence.operations import Operation, Operations
-from presence.results import CleanupResult, ConnectionInfo, HeartbeatStatus, JoinResult, Registration
+from presence.results import (
+    CleanupResult,
+    ConnectionInfo,
+    Event,
+    EventType,
+    GameSnapshot,
+    HeartbeatStatus,
+    JoinResult,
+    Registration,
+)
 
 __all__ = [
     "AuthenticationFailedError",
     "CleanupResult",
     "ConnectionInfo",
     "ConnectionManager",
+    "Event",
+    "EventType",
+    "GameSnapshot",
     "HeartbeatStatus",
     "JoinResult",
     "Operation",

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
+
+if TYPE_CHECKING:
+    from presence.operations import EventsMode
 
 MAX_ID_LENGTH = 1024
 """Characters in a sid, user id, game id or namespace, at most."""
+
+MAX_METADATA_BYTES = 4096
+"""Bytes of metadata of one connection, at most."""
 
 MAX_SECONDS = 10 * 365 * 24 * 60 * 60
 """Ten years: the longest duration. The server's arithmetic on times stays exact far beyond it."""
@@ -73,6 +79,27 @@ def check_displacement(displacement: object) -> str:
     if displacement not in ("newest_wins", "reject_while_alive"):
         raise ValueError(f'displacement must be "newest_wins" or "reject_while_alive", not {displacement!r:.80}')
     return str(displacement)
+
+
+def check_events(events: object) -> EventsMode:
+    """Check whether and how changes are to be published."""
+    if events not in ("off", "pubsub", "stream"):
+        raise ValueError(f'events must be "off", "pubsub" or "stream", not {events!r:.80}')
+    return events
+
+
+def encode_metadata(metadata: object) -> bytes:
+    """Check metadata, and give it as bytes."""
+    if isinstance(metadata, str):
+        try:
+            metadata = metadata.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("metadata must not contain lone surrogates, which have no UTF-8 form") from error
+    if not isinstance(metadata, bytes):
+        raise TypeError(f"metadata must be bytes or a str, not {type(metadata).__name__}: {metadata!r:.80}")
+    if len(metadata) > MAX_METADATA_BYTES:
+        raise ValueError(f"metadata must be at most {MAX_METADATA_BYTES} bytes long, not {len(metadata)}")
+    return metadata
 
 
 def check_iterable(name: str, values: object) -> list[Any]:

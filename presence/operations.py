@@ -5,10 +5,12 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -16,7 +18,16 @@ from redis.exceptions import NoScriptError
 
 from presence import arguments, scripts
 from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
-from presence.results import CleanupResult, ConnectionInfo, HeartbeatStatus, JoinResult, Registration
+from presence.results import (
+    CleanupResult,
+    ConnectionInfo,
+    Event,
+    EventType,
+    GameSnapshot,
+    HeartbeatStatus,
+    JoinResult,
+    Registration,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
+Key = TypeVar("Key")
 
 Command: TypeAlias = "tuple[bytes | str | int, ...]"
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
@@ -31,6 +43,9 @@ Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 
 Displacement: TypeAlias = Literal["newest_wins", "reject_while_alive"]
 """Which connection gives way when a user has as many as are allowed."""
+
+EventsMode: TypeAlias = Literal["off", "pubsub", "stream"]
+"""Whether and how changes are published."""
 
 SCRIPT_LOAD = "SCRIPT LOAD"
 SCRIPT_LOADS = 2
@@ -41,6 +56,10 @@ CLEANUP_BATCH_SIZE = 50
 """Connections that one cleanup script removes: under a millisecond of the server, with much room below 5 ms."""
 HEARTBEAT_BATCH_SIZE = 250
 """Heartbeats that one script takes: about a millisecond of the server."""
+USERS_BATCH_SIZE = 100
+"""Users that one script reads."""
+GAMES_BATCH_SIZE = 50
+"""Games that one script reads; all of two players are read in under a millisecond of the server."""
 MAX_CONNECTIONS_PER_USER = 100
 
 RETENTION_MS = 24 * 60 * 60 * 1000
@@ -48,21 +67,39 @@ RETENTION_MS = 24 * 60 * 60 * 1000
 
 REGISTER = scripts.load(
     "register",
-    keys=("conn", "user_conns", "last_seen", "epoch", "reply"),
-    arguments=("key_prefix", "sid", "user_id", "conn_ttl_ms", "key_lifetime_ms", "connections_per_user", "reject_ms"),
+    keys=("conn", "user_conns", "last_seen", "reply"),
+    arguments=(
+        "key_prefix",
+        "sid",
+        "user_id",
+        "conn_ttl_ms",
+        "key_lifetime_ms",
+        "connections_per_user",
+        "reject_ms",
+        "server",
+        "metadata",
+        "events",
+    ),
 )
 UNREGISTER = scripts.load(
     "unregister",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "epoch", "grace_ms", "conn_ttl_ms", "key_lifetime_ms"),
+    arguments=("key_prefix", "sid", "epoch", "grace_ms", "conn_ttl_ms", "key_lifetime_ms", "events"),
 )
 JOIN = scripts.load(
     "join",
     keys=("conn", "game_conns", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "game_id", "epoch", "capacity", "conn_ttl_ms", "key_lifetime_ms"),
+    arguments=("key_prefix", "sid", "game_id", "epoch", "capacity", "conn_ttl_ms", "key_lifetime_ms", "events"),
 )
 LEAVE = scripts.load(
-    "leave", keys=("conn", "last_seen", "reply"), arguments=("key_prefix", "sid", "epoch", "conn_ttl_ms")
+    "leave",
+    keys=("conn", "last_seen", "reply"),
+    arguments=("key_prefix", "sid", "epoch", "conn_ttl_ms", "key_lifetime_ms", "events"),
+)
+UPDATE_METADATA = scripts.load(
+    "update_metadata",
+    keys=("conn", "last_seen", "reply"),
+    arguments=("key_prefix", "sid", "metadata", "epoch", "conn_ttl_ms", "key_lifetime_ms", "events"),
 )
 HEARTBEAT = scripts.load(
     "heartbeat",
@@ -73,20 +110,41 @@ HEARTBEATS = scripts.load(
     "heartbeats", keys=("last_seen",), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
 )
 CLEANUP = scripts.load(
-    "cleanup", keys=("last_seen", "reply"), arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "batch_size")
+    "cleanup",
+    keys=("last_seen", "servers", "reply"),
+    arguments=(
+        "key_prefix",
+        "threshold_ms",
+        "conn_ttl_ms",
+        "key_lifetime_ms",
+        "batch_size",
+        "server_threshold_ms",
+        "server_grace_ms",
+        "server_id",
+        "events",
+    ),
 )
+START_SERVER = scripts.load(
+    "start_server",
+    keys=("last_seen", "servers", "reply"),
+    arguments=("server_id", "conn_ttl_ms", "key_lifetime_ms"),
+)
+SERVER_HEARTBEAT = scripts.load("server_heartbeat", keys=("servers",), arguments=("server", "key_lifetime_ms"))
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
-GET_USER_CONNECTION = scripts.load(
-    "get_user_connection", keys=("user_conns", "last_seen"), arguments=("key_prefix", "user_id", "conn_ttl_ms")
+GET_USERS_CONNECTIONS = scripts.load(
+    "get_users_connections", keys=("last_seen",), arguments=("key_prefix", "conn_ttl_ms", "user_ids")
 )
-IS_USER_ONLINE = scripts.load(
-    "is_user_online", keys=("user_conns", "last_seen"), arguments=("threshold_ms", "conn_ttl_ms")
+ARE_USERS_ONLINE = scripts.load(
+    "are_users_online", keys=("last_seen",), arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "user_ids")
 )
 GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=())
+GET_GAMES = scripts.load("get_games", keys=("last_seen",), arguments=("key_prefix", "game_ids"))
+GET_GAME_SNAPSHOT = scripts.load("get_game_snapshot", keys=("game_conns", "last_seen", "events"), arguments=())
 GET_CONNECTION_COUNT = scripts.load("get_connection_count", keys=("last_seen",), arguments=("conn_ttl_ms",))
 GET_GAME_CONNECTION_COUNT = scripts.load(
     "get_game_connection_count", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",)
 )
+READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit"))
 
 REJECT_WHILE_ALIVE = "reject_while_alive"
 MAX_CAPACITY = 1_000_000
@@ -94,10 +152,14 @@ MAX_CAPACITY = 1_000_000
 NOT_SEEN = {0: HeartbeatStatus.UNKNOWN, -1: HeartbeatStatus.EXPIRED, -2: HeartbeatStatus.DETACHED}
 """Why a heartbeat of many was not counted, as the script answers it."""
 
-REFUSED, RESUMED = 0, 2
-"""Outcomes of a register, as its script answers them."""
+REFUSED, RESUMED, REPLACED = 0, 2, 4
+"""Parts of the outcome of a register, as its script answers them."""
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+RESUMED_FROM = b"resumed_from"
+"""What the scripts publish right after ``resumed``: the connection whose seat was taken over."""
+MAX_EVENTS = 100_000_000
+EVENTS_BATCH_SIZE = 100
+"""Changes that one script reads from the stream of events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +182,55 @@ class Operation(Generic[Result_co]):
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """A position in the stream of events.
+
+    An entry of the stream holds all events of one change. This is the last entry before the position, how many entries
+    there were up to that one, and how many events of the next entry come before the position as well.
+    """
+
+    entry_id: str = "0-0"
+    number: int = 0
+    skip: int = 0
+
+    def text(self) -> str:
+        """Give it as the text that users keep."""
+        return f"{self.entry_id}/{self.number}" + (f"+{self.skip}" if self.skip else "")
+
+    @classmethod
+    def parse(cls, text: object) -> Position:
+        """Check a text and make it a position."""
+        if not isinstance(text, str):
+            raise TypeError(f"after must be a str, the position of an event or a snapshot, not {type(text).__name__}")
+        match = re.fullmatch(r"(\d{1,20}-\d{1,20})/(\d{1,15})(?:\+(\d{1,9}))?", text, re.ASCII)
+        if not match:
+            raise ValueError(f"after must be the position of an event or a snapshot, not {text!r:.80}")
+        return cls(match[1], int(match[2]), int(match[3] or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class EventsBatch:
+    """Events from the stream, and the position after them; or that some after the position asked for are lost."""
+
+    events: tuple[Event, ...]
+    position: Position
+    is_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CleanupBatch:
     """What one run of the cleanup script removed, and whether it found fewer than it might have."""
 
     removed: tuple[ConnectionInfo, ...]
     is_last: bool
+    detached: tuple[ConnectionInfo, ...] = ()
+
+
+class ServerNotStartedError(ValueError):
+    """A manager with a server_id has not been given its boot epoch; its own methods see to that."""
+
+    def __init__(self) -> None:
+        super().__init__("the game server has no boot epoch yet: start_server() of the manager gives it one")
 
 
 class Operations:
@@ -136,6 +242,10 @@ class Operations:
         heartbeat_seconds: how often clients beat; three missed heartbeats make a connection stale.
         connections_per_user: live connections that a user may have, 1 to 100; the oldest are displaced first.
         displacement: ``"newest_wins"``, or ``"reject_while_alive"``: a register is refused while as many are not stale.
+        server_id: the game server that connections are registered for; None for none.
+        server_grace_seconds: how long the seats of a dead server's connections are kept, 0 to ``conn_ttl_seconds``.
+        events: whether changes are published: ``"off"``, ``"pubsub"`` or ``"stream"``.
+        events_max_length: events that the stream keeps, about, 1 to 100,000,000.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -151,6 +261,10 @@ class Operations:
         heartbeat_seconds: float = 30,
         connections_per_user: int = 1,
         displacement: Displacement = "newest_wins",
+        server_id: str | None = None,
+        server_grace_seconds: float = 0,
+        events: EventsMode = "off",
+        events_max_length: int = 100_000,
     ) -> None:
         self.namespace = arguments.check_namespace(namespace)
         self._conn_ttl_ms = arguments.milliseconds("conn_ttl_seconds", conn_ttl_seconds)
@@ -159,11 +273,42 @@ class Operations:
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
         self._reject_ms = self._stale_ms if arguments.check_displacement(displacement) == REJECT_WHILE_ALIVE else 0
-        # A key's TTL is refreshed by the first heartbeat in each quarter of the connections' TTL only.
-        self._key_lifetime_ms = self._conn_ttl_ms + -(-self._conn_ttl_ms // 4) + RETENTION_MS
+        self.server_id = None if server_id is None else arguments.encode("server_id", server_id).decode()
+        self._server_grace_ms = self._grace_ms("server_grace_seconds", server_grace_seconds)
+        self.events_mode = arguments.check_events(events)
+        max_length = arguments.check_count("events_max_length", events_max_length, MAX_EVENTS)
+        self._events = {"off": "", "pubsub": "pubsub", "stream": str(max_length)}[self.events_mode]
+        # TTLs are refreshed by the first heartbeat or registration in each quarter of the connections' TTL only.
+        self._key_lifetime_ms = self._conn_ttl_ms + 2 * -(-self._conn_ttl_ms // 4) + RETENTION_MS
         self._prefix = f"{{{namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
-        self._epoch_key = self._prefix + b"epoch"
+        self._servers_key = self._prefix + b"servers"
+        self.events_key = self._prefix + b"events"
+        self.boot_epoch: int | None = None
+        """The epoch of this start of the game server, once ``start_server`` has been answered."""
+        self._start = None
+        if self.server_id is not None:
+            self._start = Operation(
+                START_SERVER,
+                (self.last_seen_key, self._servers_key, self._reply()),
+                (self.server_id, self._conn_ttl_ms, self._key_lifetime_ms),
+                int,
+            )
+
+    def _grace_ms(self, name: str, seconds: float) -> int:
+        grace_ms = arguments.milliseconds(name, seconds, allow_zero=True)
+        if grace_ms > self._conn_ttl_ms:
+            at_most = f"conn_ttl_seconds ({self._conn_ttl_ms / 1000:g})"
+            raise ValueError(f"{name} must be at most {at_most}, not {seconds!r}")
+        return grace_ms
+
+    def _server(self) -> str:
+        """Name this start of the game server, as the scripts take it; empty for none."""
+        if self.server_id is None:
+            return ""
+        if self.boot_epoch is None:
+            raise ServerNotStartedError
+        return f"{self.boot_epoch}:{self.server_id}"
 
     def _conn(self, sid: bytes) -> bytes:
         return self._prefix + b"conn:" + sid
@@ -178,13 +323,16 @@ class Operations:
         """Name the key under which the answer of one call is kept, for when it is sent again."""
         return self._prefix + b"reply:" + secrets.token_hex(12).encode()
 
-    def register_connection(self, sid: str, user_id: str | UUID) -> Operation[Registration]:
+    def register_connection(
+        self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
+    ) -> Operation[Registration]:
         """Describe a registration."""
         sid_bytes = arguments.encode("sid", sid)
         user_bytes = arguments.encode_user_id("user_id", user_id)
+        metadata_bytes = b"" if metadata is None else arguments.encode_metadata(metadata)
         return Operation(
             REGISTER,
-            (self._conn(sid_bytes), self._user_conns(user_bytes), self.last_seen_key, self._epoch_key, self._reply()),
+            (self._conn(sid_bytes), self._user_conns(user_bytes), self.last_seen_key, self._reply()),
             (
                 self._prefix,
                 sid_bytes,
@@ -193,8 +341,11 @@ class Operations:
                 self._key_lifetime_ms,
                 self._connections_per_user,
                 self._reject_ms,
+                self._server(),
+                metadata_bytes,
+                self._events,
             ),
-            lambda reply: _parse_registration(sid, user_bytes.decode(), reply),
+            lambda reply: _parse_registration(sid, user_bytes.decode(), self.server_id, metadata_bytes, reply),
         )
 
     def unregister_connection(
@@ -202,12 +353,7 @@ class Operations:
     ) -> Operation[ConnectionInfo | None]:
         """Describe the removal of a connection, or how it is detached."""
         sid_bytes = arguments.encode("sid", sid)
-        grace_ms = 0
-        if grace_seconds is not None:
-            grace_ms = arguments.milliseconds("grace_seconds", grace_seconds, allow_zero=True)
-            if grace_ms > self._conn_ttl_ms:
-                at_most = f"conn_ttl_seconds ({self._conn_ttl_ms / 1000:g})"
-                raise ValueError(f"grace_seconds must be at most {at_most}, not {grace_seconds!r}")
+        grace_ms = 0 if grace_seconds is None else self._grace_ms("grace_seconds", grace_seconds)
         return Operation(
             UNREGISTER,
             (self._conn(sid_bytes), self.last_seen_key, self._reply()),
@@ -218,8 +364,9 @@ class Operations:
                 grace_ms,
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                self._events,
             ),
-            _parse_connection,
+            partial(_parse_connection, sid),
         )
 
     def join_game(
@@ -240,6 +387,7 @@ class Operations:
                 limit,
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                self._events,
             ),
             _parse_join,
         )
@@ -250,8 +398,33 @@ class Operations:
         return Operation(
             LEAVE,
             (self._conn(sid_bytes), self.last_seen_key, self._reply()),
-            (self._prefix, sid_bytes, arguments.check_epoch(epoch), self._conn_ttl_ms),
+            (
+                self._prefix,
+                sid_bytes,
+                arguments.check_epoch(epoch),
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+                self._events,
+            ),
             _text_or_none,
+        )
+
+    def update_metadata(self, sid: str, metadata: str | bytes, *, epoch: int | None = None) -> Operation[bool]:
+        """Describe the replacement of a connection's metadata."""
+        sid_bytes = arguments.encode("sid", sid)
+        return Operation(
+            UPDATE_METADATA,
+            (self._conn(sid_bytes), self.last_seen_key, self._reply()),
+            (
+                self._prefix,
+                sid_bytes,
+                arguments.encode_metadata(metadata),
+                arguments.check_epoch(epoch),
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+                self._events,
+            ),
+            bool,
         )
 
     def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> Operation[bool]:
@@ -282,13 +455,9 @@ class Operations:
             lambda reply: _parse_heartbeats(len(sids_bytes), reply),
         )
 
-    def heartbeat_batches(self, sids: Iterable[str]) -> list[Operation[list[HeartbeatStatus]]]:
+    def heartbeat_batches(self, sids: Iterable[str]) -> Batches[str, HeartbeatStatus]:
         """Describe any number of heartbeats, in scripts of bounded size."""
-        different = list(dict.fromkeys(arguments.check_iterable("sids", sids)))
-        return [
-            self.heartbeat_batch(different[start : start + HEARTBEAT_BATCH_SIZE])
-            for start in range(0, len(different), HEARTBEAT_BATCH_SIZE)
-        ]
+        return Batches(arguments.check_iterable("sids", sids), HEARTBEAT_BATCH_SIZE, self.heartbeat_batch)
 
     def get_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
         """Describe the read of a connection."""
@@ -297,32 +466,107 @@ class Operations:
             GET_CONNECTION,
             (self._conn(sid_bytes), self.last_seen_key),
             (sid_bytes, self._conn_ttl_ms),
-            _parse_connection,
+            partial(_parse_connection, sid),
         )
 
     def get_user_connection(self, user_id: str | UUID) -> Operation[ConnectionInfo | None]:
         """Describe the read of a user's active connection."""
-        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return self._get_users("user_id", [user_id], lambda connections: connections[0])
+
+    def users_connections_batch(self, user_ids: Sequence[str]) -> Operation[list[ConnectionInfo | None]]:
+        """Describe the read of the active connections of at most 100 users, all at one moment."""
+        return self._get_users("user_ids", user_ids, list)
+
+    def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
+        """Describe the read of the active connections of any number of users, in scripts of bounded size."""
+        users = arguments.check_users("user_ids", user_ids)
+        return Batches(users, USERS_BATCH_SIZE, self.users_connections_batch)
+
+    def _get_users(
+        self, name: str, user_ids: Sequence[str | UUID], select: Callable[[list[ConnectionInfo | None]], Result]
+    ) -> Operation[Result]:
+        users = self._users_of_one_script(name, user_ids)
         return Operation(
-            GET_USER_CONNECTION,
-            (self._user_conns(user_bytes), self.last_seen_key),
-            (self._prefix, user_bytes, self._conn_ttl_ms),
-            _parse_connection,
+            GET_USERS_CONNECTIONS,
+            (self.last_seen_key,),
+            (self._prefix, self._conn_ttl_ms, *users),
+            lambda reply: select(_parse_users(reply)),
         )
+
+    @staticmethod
+    def _users_of_one_script(name: str, user_ids: Sequence[str | UUID]) -> list[bytes]:
+        if not 1 <= len(user_ids) <= USERS_BATCH_SIZE:
+            raise ValueError(f"{name} must be 1 to {USERS_BATCH_SIZE} ids, not {len(user_ids)}")
+        return [arguments.encode_user_id(name, user_id) for user_id in user_ids]
 
     def is_user_online(self, user_id: str | UUID) -> Operation[bool]:
         """Describe the question whether a user is online."""
-        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return self._ask_users("user_id", [user_id], lambda reply: bool(reply[0]))
+
+    def users_online_batch(self, user_ids: Sequence[str]) -> Operation[list[bool]]:
+        """Describe the question which of at most 100 users are online."""
+        return self._ask_users("user_ids", user_ids, lambda reply: [bool(is_online) for is_online in reply])
+
+    def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, bool]:
+        """Describe the question which of any number of users are online, in scripts of bounded size."""
+        return Batches(arguments.check_users("user_ids", user_ids), USERS_BATCH_SIZE, self.users_online_batch)
+
+    def _ask_users(
+        self, name: str, user_ids: Sequence[str | UUID], parse: Callable[[list[int]], Result]
+    ) -> Operation[Result]:
+        users = self._users_of_one_script(name, user_ids)
         return Operation(
-            IS_USER_ONLINE,
-            (self._user_conns(user_bytes), self.last_seen_key),
-            (self._stale_ms, self._conn_ttl_ms),
-            bool,
+            ARE_USERS_ONLINE,
+            (self.last_seen_key,),
+            (self._prefix, self._stale_ms, self._conn_ttl_ms, *users),
+            parse,
         )
 
     def get_game_connections(self, game_id: str) -> Operation[list[ConnectionInfo]]:
         """Describe the snapshot of a game."""
         return self._get_game(game_id, list)
+
+    def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
+        """Describe the snapshot of at most 50 games, all at one moment."""
+        games = [arguments.encode("game_ids", game_id) for game_id in game_ids]
+        if not 1 <= len(games) <= GAMES_BATCH_SIZE:
+            raise ValueError(f"game_ids must be 1 to {GAMES_BATCH_SIZE} ids, not {len(games)}")
+
+        def parse(reply: list[Any]) -> list[list[ConnectionInfo]]:
+            now, *members = reply
+            return [
+                _parse_game(game_id, self._conn_ttl_ms, [*of_game, now])
+                for game_id, of_game in zip(game_ids, members, strict=True)
+            ]
+
+        return Operation(GET_GAMES, (self.last_seen_key,), (self._prefix, *games), parse)
+
+    def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
+        """Describe the snapshot of any number of games, in scripts of bounded size."""
+        return Batches(arguments.check_iterable("game_ids", game_ids), GAMES_BATCH_SIZE, self.games_connections_batch)
+
+    def get_game_snapshot(self, game_id: str) -> Operation[GameSnapshot]:
+        """Describe the snapshot of a game with its position in the stream of events."""
+        game_bytes = arguments.encode("game_id", game_id)
+
+        def parse(reply: list[Any]) -> GameSnapshot:
+            last_id, added, members = reply
+            return GameSnapshot(
+                tuple(_parse_game(game_id, self._conn_ttl_ms, members)), Position(last_id.decode(), added).text()
+            )
+
+        return Operation(
+            GET_GAME_SNAPSHOT, (self._game_conns(game_bytes), self.last_seen_key, self.events_key), (), parse
+        )
+
+    def read_events(self, position: Position, limit: int = EVENTS_BATCH_SIZE) -> Operation[EventsBatch]:
+        """Describe the read of what the stream of events holds after a position."""
+        return Operation(
+            READ_EVENTS,
+            (self.events_key,),
+            (position.entry_id, position.number, limit),
+            lambda reply: _parse_events(position, reply),
+        )
 
     def get_game_user_sids(self, game_id: str) -> Operation[dict[str, str]]:
         """Describe the snapshot of a game as user_id -> sid; of a user's connections the newest counts."""
@@ -371,12 +615,67 @@ class Operations:
             if threshold_seconds is None
             else arguments.milliseconds("threshold_seconds", threshold_seconds, allow_zero=True)
         )
+        return self._clean_up(threshold_ms, self._server_grace_ms, b"")
+
+    def cleanup_server_batch(self, server_id: str, *, grace_seconds: float | None = None) -> Operation[CleanupBatch]:
+        """Describe one bounded batch of the cleanup of one game server's connections."""
+        server_bytes = arguments.encode("server_id", server_id)
+        grace_ms = self._server_grace_ms if grace_seconds is None else self._grace_ms("grace_seconds", grace_seconds)
+        return self._clean_up(0, grace_ms, server_bytes)
+
+    def _clean_up(self, threshold_ms: int, server_grace_ms: int, server_id: bytes) -> Operation[CleanupBatch]:
         return Operation(
             CLEANUP,
-            (self.last_seen_key, self._reply()),
-            (self._prefix, threshold_ms, self._conn_ttl_ms, CLEANUP_BATCH_SIZE),
-            _parse_cleanup,
+            (self.last_seen_key, self._servers_key, self._reply()),
+            (
+                self._prefix,
+                threshold_ms,
+                self._conn_ttl_ms,
+                self._key_lifetime_ms,
+                CLEANUP_BATCH_SIZE,
+                self._stale_ms,
+                server_grace_ms,
+                server_id,
+                self._events,
+            ),
+            partial(_parse_cleanup, server_grace_ms > 0),
         )
+
+    def start_server(self) -> Operation[int]:
+        """Describe the start of this game server: one call, so that all who make it get one boot epoch."""
+        if self._start is None:
+            raise ValueError("server_id is None: give the manager the id of its game server")
+        return self._start
+
+    def update_server_heartbeat(self) -> Operation[bool]:
+        """Describe a heartbeat of this game server."""
+        self.start_server()
+        return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime_ms), bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches(Generic[Key, Result_co]):
+    """A call for any number of ids: the different ones, and the scripts of bounded size that together serve them."""
+
+    ids: list[Key]
+    operations: list[Operation[list[Result_co]]]
+
+    def __init__(
+        self, ids: Iterable[Key], size: int, describe: Callable[[list[Key]], Operation[list[Result_co]]]
+    ) -> None:
+        different = list(dict.fromkeys(ids))
+        object.__setattr__(self, "ids", different)
+        object.__setattr__(
+            self,
+            "operations",
+            [describe(different[start : start + size]) for start in range(0, len(different), size)],
+        )
+
+
+def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:
+    """Converse with the server to run the scripts together, and give what was answered for each id."""
+    answers = yield from perform_each(batches.operations)
+    return dict(zip(batches.ids, (answer for batch in answers for answer in batch), strict=True))
 
 
 def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[CleanupResult]:
@@ -385,16 +684,18 @@ def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[
     What was removed before a fault is still reported: nobody else could report it.
     """
     removed: list[ConnectionInfo] = []
+    detached: list[ConnectionInfo] = []
     while True:
         try:
             done = yield from perform(describe_batch())
         except PresenceError as error:
-            if not removed:
+            if not removed and not detached:
                 raise
-            return CleanupResult(tuple(removed), error)
+            return CleanupResult(tuple(removed), error, tuple(detached))
         removed += done.removed
+        detached += done.detached
         if done.is_last:
-            return CleanupResult(tuple(removed))
+            return CleanupResult(tuple(removed), None, tuple(detached))
 
 
 def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
@@ -484,6 +785,16 @@ def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Resul
     return results
 
 
+def perform_for_server(operations: Operations, describe: Callable[[], Operation[Result]]) -> Exchange[Result]:
+    """Converse with the server to run an operation that needs the boot epoch; the first one asks for that before."""
+    try:
+        operation = describe()
+    except ServerNotStartedError:
+        operations.boot_epoch = yield from perform(operations.start_server())
+        operation = describe()
+    return (yield from perform(operation))
+
+
 def perform(operation: Operation[Result]) -> Exchange[Result]:
     """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
     (reply,) = yield [operation.command()]
@@ -495,57 +806,85 @@ def perform(operation: Operation[Result]) -> Exchange[Result]:
     return result  # type: ignore[no-any-return]
 
 
-def _time(milliseconds: bytes | int) -> datetime:
-    return EPOCH + timedelta(milliseconds=int(milliseconds))
+def _time(milliseconds: int) -> datetime:
+    # Exact: a double holds the seconds of this century to a quarter of a microsecond, and that is rounded.
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
-def _parse_connection_at(observed_at: datetime, fields: list[Any]) -> ConnectionInfo:
-    """Parse a connection as every reply lists one, see lua/include/read_connection.lua."""
-    sid, user_id, game_id, epoch, connected_at, heartbeat_at, score = fields
-    return _connection(
-        sid.decode(), user_id, game_id.decode() or None, [epoch, connected_at, heartbeat_at], score, observed_at
-    )
-
-
-def _connection(
-    sid: str,
-    user_id: bytes,
-    game_id: str | None,
-    times: Sequence[bytes],
-    score: bytes | int,
-    observed_at: datetime,
+def _parse_body(
+    sid: str, game_id: str | None, body: bytes, score: bytes | int, observed_at: datetime
 ) -> ConnectionInfo:
-    epoch, connected_at, heartbeat_at = times
+    """Parse the body of a record, see lua/include/split_body.lua, with the score, see lua/include/find_record.lua."""
+    head, _, payload = body.partition(b" ")
+    if b":" not in head:
+        epoch = int(head)
+        return ConnectionInfo(
+            sid, payload.decode(), game_id, _time(epoch // 1000), _time(int(score)), observed_at, epoch
+        )
+    number, connected_at, heartbeat_at, user, server = (head.split(b":") + [b""] * 3)[:5]
+    epoch = int(number)
+    user_end = int(user) if user else len(payload)
+    server_end = user_end + int(server or 0)
     return ConnectionInfo(
         sid,
-        user_id.decode(),
+        payload[:user_end].decode(),
         game_id,
-        _time(connected_at or int(epoch) // 1000),
-        _time(heartbeat_at or score),
+        _time(int(connected_at or epoch // 1000)),
+        _time(int(heartbeat_at or score)),
         observed_at,
-        int(epoch),
+        epoch,
         _time(-int(score)) if heartbeat_at else None,
+        payload[user_end:server_end].partition(b":")[2].decode() or None,
+        payload[server_end:],
     )
 
 
-def _parse_connection(reply: list[Any]) -> ConnectionInfo | None:
-    return _parse_connection_at(_time(reply[0]), reply[1]) if reply else None
+def parse_record(sid: str, record: bytes, score: bytes | int, observed_at: datetime) -> ConnectionInfo:
+    """Parse a record, see lua/include/split_record.lua."""
+    length, _, rest = record.partition(b":")
+    game_end = int(length)
+    return _parse_body(sid, rest[:game_end].decode() or None, rest[game_end:], score, observed_at)
 
 
-def _parse_registration(sid: str, user_id: str, reply: bytes | list[Any]) -> Registration:
-    if isinstance(reply, bytes):
-        epoch = int(reply)
+def _parse_records(fields: Sequence[Any], observed_at: datetime) -> tuple[ConnectionInfo, ...]:
+    """Parse connections as replies list them: sid, record and score of each."""
+    return tuple(
+        parse_record(sid.decode(), record, score, observed_at)
+        for sid, record, score in zip(fields[::3], fields[1::3], fields[2::3], strict=True)
+    )
+
+
+def _parse_connection(sid: str, reply: list[Any]) -> ConnectionInfo | None:
+    return parse_record(sid, reply[1], reply[2], _time(int(reply[0]))) if reply else None
+
+
+def _parse_users(reply: list[Any]) -> list[ConnectionInfo | None]:
+    observed_at = _time(int(reply[0]))
+    return [
+        parse_record(sid.decode(), record, score, observed_at) if sid else None
+        for sid, record, score in zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+    ]
+
+
+def _parse_registration(
+    sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes | list[Any]
+) -> Registration:
+    first, *rest = (reply,) if isinstance(reply, bytes) else reply
+    if isinstance(first, bytes):
+        epoch = int(first)
         now = _time(epoch // 1000)
-        return Registration(ConnectionInfo(sid, user_id, None, now, now, now, epoch))
-    observed_at, outcome = _time(reply[0]), reply[1]
-    connection, replaced, resumed_from, *displaced = reply[2:]
+        connection = ConnectionInfo(sid, user_id, None, now, now, now, epoch, None, server_id, metadata)
+        return Registration(connection, _parse_records(rest, now))
+    connection, *others = _parse_records(rest[1:], _time(int(rest[0])))
+    replaced = others.pop(0) if first & REPLACED else None
+    resumed_from = others.pop(0) if first & RESUMED else None
     return Registration(
-        _parse_connection_at(observed_at, connection),
-        tuple(_parse_connection_at(observed_at, gone) for gone in displaced),
-        resumed=outcome == RESUMED,
-        replaced=_parse_connection_at(observed_at, replaced) if replaced else None,
-        resumed_from=_parse_connection_at(observed_at, resumed_from) if resumed_from else None,
-        refused=outcome == REFUSED,
+        connection,
+        tuple(others),
+        resumed=resumed_from is not None,
+        replaced=replaced,
+        resumed_from=resumed_from,
+        refused=first == REFUSED,
     )
 
 
@@ -559,26 +898,51 @@ def _text_or_none(reply: bytes) -> str | None:
 
 def _parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[ConnectionInfo]:
     """Parse a snapshot: choose who is live, or detached and within the grace, in the order of registration."""
-    now, members, scores = int(reply[0]), reply[1], reply[2]
+    now, size = int(reply[-1]), len(reply) // 3
     oldest_live, observed_at = now - conn_ttl_ms, _time(now)
     connections = []
-    for sid, entry, score in zip(members[::2], members[1::2], scores, strict=True):
+    for sid, body, score in zip(reply[: 2 * size : 2], reply[1 : 2 * size : 2], reply[2 * size : -1], strict=True):
         seen = int(score or 0)
-        if seen < oldest_live and -seen < now:
-            continue
-        head, _, user_id = entry.partition(b" ")
-        if b":" in head:
-            times = [*head.split(b":"), b""][:3]
-            connections.append(_connection(sid.decode(), user_id, game_id, times, seen, observed_at))
-        else:
-            epoch = int(head)
-            connected_at = EPOCH + timedelta(milliseconds=epoch // 1000)
-            last_seen = EPOCH + timedelta(milliseconds=seen)
-            connections.append(
-                ConnectionInfo(sid.decode(), user_id.decode(), game_id, connected_at, last_seen, observed_at, epoch)
-            )
+        if seen >= oldest_live or -seen >= now:
+            connections.append(_parse_body(sid.decode(), game_id, body, seen, observed_at))
     connections.sort(key=attrgetter("epoch"))
     return connections
+
+
+def _parse_events(position: Position, reply: list[Any]) -> EventsBatch:
+    is_lost, last_id, added = reply[:3]
+    end = Position(last_id.decode(), added)
+    if is_lost:
+        return EventsBatch((), end, is_lost=True)
+    events: list[Event] = []
+    skip = position.skip
+    for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), position.number + 1):
+        of_entry = parse_message(message)
+        before, position = position, Position(entry_id.decode(), number)
+        for index, event in enumerate(of_entry, 1):
+            if index > skip:
+                seen = position if index == len(of_entry) else Position(before.entry_id, before.number, index)
+                events.append(replace(event, position=seen.text()))
+        skip = 0
+    return EventsBatch(tuple(events), position)
+
+
+def parse_message(message: bytes) -> list[Event]:
+    """Parse the events of one change, see lua/include/publish.lua and lua/include/event.lua."""
+    now, _, rest = message.partition(b" ")
+    at = _time(int(now))
+    events: list[Event] = []
+    while rest:
+        kind, sid_length, record_length, score, rest = rest.split(b" ", 4)
+        sid_end = int(sid_length)
+        record_end = sid_end + int(record_length)
+        connection = parse_record(rest[:sid_end].decode(), rest[sid_end:record_end], score, at)
+        rest = rest[record_end:]
+        if kind == RESUMED_FROM:
+            events[-1] = replace(events[-1], resumed_from=connection)
+        else:
+            events.append(Event(EventType(kind.decode()), connection, at))
+    return events
 
 
 def _parse_heartbeats(count: int, reply: list[int]) -> list[HeartbeatStatus]:
@@ -588,9 +952,12 @@ def _parse_heartbeats(count: int, reply: list[int]) -> list[HeartbeatStatus]:
     return statuses
 
 
-def _parse_cleanup(reply: list[Any]) -> CleanupBatch:
-    now, examined, *removed = reply
-    observed_at = _time(now)
-    return CleanupBatch(
-        tuple(_parse_connection_at(observed_at, fields) for fields in removed), is_last=examined < CLEANUP_BATCH_SIZE
-    )
+def _parse_cleanup(has_server_grace: bool, reply: list[Any]) -> CleanupBatch:
+    now, examined, *fields = reply
+    ended = _parse_records(fields, _time(int(now)))
+    detached: tuple[ConnectionInfo, ...] = ()
+    if has_server_grace:
+        # One whose grace is over has been detached before; what is detached now has it still before it.
+        detached = tuple(gone for gone in ended if gone.detached_until and gone.detached_until > gone.observed_at)
+        ended = tuple(gone for gone in ended if not gone.detached_until or gone.detached_until <= gone.observed_at)
+    return CleanupBatch(ended, examined < CLEANUP_BATCH_SIZE, detached)

@@ -40,6 +40,10 @@ class ConnectionInfo:
     """The number of its registration, larger than every earlier one in the namespace: a fencing token."""
     detached_until: datetime | None = None
     """When the grace of a detached connection ends; None of one that is connected."""
+    server_id: str | None = None
+    """The game server that it was registered for, if that was named; a detached one belongs to none."""
+    metadata: bytes = b""
+    """What the application keeps with it, at most 4 KiB."""
 
     @property
     def is_detached(self) -> bool:
@@ -115,6 +119,58 @@ class HeartbeatStatus(Enum):
         return self is HeartbeatStatus.SEEN
 
 
+class EventType(Enum):
+    """What happened to a connection, or to its user."""
+
+    REGISTERED = "registered"
+    """It was registered, or registered again."""
+    DISPLACED = "displaced"
+    """A newer one of its user displaced it, or another user took its sid; as it was before."""
+    RESUMED = "resumed"
+    """It took over the seat of ``Event.resumed_from``, with its game."""
+    DETACHED = "detached"
+    """Its socket is gone, its seat is kept."""
+    JOINED = "joined"
+    """It joined ``connection.game_id``."""
+    LEFT = "left"
+    """It left ``connection.game_id``."""
+    UNREGISTERED = "unregistered"
+    """It was removed; as it was before."""
+    EXPIRED = "expired"
+    """Cleanup removed it, since it or its server was not seen any more or its grace was over; as it was before."""
+    METADATA_UPDATED = "metadata_updated"
+    """Its metadata was replaced."""
+    USER_ONLINE = "user_online"
+    """With it, its user has a connection that is not detached; before, the user had none."""
+    USER_OFFLINE = "user_offline"
+    """With its end, its user has no connection any more that is not detached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change, as the script that made it published it."""
+
+    type: EventType
+    connection: ConnectionInfo
+    """The connection after the change or, when it is gone or has left a game, as it was before."""
+    at: datetime
+    """When it happened, by the server's clock."""
+    resumed_from: ConnectionInfo | None = None
+    """Of ``RESUMED``, the detached connection whose seat was taken over; it may have had the same sid."""
+    position: str | None = None
+    """Its position in the stream, to go on after it with ``subscribe(after=…)``; None through pub/sub."""
+
+
+@dataclass(frozen=True, slots=True)
+class GameSnapshot:
+    """The connections in a game, and the position in the stream of events at that same moment."""
+
+    connections: tuple[ConnectionInfo, ...]
+    """By their epoch, so the earliest registration comes first; detached ones among them."""
+    position: str
+    """What happened later comes after it: ``subscribe(game_id=…, after=position)``."""
+
+
 @dataclass(frozen=True, slots=True)
 class CleanupResult:
     """What one ``cleanup_stale_connections`` removed; its length is how many."""
@@ -123,6 +179,8 @@ class CleanupResult:
     """The connections that this call removed, longest silent first. No other call reports them."""
     error: PresenceError | None = None
     """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
+    detached: tuple[ConnectionInfo, ...] = ()
+    """The connections of dead game servers that this call detached, as they are now. No other call reports them."""
 
     def __len__(self) -> int:
         return len(self.removed)

@@ -23,7 +23,9 @@ from presence.operations import (
     check_operations,
     clean_up,
     perform,
+    perform_batches,
     perform_each,
+    perform_for_server,
 )
 from presence.results import CleanupResult
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
-    from presence.operations import Displacement
-    from presence.results import ConnectionInfo, HeartbeatStatus, JoinResult, Registration
+    from presence.operations import Displacement, EventsMode
+    from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
 logger = logging.getLogger("presence")
 
@@ -71,6 +73,13 @@ class ConnectionManager:
         connections_per_user: live connections that a user may have, 1 to 100; registering displaces the oldest ones.
         displacement: ``"newest_wins"``; or ``"reject_while_alive"``: a register is refused while the user has as many
             connections as are allowed that are not stale.
+        server_id: the id of this game server: connections are registered for it, and when it dies (see
+            ``run_server_heartbeat``) any other server's cleanup takes them. None for none.
+        server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to
+            ``conn_ttl_seconds``; 0 removes them at once. The same on all servers.
+        events: whether every change is published for ``subscribe``: ``"off"``; ``"pubsub"``, at most once; or
+            ``"stream"``, durable. The same on all servers.
+        events_max_length: changes that the stream keeps, about, 1 to 100,000,000.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -87,6 +96,10 @@ class ConnectionManager:
         heartbeat_seconds: float = 30,
         connections_per_user: int = 1,
         displacement: Displacement = "newest_wins",
+        server_id: str | None = None,
+        server_grace_seconds: float = 0,
+        events: EventsMode = "off",
+        events_max_length: int = 100_000,
     ) -> None:
         self.operations = Operations(
             namespace,
@@ -94,6 +107,10 @@ class ConnectionManager:
             heartbeat_seconds=heartbeat_seconds,
             connections_per_user=connections_per_user,
             displacement=displacement,
+            server_id=server_id,
+            server_grace_seconds=server_grace_seconds,
+            events=events,
+            events_max_length=events_max_length,
         )
         """The same operations as descriptions, for :meth:`pipeline`."""
         if client is not None and not isinstance(client, Redis | RedisCluster):
@@ -120,6 +137,10 @@ class ConnectionManager:
         heartbeat_seconds: float = 30,
         connections_per_user: int = 1,
         displacement: Displacement = "newest_wins",
+        server_id: str | None = None,
+        server_grace_seconds: float = 0,
+        events: EventsMode = "off",
+        events_max_length: int = 100_000,
         **client_options: Any,
     ) -> Self:
         """Make a manager with a client of its own, which connects on first use.
@@ -132,6 +153,10 @@ class ConnectionManager:
             heartbeat_seconds: see the class.
             connections_per_user: see the class.
             displacement: see the class.
+            server_id: see the class.
+            server_grace_seconds: see the class.
+            events: see the class.
+            events_max_length: see the class.
             client_options: more options for redis-py's client, over the defaults of presence.
 
         Returns:
@@ -148,6 +173,10 @@ class ConnectionManager:
             heartbeat_seconds=heartbeat_seconds,
             connections_per_user=connections_per_user,
             displacement=displacement,
+            server_id=server_id,
+            server_grace_seconds=server_grace_seconds,
+            events=events,
+            events_max_length=events_max_length,
         )
         manager._address = clients.parse(url)
         manager._client_options = client_options
@@ -182,7 +211,9 @@ class ConnectionManager:
         if self._given_client is None:
             own.client.close()
 
-    def register_connection(self, sid: str, user_id: str | UUID) -> Registration:
+    def register_connection(
+        self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
+    ) -> Registration:
         """Create a connection, make it its user's active one, and displace the earlier one out of every structure.
 
         Registering a known sid again for the same user refreshes it and keeps its game; for another user it first
@@ -191,15 +222,22 @@ class ConnectionManager:
         Args:
             sid: the connection's id.
             user_id: the user's id.
+            metadata: what to keep with it, at most 4,096 bytes, text as UTF-8. None or empty keeps what a connection
+                that is refreshed or resumed has.
 
         Returns:
             The connection, and the displaced ones, whose sockets are now the caller's to close: no other call on any
             server reports them.
 
-        Cost: one round trip; O(log N) in the server, N = connections in the namespace.
+        Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server, N = connections in
+        the namespace.
 
         """
-        return self._run(perform(self.operations.register_connection(sid, user_id)))
+        return self._run(
+            perform_for_server(
+                self.operations, partial(self.operations.register_connection, sid, user_id, metadata=metadata)
+            )
+        )
 
     def unregister_connection(
         self, sid: str, *, grace_seconds: float | None = None, epoch: int | None = None
@@ -257,6 +295,22 @@ class ConnectionManager:
         """
         return self._run(perform(self.operations.leave_game(sid, epoch=epoch)))
 
+    def update_metadata(self, sid: str, metadata: str | bytes, *, epoch: int | None = None) -> bool:
+        """Replace what the application keeps with a connection.
+
+        Args:
+            sid: the connection's id.
+            metadata: at most 4,096 bytes, text as UTF-8; empty for none.
+            epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
+
+        Returns:
+            Whether there is such a connection.
+
+        Cost: one round trip; O(1).
+
+        """
+        return self._run(perform(self.operations.update_metadata(sid, metadata, epoch=epoch)))
+
     def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> bool:
         """Mark a connection as seen now, and keep every key that it lives in from expiring.
 
@@ -288,10 +342,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N) for each sid, in scripts of 250, N = connections in the namespace.
 
         """
-        different = list(dict.fromkeys(arguments.check_iterable("sids", sids)))
-        batches = self.operations.heartbeat_batches(different)
-        statuses = self._run(perform_each(batches))
-        return dict(zip(different, (status for batch in statuses for status in batch), strict=True))
+        return self._run(perform_batches(self.operations.heartbeat_batches(sids)))
 
     def get_connection(self, sid: str) -> ConnectionInfo | None:
         """Read one connection, live or detached (``ConnectionInfo.is_detached``).
@@ -349,6 +400,23 @@ class ConnectionManager:
         """
         return self._run(perform(self.operations.get_game_connections(game_id)))
 
+    def get_game_snapshot(self, game_id: str) -> GameSnapshot:
+        """Read all connections in a game with the position in the stream of events at that same moment.
+
+        ``subscribe(game_id=game_id, after=snapshot.position)`` then tells what has happened since, without gap or
+        overlap. It needs ``events="stream"``.
+
+        Args:
+            game_id: the game's id.
+
+        Returns:
+            The connections, as ``get_game_connections`` gives them, and the position.
+
+        Cost: one round trip; O(M), M = connections in the game.
+
+        """
+        return self._run(perform(self.operations.get_game_snapshot(game_id)))
+
     def get_game_user_sids(self, game_id: str) -> dict[str, str]:
         """Read who is in a game, and on which connection; detached ones are left out.
 
@@ -391,12 +459,10 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) and one script for each user, M = connections of the user.
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users.
 
         """
-        users = arguments.check_users("user_ids", user_ids)
-        answers = self._run(perform_each([self.operations.is_user_online(user) for user in users]))
-        return dict(zip(users, answers, strict=True))
+        return self._run(perform_batches(self.operations.users_online_batches(user_ids)))
 
     def get_users_connections(self, user_ids: Iterable[str | UUID]) -> dict[str, ConnectionInfo | None]:
         """Read the active connections of many users, as ``get_user_connection`` does for one.
@@ -410,16 +476,13 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) and one script for each user, M = connections of the user.
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users.
 
         """
-        users = arguments.check_users("user_ids", user_ids)
-        reads = [self.operations.get_user_connection(user) for user in users]
-        answers = self._run(perform_each(reads))
-        return dict(zip(users, answers, strict=True))
+        return self._run(perform_batches(self.operations.users_connections_batches(user_ids)))
 
     def get_games_connections(self, game_ids: Iterable[str]) -> dict[str, list[ConnectionInfo]]:
-        """Read all connections in many games, as ``get_game_connections`` does for one, each as it is at one moment.
+        """Read all connections in many games, as ``get_game_connections`` does for one.
 
         Args:
             game_ids: the games' ids, any number.
@@ -430,13 +493,10 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) and one script for each game, M = connections in the game.
+        Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 50 games.
 
         """
-        games = list(dict.fromkeys(arguments.check_iterable("game_ids", game_ids)))
-        reads = [self.operations.get_game_connections(game) for game in games]
-        answers = self._run(perform_each(reads))
-        return dict(zip(games, answers, strict=True))
+        return self._run(perform_batches(self.operations.games_connections_batches(game_ids)))
 
     def get_connection_count(self) -> int:
         """Count the live connections of the namespace; detached ones do not count.
@@ -479,6 +539,55 @@ class ConnectionManager:
 
         """
         return self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))
+
+    def cleanup_server(self, server_id: str, *, grace_seconds: float | None = None) -> CleanupResult:
+        """Remove or detach all connections of one game server, in batches, as when it is known to be dead.
+
+        Args:
+            server_id: the game server's id.
+            grace_seconds: how long their seats are kept, 0 to ``conn_ttl_seconds``; 0 removes them, None is the
+                manager's ``server_grace_seconds``.
+
+        Returns:
+            The removed and the detached connections; no other call reports them. Of a fault as
+            :meth:`cleanup_stale_connections`.
+
+        Cost: a round trip for each 50 connections; O(log N) for each connection, and O(S), S = servers.
+
+        """
+        describe_batch = partial(self.operations.cleanup_server_batch, server_id, grace_seconds=grace_seconds)
+        return self._run(clean_up(describe_batch))
+
+    def start_server(self) -> int:
+        """Give this game server its boot epoch, and leave the connections of its earlier starts to cleanup.
+
+        The first registration does so too, if this was not called before.
+
+        Returns:
+            The boot epoch, larger than every epoch before it in the namespace.
+
+        Raises:
+            ValueError: the manager has no ``server_id``.
+
+        Cost: one round trip; O(S log S), S = servers.
+
+        """
+        self.operations.boot_epoch = self._run(perform(self.operations.start_server()))
+        return self.operations.boot_epoch
+
+    def update_server_heartbeat(self) -> bool:
+        """Mark this game server as seen now; without it for three ``heartbeat_seconds``, cleanup takes it for dead.
+
+        Returns:
+            Whether it is known; False is final: a later start of the same ``server_id`` has replaced it.
+
+        Raises:
+            ValueError: the manager has no ``server_id``.
+
+        Cost: one round trip; O(log S), S = servers.
+
+        """
+        return self._run(perform_for_server(self.operations, self.operations.update_server_heartbeat))
 
     def run_cleanup(
         self,

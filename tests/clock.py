@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
+
+from presence.scripts import lua_folder
 
 if TYPE_CHECKING:
     import redis
@@ -12,33 +15,30 @@ if TYPE_CHECKING:
 _AGE = """
 local prefix, milliseconds = ARGV[1], tonumber(ARGV[2])
 local function earlier(text, units)
-  return string.format('%d', tonumber(text) - milliseconds * units)
+  return text == '' and '' or string.format('%d', tonumber(text) - milliseconds * units)
+end
+local function earlier_body(body)
+  local user_id, epoch, connected_at, heartbeat_at, server, metadata = split_body(body)
+  epoch, connected_at, heartbeat_at = earlier(epoch, 1000), earlier(connected_at, 1), earlier(heartbeat_at, 1)
+  return make_body(user_id, epoch, connected_at, heartbeat_at, server, metadata)
 end
 for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
   local kind = string.match(string.sub(key, #prefix + 1), '^[a-z_]+')
   if kind == 'conn' then
-    for field, units in pairs({epoch = 1000, connected_at = 1, last_seen = 1}) do
-      local time = redis.call('HGET', key, field)
-      if time then
-        redis.call('HSET', key, field, earlier(time, units))
-      end
-    end
+    local game_id, body = split_record(redis.call('GET', key))
+    redis.call('SET', key, make_record(game_id, earlier_body(body)), 'KEEPTTL')
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)
     for index = 1, #members, 2 do
-      local epoch, times, user_id = string.match(members[index + 1], '^(%d+)([:%d]*) (.*)$')
-      times = string.gsub(times, '%d+', function(time) return earlier(time, 1) end)
-      redis.call('HSET', key, members[index], earlier(epoch, 1000) .. times .. ' ' .. user_id)
+      redis.call('HSET', key, members[index], earlier_body(members[index + 1]))
     end
-  elseif kind == 'epoch' then
-    redis.call('SET', key, earlier(redis.call('GET', key), 1000), 'KEEPTTL')
-  elseif kind ~= 'reply' then
+  elseif kind == 'last_seen' or kind == 'servers' then
     local scores = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
     for index = 1, #scores, 2 do
-      local score = scores[index + 1]
-      -- A detached connection's score is minus a time.
-      local units = kind == 'user_conns' and 1000 or tonumber(score) < 0 and -1 or 1
-      redis.call('ZADD', key, earlier(score, units), scores[index])
+      local member, score = scores[index], scores[index + 1]
+      -- The empty sid's is minus the last epoch; a detached connection's is minus a time; a dead server's is none.
+      local units = member == '' and -1000 or tonumber(score) < 0 and -1 or score == '0' and 0 or 1
+      redis.call('ZADD', key, earlier(score, units), member)
     end
   end
   redis.call('PEXPIRE', key, math.max(0, redis.call('PTTL', key) - milliseconds))
@@ -46,8 +46,16 @@ end
 """
 
 
+@cache
+def _script() -> str:
+    """Put what the operations' own scripts know of the layout before it."""
+    includes = ("split_record", "make_record", "split_body", "make_body")
+    texts = [(lua_folder() / "include" / f"{name}.lua").read_text(encoding="utf-8") for name in includes]
+    return "".join(texts) + _AGE
+
+
 def let_time_pass(client: redis.Redis, namespace: str, seconds: float) -> None:
     """Make a namespace older by so many seconds."""
     prefix = f"{{{namespace}}}:"
     pattern = "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in prefix)
-    client.eval(_AGE, 0, prefix, str(round(seconds * 1000)), pattern)
+    client.eval(_script(), 0, prefix, str(round(seconds * 1000)), pattern)

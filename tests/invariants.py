@@ -1,4 +1,7 @@
-"""What must hold in a namespace at every moment (guarantees 1 and 6), read from the keys themselves."""
+"""What must hold in a namespace at every moment (guarantees 1 and 6), read from the keys themselves.
+
+What a key holds is taken apart here by code of its own: it must find what the scripts and the library get wrong.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,26 @@ if TYPE_CHECKING:
     import redis
 
 
-RECORD_FIELDS = ("user_id", "game_id", "epoch", "connected_at", "last_seen")
-"""The last two only where they are needed: registered again, detached."""
-
-
 @dataclass
 class Keyspace:
-    """Every key of a namespace, as it is stored, read in one transaction."""
+    """Every key of a namespace, as it is stored; nothing may write to it while it is read."""
 
     records: dict[str, dict[str, str]] = field(default_factory=dict)
+    """sid -> user_id, game_id, epoch, server, metadata (Latin-1), and where they are there connected_at, last_seen."""
     users: dict[str, list[str]] = field(default_factory=dict)
-    registered_at: dict[tuple[str, str], int] = field(default_factory=dict)
-    games: dict[str, dict[str, str]] = field(default_factory=dict)
+    games: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    """game -> sid -> the same as in records, without the game."""
+    servers: dict[str, set[str]] = field(default_factory=dict)
+    """boot epoch and server_id -> sids"""
+    known_servers: dict[str, int] = field(default_factory=dict)
     last_seen: dict[str, int] = field(default_factory=dict)
     epoch: int = 0
+    stream_length: int = 0
     ttls_ms: dict[str, int] = field(default_factory=dict)
     """Of the keys in which connections live."""
     other_ttls_ms: dict[str, int] = field(default_factory=dict)
-    """Of the namespace's last epoch, and of the answers that are kept for a minute for calls that are sent again."""
+    """Of last_seen while it holds no more than the namespace's last epoch, of the answers that are kept for a minute
+    for calls that are sent again, of the known servers and the stream of events."""
 
 
 def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
@@ -37,22 +42,27 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
     for raw in client.scan_iter(match=(pattern + "*").encode(), count=10_000):
         key = (raw if isinstance(raw, bytes) else raw.encode()).decode()
         kind, _, name = key.removeprefix(prefix).partition(":")
-        ttls = keyspace.other_ttls_ms if kind in ("epoch", "reply") else keyspace.ttls_ms
+        ttls = keyspace.other_ttls_ms if kind in ("reply", "servers", "events") else keyspace.ttls_ms
         ttls[key] = int(_ask(client, "PTTL", key))
         if kind == "conn":
-            keyspace.records[name] = _pairs(_ask(client, "HGETALL", key))
+            record = _ask(client, "GET", key)
+            length, _, rest = record.partition(b":")
+            keyspace.records[name] = _body(rest[int(length) :]) | {"game_id": rest[: int(length)].decode()}
         elif kind == "user_conns":
-            keyspace.users[name] = [sid.decode() for sid in _ask(client, "ZRANGE", key, 0, -1)]
-            for sid in keyspace.users[name]:
-                keyspace.registered_at[name, sid] = int(float(_ask(client, "ZSCORE", key, sid)))
+            keyspace.users[name] = _sids(_ask(client, "GET", key))
         elif kind == "game_conns":
-            keyspace.games[name] = _pairs(_ask(client, "HGETALL", key))
-        elif key == prefix + "last_seen":
-            scores = _ask(client, "ZRANGE", key, 0, -1)
-            for sid in scores:
-                keyspace.last_seen[sid.decode()] = int(float(_ask(client, "ZSCORE", key, sid)))
-        elif key == prefix + "epoch":
-            keyspace.epoch = int(_ask(client, "GET", key))
+            keyspace.games[name] = {sid.decode(): _body(body) for sid, body in _pairs(_ask(client, "HGETALL", key))}
+        elif kind == "server_conns":
+            keyspace.servers[name] = {sid.decode() for sid in _ask(client, "SMEMBERS", key)}
+        elif kind == "servers":
+            keyspace.known_servers = _scores(client, key)
+        elif kind == "events":
+            keyspace.stream_length = int(_ask(client, "XLEN", key))
+        elif kind == "last_seen":
+            keyspace.last_seen = _scores(client, key)
+            keyspace.epoch = -keyspace.last_seen.pop("", 0)
+            if not keyspace.last_seen:
+                keyspace.other_ttls_ms[key] = keyspace.ttls_ms.pop(key)
         elif kind != "reply":
             raise AssertionError(f"unknown key {key!r}")
     return keyspace
@@ -62,31 +72,46 @@ def _ask(client: redis.Redis, *command: Any) -> Any:
     return client.execute_command(*command, NEVER_DECODE=True)
 
 
-def _pairs(reply: Any) -> dict[str, str]:
-    if not isinstance(reply, dict):
-        reply = dict(zip(reply[::2], reply[1::2], strict=True))
-    return {name.decode(): value.decode() for name, value in reply.items()}
+def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
+    return list(reply.items()) if isinstance(reply, dict) else list(zip(reply[::2], reply[1::2], strict=True))
 
 
-def _game_entry(keyspace: Keyspace, sid: str, record: dict[str, str]) -> str:
-    """What a game must keep of a member: see lua/include/game_entry.lua."""
-    times = [record["epoch"], record.get("connected_at", "")]
-    if "last_seen" in record:
-        times.append(record["last_seen"])
-    return ":".join(times).removesuffix(":") + f" {record['user_id']}"
+def _scores(client: redis.Redis, key: str) -> dict[str, int]:
+    members = _ask(client, "ZRANGE", key, 0, -1)
+    scores = _ask(client, "ZMSCORE", key, *members)
+    return {member.decode(): int(float(score)) for member, score in zip(members, scores, strict=True)}
+
+
+def _sids(text: bytes) -> list[str]:
+    sids = []
+    while text:
+        length, _, text = text.partition(b":")
+        sids.append(text[: int(length)].decode())
+        text = text[int(length) :]
+    return sids
+
+
+def _body(body: bytes) -> dict[str, str]:
+    """Take apart ``<epoch>[:<connected_at>[:<last_seen>[:<length>:<length>]]] <user_id><server><metadata>``."""
+    head, _, payload = body.partition(b" ")
+    numbers = head.decode().split(":") + [""] * 4
+    user_end = int(numbers[3] or len(payload))
+    server_end = user_end + int(numbers[4] or 0)
+    fields = {
+        "epoch": numbers[0],
+        "user_id": payload[:user_end].decode(),
+        "server": payload[user_end:server_end].decode(),
+        "metadata": payload[server_end:].decode("latin-1"),
+    }
+    return fields | {name: text for name, text in zip(("connected_at", "last_seen"), numbers[1:3], strict=True) if text}
 
 
 def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
     """Name everything that is wrong in a namespace."""
     wrong = []
     for sid, record in keyspace.records.items():
-        if not {"epoch", "game_id", "user_id"} <= record.keys() <= {*RECORD_FIELDS}:
-            wrong.append(f"connection {sid!r} is partial: {record}")
-            continue
         if sid not in keyspace.users.get(record["user_id"], []):
             wrong.append(f"connection {sid!r} is not among the connections of its user {record['user_id']!r}")
-        if keyspace.registered_at.get((record["user_id"], sid)) != int(record["epoch"]):
-            wrong.append(f"connection {sid!r} has another epoch than its user's list says: {record}")
         if int(record["epoch"]) > keyspace.epoch:
             wrong.append(f"connection {sid!r} has an epoch above the namespace's, {keyspace.epoch}: {record}")
         if sid not in keyspace.last_seen:
@@ -94,11 +119,20 @@ def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
         elif (keyspace.last_seen[sid] < 0) is not ("last_seen" in record):
             wrong.append(f"connection {sid!r} is half detached: {record}, {keyspace.last_seen[sid]}")
         game_id = record["game_id"]
-        if game_id and keyspace.games.get(game_id, {}).get(sid) != _game_entry(keyspace, sid, record):
+        body = {name: value for name, value in record.items() if name != "game_id"}
+        if game_id and keyspace.games.get(game_id, {}).get(sid) != body:
             wrong.append(f"connection {sid!r} says game {game_id!r}, which does not list it so")
+        server = record["server"]
+        if server and sid not in keyspace.servers.get(server, ()):
+            wrong.append(f"connection {sid!r} says server {server!r}, which does not list it")
+        if server and server not in keyspace.known_servers:
+            wrong.append(f"connection {sid!r} says server {server!r}, which no cleanup will find")
     for user_id, sids in keyspace.users.items():
         if len(sids) > connections_per_user:
             wrong.append(f"user {user_id!r} has {len(sids)} connections: {sids}")
+        epochs = [int(keyspace.records[sid]["epoch"]) for sid in sids if sid in keyspace.records]
+        if sorted(set(epochs)) != epochs:
+            wrong.append(f"user {user_id!r} does not list the connections by their epochs: {sids}, {epochs}")
         wrong += [
             f"user {user_id!r} lists {sid!r}, which is not a connection of that user"
             for sid in sids
@@ -109,6 +143,12 @@ def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
             f"game {game_id!r} lists {sid!r}, whose connection does not say so"
             for sid in members
             if keyspace.records.get(sid, {}).get("game_id") != game_id
+        ]
+    for server, sids_of_server in keyspace.servers.items():
+        wrong += [
+            f"server {server!r} lists {sid!r}, whose connection does not say so"
+            for sid in sids_of_server
+            if keyspace.records.get(sid, {}).get("server") != server
         ]
     wrong += [f"last_seen lists {sid!r}, which has no record" for sid in keyspace.last_seen.keys() - keyspace.records]
     ttls_ms = keyspace.ttls_ms | keyspace.other_ttls_ms

@@ -92,7 +92,7 @@ class TestAnACLUserWithTheLeastRights:
         files = Path(str(lua_folder())).rglob("*.lua")
         called = {name for file in files for name in re.findall(r"redis\.call\(\s*'(\w+)'", file.read_text())}
         commands = [f"+{name.lower()}" for name in sorted(called)]
-        assert ["~{presence}:*", "+evalsha", "+script|load", *commands] == LEAST_RIGHTS
+        assert ["~{presence}:*", "&{presence}:*", "+evalsha", "+script|load", *commands] == LEAST_RIGHTS
 
     def test_cannot_touch_another_namespace(
         self, make_manager: ManagerFactory, user_url: str, at_once: dict[str, Any]

@@ -22,8 +22,10 @@ ID_ARGUMENTS = [
     (name, argument)
     for name, method in inspect.getmembers(presence.Operations, inspect.isfunction)
     for argument in inspect.signature(method).parameters
-    if argument.endswith("id") and not name.startswith("_")
+    if argument.endswith("id") and not name.startswith("_") and hasattr(presence.ConnectionManager, name)
 ]
+
+ID_ARGUMENTS.append(("cleanup_server", "server_id"))
 
 BAD_IDS: dict[str, tuple[Any, type[Exception]]] = {
     "empty": ("", ValueError),

@@ -287,10 +287,9 @@ class TestAStateThatTheServerLostInPart:
     ) -> None:
         manager = make_manager(connections_per_user=2)
         manager.register_connection("before", "user")
-        user_conns = f"{{{namespace}}}:user_conns:user"
-        last: Any = client.incrby(f"{{{namespace}}}:epoch", 3_600_000_000)
-        client.zadd(user_conns, {"before": last})
-        client.hset(f"{{{namespace}}}:conn:before", "epoch", last)
+        # The last epoch is minus the score of the empty sid.
+        last: Any = client.zincrby(f"{{{namespace}}}:last_seen", -3_600_000_000, "")
+        client.set(f"{{{namespace}}}:conn:before", f"0:{-int(last)} user", keepttl=True)
 
         manager.register_connection("after", "user")
 

@@ -233,6 +233,11 @@ def test_a_file_calls_each_include_that_it_asks_for(file: str) -> None:
 
 SAMPLES: dict[str, Any] = {
     "sids": ["sid"],
+    "user_ids": ["user"],
+    "game_ids": ["game"],
+    "server_id": "server",
+    "metadata": b"metadata",
+    "position": operations.Position("7-0", 3),
     "sid": "sid",
     "user_id": "user",
     "current_user_id": "user",
@@ -244,7 +249,8 @@ EXPECTED_KEYS = {
     "user_conns": b"{ns}:user_conns:user",
     "game_conns": b"{ns}:game_conns:game",
     "last_seen": b"{ns}:last_seen",
-    "epoch": b"{ns}:epoch",
+    "servers": b"{ns}:servers",
+    "events": b"{ns}:events",
     "reply": b"{ns}:reply:<token>",
 }
 
@@ -254,7 +260,7 @@ EXPECTED_ARGUMENTS = {
     "user_id": b"user",
     "game_id": b"game",
     "conn_ttl_ms": 60_000,
-    "key_lifetime_ms": 60_000 + 15_000 + RETENTION_MS,
+    "key_lifetime_ms": 60_000 + 2 * 15_000 + RETENTION_MS,
     "threshold_ms": 21_000,
     "connections_per_user": 2,
     "batch_size": CLEANUP_BATCH_SIZE,
@@ -263,16 +269,43 @@ EXPECTED_ARGUMENTS = {
     "capacity": 0,
     "sids": b"sid",
     "reject_ms": 21_000,
+    "user_ids": b"user",
+    "game_ids": b"game",
+    "server": "9:server",
+    "server_threshold_ms": 21_000,
+    "server_grace_ms": 5_000,
+    "events": "77",
+    "after_id": "7-0",
+    "after_number": 3,
+    "limit": operations.EVENTS_BATCH_SIZE,
+}
+
+
+DIFFERENT_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "register_connection": {"metadata": b""},
+    "update_metadata": {"metadata": b"metadata"},
+    "cleanup_batch": {"server_id": b""},
+    "cleanup_server_batch": {"server_id": b"server", "threshold_ms": 0},
+    "start_server": {"server_id": "server"},
 }
 
 
 def described() -> Iterator[tuple[str, Operation[Any]]]:
     """Make an operation with each method of Operations that describes one."""
     made = Operations(
-        "ns", conn_ttl_seconds=60, heartbeat_seconds=7, connections_per_user=2, displacement="reject_while_alive"
+        "ns",
+        conn_ttl_seconds=60,
+        heartbeat_seconds=7,
+        connections_per_user=2,
+        displacement="reject_while_alive",
+        server_id="server",
+        server_grace_seconds=5,
+        events="stream",
+        events_max_length=77,
     )
+    made.boot_epoch = 9
     for name, method in inspect.getmembers(made, inspect.ismethod):
-        if name.startswith("_") or name == "heartbeat_batches":
+        if name.startswith("_") or name.endswith("_batches"):
             continue
         required = [
             parameter
@@ -296,7 +329,8 @@ class TestOperation:
 
     def test_it_sends_the_declared_arguments(self, name: str) -> None:
         operation = DESCRIBED[name]
-        assert operation.arguments == tuple(EXPECTED_ARGUMENTS[argument] for argument in operation.script.arguments)
+        expected = EXPECTED_ARGUMENTS | DIFFERENT_ARGUMENTS.get(name, {})
+        assert operation.arguments == tuple(expected[argument] for argument in operation.script.arguments)
 
     def test_it_is_one_evalsha(self, name: str) -> None:
         operation = DESCRIBED[name]

@@ -6,7 +6,7 @@ import asyncio
 import os
 import uuid
 from contextlib import ExitStack
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +24,6 @@ from hypothesis.stateful import (
 
 import presence
 import presence.sync
-from presence.operations import EPOCH
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.invariants import read_keyspace, violations
@@ -96,7 +95,7 @@ class Sequences(RuleBasedStateMachine):
     @staticmethod
     def typed(connection: ModelConnection) -> ConnectionInfo:
         def time(milliseconds: int) -> datetime:
-            return EPOCH + timedelta(milliseconds=milliseconds)
+            return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)
 
         return presence.ConnectionInfo(
             connection.sid,

@@ -1,0 +1,28 @@
+#!lua flags=no-writes
+--[[
+Tell of several users which have a connection that was seen within the threshold, or within the TTL if that is shorter.
+
+KEYS  last_seen
+ARGV  key_prefix, threshold_ms, conn_ttl_ms, user_ids (at most 100)
+Reply {1 or 0, … for each user}
+Cost  O(M) for each user, M = connections of the user, one by default
+]]
+-- @include now_ms
+-- @include split_sids
+
+local last_seen_key = KEYS[1]
+local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local user_ids = {unpack(ARGV, 4)}
+
+local oldest_online_ms = now_ms() - math.min(threshold_ms, conn_ttl_ms)
+local reply = {}
+for index, user_id in ipairs(user_ids) do
+  reply[index] = 0
+  for _, sid in ipairs(split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))) do
+    local last_seen = redis.call('ZSCORE', last_seen_key, sid)
+    if last_seen and tonumber(last_seen) >= oldest_online_ms then
+      reply[index] = 1
+    end
+  end
+end
+return reply

@@ -1,0 +1,44 @@
+#!lua flags=no-writes
+--[[
+Read the active connection of each of several users: of the live ones, the one that registered last.
+
+KEYS  last_seen
+ARGV  key_prefix, conn_ttl_ms, user_ids (at most 100)
+Reply {now ms, sid, record (see split_record) and score (see find_record) of each user's, or '', '' and '' when the user
+      has no live connection}
+Cost  O(M) for each user, M = connections of the user, one by default
+]]
+-- @include now_ms
+-- @include split_sids
+-- @include split_record
+-- @include split_body
+-- @include find_record
+
+local last_seen_key = KEYS[1]
+local key_prefix, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
+local user_ids = {unpack(ARGV, 3)}
+
+local now = now_ms()
+
+local function active(user_id)
+  local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
+  for index = #sids, 1, -1 do
+    local sid = sids[index]
+    local record, score, is_detached = find_record(key_prefix .. 'conn:' .. sid, last_seen_key, sid, now, conn_ttl_ms)
+    if record and not is_detached then
+      local _, body = split_record(record)
+      -- Where records are evicted, a sid may be left here that is another user's by now.
+      if split_body(body) == user_id then
+        return sid, record, score
+      end
+    end
+  end
+  return '', '', ''
+end
+
+local reply = {now}
+for _, user_id in ipairs(user_ids) do
+  local count = #reply
+  reply[count + 1], reply[count + 2], reply[count + 3] = active(user_id)
+end
+return reply

@@ -1,0 +1,12 @@
+-- Take a connection out of every structure but its user's list: its record, last_seen, its game, its server.
+-- It names the sid in each, so it cannot touch another connection of the user (guarantees 1 and 3).
+local function drop_connection(key_prefix, last_seen_key, sid, game_id, server)
+  redis.call('DEL', key_prefix .. 'conn:' .. sid)
+  redis.call('ZREM', last_seen_key, sid)
+  if game_id ~= '' then
+    redis.call('HDEL', key_prefix .. 'game_conns:' .. game_id, sid)
+  end
+  if server ~= '' then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. server, sid)
+  end
+end

@@ -1,0 +1,18 @@
+-- @include split_sids
+-- @include make_sids
+-- Take a connection out of its user's list, and the list away when it was the only one.
+local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms)
+  local user_conns_key = key_prefix .. 'user_conns:' .. user_id
+  local list = redis.call('GET', user_conns_key)
+  local rest = {}
+  for _, other in ipairs(split_sids(list)) do
+    if other ~= sid then
+      rest[#rest + 1] = other
+    end
+  end
+  if #rest > 0 then
+    redis.call('SET', user_conns_key, make_sids(rest), 'PX', key_lifetime_ms)
+  elseif list then
+    redis.call('DEL', user_conns_key)
+  end
+end

@@ -1,0 +1,16 @@
+-- Publish the events of one change as one message: '<now ms> ' and then each event, see event.
+-- events is 'pubsub', or the length of the stream; channels are the 'user:<id>' and 'game:<id>' that it concerns. What
+-- one channel is told once must be told in one message, so that nobody sees half a change.
+local function publish(key_prefix, events, key_lifetime_ms, now, channels, message)
+  local key = key_prefix .. 'events'
+  message = now .. ' ' .. message
+  if events ~= 'pubsub' then
+    redis.call('XADD', key, 'MAXLEN', '~', events, '*', 'message', message)
+    redis.call('PEXPIRE', key, key_lifetime_ms)
+    return
+  end
+  redis.call('SPUBLISH', key, message)
+  for _, channel in ipairs(channels) do
+    redis.call('SPUBLISH', key .. ':' .. channel, message)
+  end
+end

@@ -1,0 +1,29 @@
+#!lua flags=no-writes
+--[[
+Read the events that come after a position in the stream, and tell whether any between were lost: trimmed, or with a
+stream that has gone.
+
+KEYS  events
+ARGV  after_id, after_number (how many events were added up to after_id), limit
+Reply {1 when some were lost, id of the last event, number of events so far, id and message of each event}
+Cost  O(limit)
+]]
+-- @include stream_state
+
+local events_key = KEYS[1]
+local after_id, after_number, limit = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+
+local state = stream_state(events_key)
+local is_lost = state.added < after_number or state.gone > after_number
+-- Where nothing was trimmed up to it, the position itself must be there; else this is another stream.
+if not is_lost and after_number > state.gone then
+  is_lost = #redis.call('XRANGE', events_key, after_id, after_id) == 0
+end
+local reply = {is_lost and 1 or 0, state.last_id, state.added}
+if not is_lost then
+  for _, entry in ipairs(redis.call('XRANGE', events_key, '(' .. after_id, '+', 'COUNT', limit)) do
+    reply[#reply + 1] = entry[1]
+    reply[#reply + 1] = entry[2][2]
+  end
+end
+return reply

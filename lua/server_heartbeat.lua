@@ -1,0 +1,22 @@
+#!lua flags=allow-oom
+--[[
+Mark a game server as seen now.
+
+One that was taken for dead is known again, but one that another start of its id has replaced stays dead.
+
+KEYS  servers
+ARGV  server ('<boot epoch>:<server_id>'), key_lifetime_ms
+Reply 1, or 0 when a later start of the same id has replaced it
+Cost  O(log S), S = servers
+]]
+-- @include now_ms
+
+local servers_key = KEYS[1]
+local server, key_lifetime_ms = ARGV[1], ARGV[2]
+
+if redis.call('ZSCORE', servers_key, server) == '0' then
+  return 0
+end
+redis.call('ZADD', servers_key, now_ms(), server)
+redis.call('PEXPIRE', servers_key, key_lifetime_ms)
+return 1

@@ -1,0 +1,37 @@
+#!lua
+--[[
+Start a game server: give it a boot epoch, and take its earlier starts for dead, which leaves their connections to
+cleanup.
+
+KEYS  last_seen, servers, reply
+ARGV  server_id, conn_ttl_ms, key_lifetime_ms
+Reply the boot epoch, larger than every epoch before
+Cost  O(S log S), S = servers
+Error OOM when the server's memory is full; nothing is changed then
+]]
+-- @include now_us
+-- @include next_epoch
+-- @include needs_ttl
+-- @include dead_servers
+-- @include answer_once
+
+local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
+local server_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+
+local time = now_us()
+local last_epoch_score = redis.call('ZSCORE', last_seen_key, '')
+local epoch = next_epoch(last_epoch_score, time)
+local earlier = answer_once(reply_key, epoch)
+if earlier then
+  return earlier
+end
+redis.call('ZADD', last_seen_key, '-' .. epoch, '')
+if needs_ttl(last_epoch_score, time, conn_ttl_ms) then
+  redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
+end
+for _, server in ipairs(dead_servers(servers_key, server_id, string.sub(time, 1, -4), 0)) do
+  redis.call('ZADD', servers_key, '0', server)
+end
+redis.call('ZADD', servers_key, string.sub(time, 1, -4), epoch .. ':' .. server_id)
+redis.call('PEXPIRE', servers_key, key_lifetime_ms)
+return epoch

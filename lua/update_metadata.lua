@@ -1,0 +1,50 @@
+#!lua
+--[[
+Replace the metadata of a connection.
+
+KEYS  conn, last_seen, reply
+ARGV  key_prefix, sid, metadata ('' = none), epoch ('' = any), conn_ttl_ms, key_lifetime_ms, events ('' = off)
+Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
+Cost  O(1)
+Error OOM when the server's memory is full; nothing is changed then
+]]
+-- @include now_ms
+-- @include find_record
+-- @include split_record
+-- @include make_record
+-- @include split_body
+-- @include make_body
+-- @include earlier_answer
+-- @include answer_once
+-- @include event
+-- @include publish
+
+local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
+local key_prefix, sid, metadata, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local conn_ttl_ms, key_lifetime_ms, events = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+
+local now = now_ms()
+local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+if not record or is_detached then
+  return earlier_answer(reply_key) or 0
+end
+local game_id, body = split_record(record)
+local user_id, its_epoch, connected_at, _, server, its_metadata = split_body(body)
+if epoch ~= '' and its_epoch ~= epoch then
+  return earlier_answer(reply_key) or 0
+end
+if its_metadata == metadata or answer_once(reply_key, 1) then
+  return 1
+end
+body = make_body(user_id, its_epoch, connected_at, '', server, metadata)
+record = make_record(game_id, body)
+redis.call('SET', conn_key, record, 'KEEPTTL')
+local channels = {'user:' .. user_id}
+if game_id ~= '' then
+  redis.call('HSET', key_prefix .. 'game_conns:' .. game_id, sid, body)
+  channels[2] = 'game:' .. game_id
+end
+if events ~= '' then
+  publish(key_prefix, events, key_lifetime_ms, now, channels, event('metadata_updated', sid, record, score))
+end
+return 1
