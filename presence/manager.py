@@ -26,6 +26,7 @@ from presence.operations import (
     perform,
     perform_each,
 )
+from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class _OpenClient:
         self.client = client
         self.in_flight = 0
         self.idle = asyncio.Event()
+        # A cluster's client chooses its connections itself, and a client that has a single one must not need another.
+        self.shared = (
+            SharedConnection(client) if isinstance(client, Redis) and not client.single_connection_client else None
+        )
         # While redis-py's cluster client learns the slots it drops connections under calls that are made at once, so
         # the first call goes alone.
         self.may_share = not isinstance(client, RedisCluster)
@@ -195,6 +200,8 @@ class ConnectionManager:
             while own.in_flight:
                 own.idle.clear()
                 await own.idle.wait()
+            if own.shared is not None:
+                await own.shared.aclose()
             if self._given_client is None:
                 await own.client.aclose()
 
@@ -612,23 +619,29 @@ class ConnectionManager:
         own = self._open_client()
         own.in_flight += 1
         try:
+            if own.shared is not None:
+                return await self._converse(own.shared.send, exchange)
+            send = partial(self._send, own.client)
             if not own.may_share:
                 async with own.first_call:
                     if not own.may_share:
-                        result = await self._converse(own.client, exchange)
+                        result = await self._converse(send, exchange)
                         own.may_share = True
                         return result
-            return await self._converse(own.client, exchange)
+            return await self._converse(send, exchange)
         finally:
             own.in_flight -= 1
             if not own.in_flight:
                 own.idle.set()
 
-    async def _converse(self, client: Redis | RedisCluster, exchange: Exchange[Result]) -> Result:
+    @staticmethod
+    async def _converse(
+        send: Callable[[Sequence[Command]], Awaitable[list[Any]]], exchange: Exchange[Result]
+    ) -> Result:
         try:
             request = next(exchange)
             while True:
-                request = exchange.send(await self._send(client, request))
+                request = exchange.send(await send(request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
