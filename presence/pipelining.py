@@ -44,10 +44,11 @@ it does with its connections meanwhile, such as renewing credentials."""
 class _Request:
     """Commands that are sent together, and who waits for their replies."""
 
-    __slots__ = ("answer", "count", "packed", "replies")
+    __slots__ = ("answer", "count", "packed", "replies", "size")
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]]) -> None:
         self.packed = b"".join([_pack(command) for command in commands])
+        self.size = len(self.packed)
         self.count = len(commands)
         self.replies: list[Any] = []
         self.answer = answer
@@ -153,6 +154,7 @@ class SharedConnection:
             _answer(request, [error] * request.count)
         self._refused.clear()
         self._sent.clear()
+        self._commands_sent = self._bytes_sent = 0
 
     async def _converse(self, connection: AbstractConnection) -> None:
         """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""
@@ -162,7 +164,7 @@ class SharedConnection:
         for request in self._sent:
             request.replies = []
             self._commands_sent += request.count
-            self._bytes_sent += len(request.packed)
+            self._bytes_sent += request.size
         if not self._sent:
             return
         try:
@@ -201,7 +203,7 @@ class SharedConnection:
                         continue
                     sent.popleft()
                     self._commands_sent -= request.count
-                    self._bytes_sent -= len(request.packed)
+                    self._bytes_sent -= request.size
                     if request.count == 1 and isinstance(reply, ReadOnlyError):
                         self._refused.append(request)
                     else:
@@ -219,7 +221,7 @@ class SharedConnection:
             request = self._waiting[0]
             if self._sent and (
                 self._commands_sent + request.count > MAX_COMMANDS
-                or self._bytes_sent + len(request.packed) > MAX_BYTES
+                or self._bytes_sent + request.size > MAX_BYTES
             ):
                 break
             self._waiting.popleft()
@@ -227,7 +229,7 @@ class SharedConnection:
                 taken.append(request.packed)
                 self._sent.append(request)
                 self._commands_sent += request.count
-                self._bytes_sent += len(request.packed)
+                self._bytes_sent += request.size
         return b"".join(taken)
 
     async def _write(self, connection: AbstractConnection) -> None:
