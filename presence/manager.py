@@ -619,32 +619,17 @@ class ConnectionManager:
         own = self._open_client()
         own.in_flight += 1
         try:
-            if own.shared is not None:
-                return await self._converse(own.shared.send, exchange)
-            send = partial(self._send, own.client)
-            if not own.may_share:
-                async with own.first_call:
-                    if not own.may_share:
-                        result = await self._converse(send, exchange)
-                        own.may_share = True
-                        return result
-            return await self._converse(send, exchange)
-        finally:
-            own.in_flight -= 1
-            if not own.in_flight:
-                own.idle.set()
-
-    @staticmethod
-    async def _converse(
-        send: Callable[[Sequence[Command]], Awaitable[list[Any]]], exchange: Exchange[Result]
-    ) -> Result:
-        try:
+            send = own.shared.send if own.shared is not None else partial(self._send, own.client)
             request = next(exchange)
             while True:
                 request = exchange.send(await send(request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
+        finally:
+            own.in_flight -= 1
+            if not own.in_flight:
+                own.idle.set()
 
     async def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""

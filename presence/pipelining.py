@@ -47,7 +47,7 @@ class _Request:
     __slots__ = ("answer", "count", "packed", "replies", "size")
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]]) -> None:
-        self.packed = b"".join([_pack(command) for command in commands])
+        self.packed = _pack(commands[0]) if len(commands) == 1 else b"".join(map(_pack, commands))
         self.size = len(self.packed)
         self.count = len(commands)
         self.replies: list[Any] = []
@@ -83,7 +83,7 @@ class SharedConnection:
         # The connection, while whoever comes must see to it that what waits is written: the runner is busy reading.
         self._reading: AbstractConnection | None = None
 
-    async def send(self, commands: Sequence[Command]) -> list[Any]:
+    def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Send commands together; give their replies as bytes, with errors in their places.
 
         When it is cancelled before they are sent, they are not; after that they take effect and nobody gets the reply.
@@ -95,7 +95,7 @@ class SharedConnection:
             self._runner = self._loop.create_task(self._run())
         elif self._reading is not None and self._writer is None:
             self._writer = self._loop.create_task(self._write_beside(self._reading))
-        return await answer
+        return answer
 
     async def aclose(self) -> None:
         """Give the connection back to the pool; whoever waited for a reply does not any more."""
