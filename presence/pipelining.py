@@ -206,8 +206,8 @@ class SharedConnection:
                     self._bytes_sent -= request.size
                     if request.count == 1 and isinstance(reply, ReadOnlyError):
                         self._refused.append(request)
-                    else:
-                        _answer(request, request.replies)
+                    elif not request.answer.done():
+                        request.answer.set_result(request.replies)
                     if not sent:
                         break
         except TimeoutError:
@@ -220,8 +220,7 @@ class SharedConnection:
         while self._waiting:
             request = self._waiting[0]
             if self._sent and (
-                self._commands_sent + request.count > MAX_COMMANDS
-                or self._bytes_sent + request.size > MAX_BYTES
+                self._commands_sent + request.count > MAX_COMMANDS or self._bytes_sent + request.size > MAX_BYTES
             ):
                 break
             self._waiting.popleft()
