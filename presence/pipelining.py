@@ -57,7 +57,8 @@ class _Request:
 def _pack(command: Command) -> bytes:
     if command[0] == SCRIPT_LOAD:
         command = (*SCRIPT_LOAD.split(), *command[1:])
-    packed: bytes = pack_command(command)
+    # hiredis declares a tuple of one item, and takes any.
+    packed: bytes = pack_command(command)  # type: ignore[arg-type]
     return packed
 
 
@@ -119,16 +120,18 @@ class SharedConnection:
                     # Whoever waits for a connection of the pool comes first.
                     await asyncio.sleep(0)
         except Exception as error:
-            for request in self._end():
-                request.answer.set_exception(error)
+            for answer in self._unanswered():
+                answer.set_exception(error)
         finally:
-            for request in self._end():
-                request.answer.cancel()
+            for answer in self._unanswered():
+                answer.cancel()
+            for requests in (self._refused, self._sent, self._waiting):
+                requests.clear()
             self._runner = None
 
-    def _end(self) -> list[_Request]:
-        requests = [*self._refused, *self._sent, *self._waiting]
-        return [request for request in requests if not request.answer.done()]
+    def _unanswered(self) -> list[asyncio.Future[list[Any]]]:
+        requests = (*self._refused, *self._sent, *self._waiting)
+        return [request.answer for request in requests if not request.answer.done()]
 
     async def _use(self, connection: AbstractConnection) -> None:
         """Converse over a connection until there is nothing left to send, or it was kept for long enough."""
@@ -137,9 +140,14 @@ class SharedConnection:
             await connection.retry.call_with_retry(
                 partial(self._converse, connection), partial(self._disconnect, connection)
             )
-        except FAULTS as error:
+        except BaseException as error:
+            if (
+                self._sent
+            ):  # Their replies may still come, and must not be taken for those to what the pool's next sends.
+                await connection.disconnect(nowait=True)
+            if not isinstance(error, FAULTS):
+                raise
             self._fail(error)
-            await connection.disconnect(nowait=True)
 
     async def _disconnect(self, connection: AbstractConnection, _: Exception) -> None:
         # The next attempt is for what is not answered yet. What waits gets attempts of its own after it.
@@ -170,12 +178,17 @@ class SharedConnection:
         try:
             await connection.send_packed_command(b"".join([request.packed for request in self._sent]))
             while self._sent:
+                if self._runner is not None and self._runner.cancelling():
+                    # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
+                    raise asyncio.CancelledError
                 self._reading = connection
                 await self._read(connection)
                 self._reading = None
                 await asyncio.sleep(0)  # Now those run who got replies.
                 if self._writer is None:
                     await self._write(connection)
+                elif not self._sent:
+                    await asyncio.wait([self._writer])
         finally:
             self._reading = None
             if self._writer is not None:

@@ -20,6 +20,7 @@ from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port
+from tests.test_faults import wait_until
 from tests.test_retries import CuttingProxy
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def scripts_run(admin: Any) -> int:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for a state that the server is about to reach."""
-    async with asyncio.timeout(BOUND_SECONDS):
-        while not condition():
-            await asyncio.sleep(0.005)
+    await asyncio.to_thread(wait_until, condition)
 
 
 async def is_held(proxy: Proxy) -> None:
@@ -104,14 +103,14 @@ class TestWhatIsAwaitedAtOnce:
                 size = 3 * pipelining.MAX_COMMANDS
                 beats = [operations.update_heartbeat("sid-1" if n % 3 else "unknown") for n in range(size)]
                 expected = [bool(n % 3) for n in range(size)]
-                answers: list[Any] = await asyncio.gather(
+                answers: Any = await asyncio.gather(
                     manager.update_heartbeat("sid-0"),
                     manager.pipeline(beats),
                     manager.get_connection_count(),
                     manager.pipeline(beats[:5]),
                     manager.update_heartbeat("unknown"),
                 )
-                assert answers == [True, expected, 10, expected[:5], False]
+                assert list(answers) == [True, expected, 10, expected[:5], False]
 
         run(work())
 
@@ -224,14 +223,14 @@ class TestAnErrorOfOne:
                 admin.script_flush()
                 await manager.update_heartbeat("sid-0")
                 admin.config_resetstat()
-                seen, *registrations = await asyncio.gather(
+                answers: Any = await asyncio.gather(
                     manager.update_heartbeat("sid-0"),
                     *(manager.register_connection(f"next-{n}", f"user-{n}") for n in range(20)),
                 )
+                seen, *registrations = answers
                 assert seen
-                assert [[gone.sid for gone in one.displaced] for one in registrations] == [
-                    [f"sid-{n}"] for n in range(20)
-                ]
+                displaced = [[gone.sid for gone in one.displaced] for one in registrations]
+                assert displaced == [[f"sid-{n}"] for n in range(20)]
                 assert scripts_run(admin) == 21
 
         run(work())
@@ -239,7 +238,7 @@ class TestAnErrorOfOne:
     def test_that_is_a_bad_argument(self, own_server: LocalServer) -> None:
         async def work() -> None:
             async with warm_manager(own_server.url, 1) as manager:
-                answers: list[Any] = await asyncio.gather(
+                answers: Any = await asyncio.gather(
                     manager.update_heartbeat("sid-0"), manager.update_heartbeat(""), return_exceptions=True
                 )
                 assert answers[0] is True
@@ -251,18 +250,29 @@ class TestAnErrorOfOne:
 class TestCancellationOfOne:
     """It ends that call, and no other notices."""
 
-    def test_before_it_is_sent_keeps_it_from_being_sent(self, own_server: LocalServer, admin: Any) -> None:
+    @pytest.mark.parametrize("is_busy", [False, True], ids=["", "while others wait for their replies"])
+    def test_before_it_is_sent_keeps_it_from_being_sent(
+        self, own_server: LocalServer, admin: Any, is_busy: bool
+    ) -> None:
         async def work() -> None:
-            async with warm_manager(own_server.url, 1) as manager:
-                admin.config_resetstat()
-                cancelled = asyncio.create_task(manager.register_connection("cancelled", "user"))
-                other = asyncio.create_task(manager.update_heartbeat("sid-0"))
-                await asyncio.sleep(0)
-                cancelled.cancel()
-                assert await other
-                assert cancelled.cancelled()
-                assert scripts_run(admin) == 1
-                assert await manager.get_connection("cancelled") is None
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    admin.config_resetstat()
+                    first = []
+                    if is_busy:
+                        proxy.fates = [Fate.HOLD_REPLY]
+                        first = [asyncio.create_task(manager.update_heartbeat("sid-0"))]
+                        await is_held(proxy)
+                    cancelled = asyncio.create_task(manager.register_connection("cancelled", "user"))
+                    other = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await asyncio.sleep(0)
+                    cancelled.cancel()
+                    if is_busy:
+                        proxy.release()
+                    assert all(await asyncio.gather(other, *first))
+                    assert cancelled.cancelled()
+                    assert scripts_run(admin) == 1 + is_busy
+                    assert await manager.get_connection("cancelled") is None
 
         run(work())
 
@@ -351,28 +361,31 @@ class TestTheBound:
 class TestABrokenConnection:
     """Each of the calls that were in flight is answered as if it had been alone."""
 
+    @pytest.mark.parametrize("size", [1, 8], ids=["calls", "pipelines"])
     @pytest.mark.parametrize("cut", [0, 1, 50, 500, 1_500, 2_999])
-    def test_within_the_replies_is_not_noticed(self, own_server: LocalServer, admin: Any, cut: int) -> None:
-        players = 40
+    def test_within_the_replies_is_not_noticed(self, own_server: LocalServer, admin: Any, cut: int, size: int) -> None:
+        players = range(40)
 
         async def work(proxy: CuttingProxy) -> None:
             retry = Retry(NoBackoff(), 6)
-            async with warm_manager(proxy.url, players, retry=retry, namespace="cut") as manager:
+            async with warm_manager(proxy.url, len(players), retry=retry, namespace="cut") as manager:
                 proxy.cuts = [cut]
-                registrations = await asyncio.gather(
-                    *(manager.register_connection(f"next-{n}", f"user-{n}") for n in range(players))
+                registers = [manager.operations.register_connection(f"next-{n}", f"user-{n}") for n in players]
+                answers = await asyncio.gather(
+                    *(manager.pipeline(registers[start : start + size]) for start in players[::size])
                 )
                 assert proxy.cuts == []
                 assert len(proxy.replies[-2]) > cut
+                registrations = [one for answer in answers for one in answer]
+                assert [one.connection.sid for one in registrations] == [f"next-{n}" for n in players]
                 displaced = [[gone.sid for gone in one.displaced] for one in registrations]
-                assert displaced == [[f"sid-{n}"] for n in range(players)]
-                assert [one.connection.sid for one in registrations] == [f"next-{n}" for n in range(players)]
+                assert displaced == [[f"sid-{n}"] for n in players]
 
         with CuttingProxy(own_server.port) as proxy:
             run(work(proxy))
         keyspace = read_keyspace(admin, "cut")
         assert violations(keyspace) == []
-        assert set(keyspace.records) == {f"next-{n}" for n in range(players)}
+        assert set(keyspace.records) == {f"next-{n}" for n in players}
 
     def test_that_stays_broken_is_named_to_each(self, own_server: LocalServer) -> None:
         async def work() -> None:
