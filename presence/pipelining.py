@@ -141,9 +141,8 @@ class SharedConnection:
                 partial(self._converse, connection), partial(self._disconnect, connection)
             )
         except BaseException as error:
-            if (
-                self._sent
-            ):  # Their replies may still come, and must not be taken for those to what the pool's next sends.
+            if self._sent:
+                # Their replies may still come, and are not for whoever has the connection next.
                 await connection.disconnect(nowait=True)
             if not isinstance(error, FAULTS):
                 raise

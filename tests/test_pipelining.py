@@ -44,6 +44,7 @@ async def warm_manager(url: str, players: int, **options: Any) -> AsyncIterator[
     async with presence.ConnectionManager.from_url(url, client_name="shared", **options) as manager:
         await manager.update_heartbeat("unknown")
         await manager.leave_game("unknown")
+        await manager.get_connection_count()
         for number in range(players):
             await manager.register_connection(f"sid-{number}", f"user-{number}")
         yield manager
@@ -133,14 +134,17 @@ class TestWhatIsAwaitedAtOnce:
             pool = redis.asyncio.BlockingConnectionPool.from_url(own_server.url, max_connections=1, timeout=None)
             async with redis.asyncio.Redis.from_pool(pool) as client:
                 manager = presence.ConnectionManager(client)
-                is_over = False
+                is_over, is_answered = False, asyncio.Event()
 
                 async def beat() -> None:
                     while not is_over:
                         assert not await manager.update_heartbeat("unknown")
+                        is_answered.set()
 
                 load = [asyncio.create_task(beat()) for _ in range(8)]
                 for _ in range(5):
+                    is_answered.clear()
+                    await is_answered.wait()
                     assert await client.ping()
                 is_over = True
                 await asyncio.gather(*load)
@@ -212,6 +216,25 @@ class TestAnErrorOfOne:
                 assert [answers[0], answers[2], answers[4]] == [2, True, 2]
                 assert isinstance(answers[1], presence.ReadOnlyServerError)
                 assert isinstance(answers[3], presence.ReadOnlyServerError)
+
+        run(work())
+
+    def test_that_a_replica_refuses_until_it_is_promoted(self, own_server: LocalServer, admin: Any) -> None:
+        """presence's own clients try again, and nobody notices."""
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 20) as manager:
+                admin.replicaof("127.0.0.1", str(free_port()))
+                registers = [
+                    asyncio.create_task(manager.register_connection(f"next-{n}", f"user-{n}")) for n in range(20)
+                ]
+                counts = [asyncio.create_task(manager.get_connection_count()) for _ in range(5)]
+                assert await asyncio.gather(*counts) == [20] * 5
+                assert not any(register.done() for register in registers)
+                admin.replicaof("NO", "ONE")
+                registrations = await asyncio.gather(*registers)
+                displaced = [[gone.sid for gone in one.displaced] for one in registrations]
+                assert displaced == [[f"sid-{n}"] for n in range(20)]
 
         run(work())
 
@@ -311,6 +334,26 @@ class TestCancellationOfOne:
                     await asyncio.wait_for(manager.aclose(), BOUND_SECONDS)
                     assert call.cancelled()
                     assert await manager.update_heartbeat("sid-0")
+
+        run(work())
+
+    def test_and_a_close_leave_no_connection_half_read_in_the_pool(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                pool = redis.asyncio.BlockingConnectionPool.from_url(proxy.url, max_connections=1)
+                async with redis.asyncio.Redis.from_pool(pool) as client:
+                    manager = presence.ConnectionManager(client)
+                    await manager.update_heartbeat("unknown")
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    call = asyncio.create_task(manager.update_heartbeat("unknown"))
+                    await is_held(proxy)
+                    call.cancel()
+                    await asyncio.wait([call])
+                    await manager.aclose()
+                    answer = asyncio.ensure_future(client.echo("the answer"))
+                    await asyncio.sleep(0)
+                    proxy.release()
+                    assert await answer == b"the answer"
 
         run(work())
 
