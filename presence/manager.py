@@ -78,8 +78,8 @@ class ConnectionManager:
     surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only cleanup,
     and a new registration of its user, still find it and report it.
 
-    One manager serves any number of tasks: what those of one event loop await at once goes out together, on a connection
-    of the client's pool. It connects on first use, on each event loop anew.
+    One manager serves any number of tasks: what those of one event loop await at once goes out together, on one
+    connection. It connects on first use, on each event loop anew.
 
     Args:
         client: a redis-py asyncio client (``Redis`` or ``RedisCluster``) to use, whatever its ``decode_responses``,
