@@ -22,6 +22,7 @@ from bench.memory import measure_memory, measure_memory_with_uuids
 from bench.scale import FULL, QUICK
 from bench.servers import places, version
 from bench.speed import measure_speed
+from bench.throughput import measure_throughput
 from tests.server import NoServerError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ SECTIONS: tuple[tuple[str, Callable[[Server, Scale], list[Row]]], ...] = (
     ("Memory per connection, UUIDs", measure_memory_with_uuids),
     ("Cleanup, server time", measure_cleanup),
     ("Latency at the client, one call at a time", measure_client),
+    ("Throughput of many tasks on one event loop", measure_throughput),
 )
 
 FAILURES = (MeasurementError, NoServerError, RedisError, OSError)

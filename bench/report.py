@@ -24,7 +24,7 @@ CPU_FILE = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement. The target is an upper bound of the ratio, or of the value where there is no ratio."""
+    """One measurement. The target is a bound of the ratio, or of the value where there is no ratio."""
 
     what: str
     value: Spread
@@ -32,18 +32,21 @@ class Row:
     ratio: Spread | None = None
     baseline: str = ""
     target: float | None = None
+    at_least: bool = False
+    """The target is a lower bound instead of an upper one."""
 
     @property
     def verdict(self) -> str:
         """PASS or MISS, by the median; empty without a target."""
         if self.target is None:
             return ""
-        return "PASS" if (self.ratio or self.value).median <= self.target else "MISS"
+        median = (self.ratio or self.value).median
+        return "PASS" if (median >= self.target if self.at_least else median <= self.target) else "MISS"
 
     def cells(self) -> tuple[str, ...]:
         """Give the texts of the columns."""
         unit = "x" if self.ratio else self.unit
-        target = "" if self.target is None else f"<= {self.target:g} {unit}"
+        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g} {unit}"
         ratio = _text(self.ratio, "x") if self.ratio else ""
         return self.what, _text(self.value, self.unit), ratio, self.baseline, target, self.verdict
 
@@ -56,6 +59,7 @@ class Row:
             "ratio": _plain(self.ratio) if self.ratio else None,
             "to": self.baseline or None,
             "target": self.target,
+            "target_is": "at least" if self.at_least else "at most",
             "verdict": self.verdict or None,
         }
 

@@ -28,6 +28,7 @@ from presence.operations import (
     perform_each,
     perform_for_server,
 )
+from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class _OpenClient:
         self.client = client
         self.in_flight = 0
         self.idle = asyncio.Event()
+        # A cluster's client chooses its connections itself, and a client that has a single one must not need another.
+        self.shared = (
+            SharedConnection(client) if isinstance(client, Redis) and not client.single_connection_client else None
+        )
         # While redis-py's cluster client learns the slots it drops connections under calls that are made at once, so
         # the first call goes alone.
         self.may_share = not isinstance(client, RedisCluster)
@@ -75,7 +80,8 @@ class ConnectionManager:
     surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only cleanup,
     and a new registration of its user, still find it and report it.
 
-    One manager serves any number of tasks. It connects on first use, on each event loop anew.
+    One manager serves any number of tasks: what those of one event loop await at once goes out together, on one
+    connection. It connects on first use, on each event loop anew.
 
     Args:
         client: a redis-py asyncio client (``Redis`` or ``RedisCluster``) to use, whatever its ``decode_responses``,
@@ -224,6 +230,8 @@ class ConnectionManager:
             while own.in_flight:
                 own.idle.clear()
                 await own.idle.wait()
+            if own.shared is not None:
+                await own.shared.aclose()
             if self._given_client is None:
                 await own.client.aclose()
 
@@ -721,26 +729,17 @@ class ConnectionManager:
         own = self._open_client()
         own.in_flight += 1
         try:
-            if not own.may_share:
-                async with own.first_call:
-                    if not own.may_share:
-                        result = await self._converse(own.client, exchange)
-                        own.may_share = True
-                        return result
-            return await self._converse(own.client, exchange)
+            send = own.shared.send if own.shared is not None else partial(self._send, own.client)
+            request = next(exchange)
+            while True:
+                request = exchange.send(await send(request))
+        except StopIteration as finished:
+            result: Result = finished.value
+            return result
         finally:
             own.in_flight -= 1
             if not own.in_flight:
                 own.idle.set()
-
-    async def _converse(self, client: Redis | RedisCluster, exchange: Exchange[Result]) -> Result:
-        try:
-            request = next(exchange)
-            while True:
-                request = exchange.send(await self._send(client, request))
-        except StopIteration as finished:
-            result: Result = finished.value
-            return result
 
     async def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""

@@ -1,0 +1,114 @@
+"""What many tasks of one event loop get done: the library's calls beside the same EVALSHA on a plain asyncio client.
+
+The plain client is redis-py's as it is made from a URL, with its own pool, which gives each of the tasks a connection;
+its calls get their arguments ready made and leave the reply as it is. Both alternate round by round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import redis.asyncio
+
+import presence
+from bench.fill import NAMESPACE, Population, sample
+from bench.measure import Spread, ratios
+from bench.progress import Progress
+from bench.report import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from bench.scale import Scale
+    from bench.servers import Server
+    from presence.operations import Command
+
+TASKS = 64
+CONNECTIONS = 20_000
+CALLS = 5_000
+"""Calls of each client in a round."""
+LEAST_RATIO = 5
+
+
+class Kind(NamedTuple):
+    """A kind of call, and whether it has the target: a register is held by the server long before the client."""
+
+    method: str
+    of_user: bool
+    target: float | None
+
+
+KINDS = (
+    Kind("update_heartbeat", of_user=False, target=LEAST_RATIO),
+    Kind("register_connection", of_user=True, target=None),
+)
+
+
+class Call(NamedTuple):
+    """One call, as the manager takes it and as the plain client takes it."""
+
+    arguments: tuple[str, ...]
+    evalsha: Command
+
+
+def measure_throughput(server: Server, scale: Scale) -> list[Row]:
+    """Measure the operations per second of many tasks on one event loop."""
+    population = Population(server.client, CONNECTIONS)
+    population.fill()
+    rows = []
+    progress = Progress("kinds of calls from many tasks", len(KINDS))
+    for kind in KINDS:
+        library, plain = asyncio.run(_measure(server.url, population, kind, scale.client_rounds))
+        rows.append(
+            Row(
+                f"{kind.method}, {TASKS} tasks",
+                Spread.of(library),
+                "/s",
+                ratios(library, plain),
+                "plain client",
+                kind.target,
+                at_least=True,
+            )
+        )
+        progress.advance()
+    return rows
+
+
+def _calls(population: Population, kind: Kind) -> list[Call]:
+    describe = getattr(population.operations, kind.method)
+    calls = []
+    for index in sample(population, CALLS):
+        sid, user_id = population.sids[index], population.user_ids[index]
+        arguments = (sid, user_id) if kind.of_user else (sid,)
+        calls.append(Call(arguments, describe(*arguments).command()[1:]))
+    return calls
+
+
+async def _measure(url: str, population: Population, kind: Kind, rounds: int) -> tuple[list[float], list[float]]:
+    library, plain = [], []
+    client: Any = redis.asyncio.Redis.from_url(url)
+    async with client, presence.ConnectionManager.from_url(url, namespace=NAMESPACE) as manager:
+        call = getattr(manager, kind.method)
+        for _ in range(rounds + 1):
+            calls = _calls(population, kind)
+            library.append(await _per_second(call, [one.arguments for one in calls]))
+            plain.append(await _per_second(client.evalsha, [one.evalsha for one in calls]))
+    # The first round opened the connections.
+    return library[1:], plain[1:]
+
+
+async def _per_second(call: Callable[..., Awaitable[object]], arguments: Iterable[tuple[Any, ...]]) -> float:
+    """Let the tasks share the calls; give the calls per second."""
+    pending = iter(arguments)
+
+    async def work() -> None:
+        for one in pending:
+            await call(*one)
+
+    start = perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(TASKS):
+            tasks.create_task(work())
+    return CALLS / (perf_counter() - start)

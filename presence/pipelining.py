@@ -1,0 +1,266 @@
+"""How the calls that one event loop awaits at the same time share a connection instead of taking one each.
+
+What is asked for within one turn of the loop goes out in one write, and the replies are handed out as they come. An
+exchange (:mod:`presence.operations`) sees nothing of it: it gets the replies to its own commands, in their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hiredis import pack_command
+from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from presence.errors import FAULTS
+from presence.operations import SCRIPT_LOAD
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from redis.asyncio import Redis
+    from redis.asyncio.connection import AbstractConnection
+
+    from presence.operations import Command
+
+MAX_COMMANDS = 256
+"""Commands on the wire that are not answered yet, at most; what is asked for beyond it waits."""
+
+MAX_BYTES = 1 << 20
+"""Bytes of these commands, at most; only a single request may be larger."""
+
+REPLIES_PER_TURN = 32
+"""Replies that are handed out before the loop turns: who got them may ask again while the server is still at work."""
+
+SESSION_SECONDS = 1.0
+"""How long a connection is kept under load. Then the pool has it for a moment, for whoever waits for one and for what
+it does with its connections meanwhile, such as renewing credentials."""
+
+
+class _Request:
+    """Commands that are sent together, and who waits for their replies."""
+
+    __slots__ = ("answer", "count", "packed", "replies", "size")
+
+    def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]]) -> None:
+        self.packed = _pack(commands[0]) if len(commands) == 1 else b"".join(map(_pack, commands))
+        self.size = len(self.packed)
+        self.count = len(commands)
+        self.replies: list[Any] = []
+        self.answer = answer
+
+
+def _pack(command: Command) -> bytes:
+    if command[0] == SCRIPT_LOAD:
+        command = (*SCRIPT_LOAD.split(), *command[1:])
+    # hiredis declares a tuple of one item, and takes any.
+    packed: bytes = pack_command(command)  # type: ignore[arg-type]
+    return packed
+
+
+class SharedConnection:
+    """Carries the requests of one event loop over one connection, which it takes from a client's pool while it has any.
+
+    When the connection fails, or the server refuses a call because it became a replica, what is not answered is sent
+    again as the client's retry policy says, on a new connection: every script may run twice. What is asked for
+    meanwhile waits until that has succeeded or failed, so each request gets as many attempts as it would alone.
+    """
+
+    def __init__(self, client: Redis) -> None:
+        self._pool = client.connection_pool
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[_Request] = deque()
+        self._sent: deque[_Request] = deque()
+        self._refused: list[_Request] = []
+        self._commands_sent = 0
+        self._bytes_sent = 0
+        self._runner: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._session_end = 0.0
+        # The connection, while whoever comes must see to it that what waits is written: the runner is busy reading.
+        self._reading: AbstractConnection | None = None
+
+    def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """Send commands together; give their replies as bytes, with errors in their places.
+
+        When it is cancelled before they are sent, they are not; after that they take effect and nobody gets the reply.
+        """
+        answer: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._waiting.append(_Request(commands, answer))
+        # A new task runs after everything that is ready now, so it finds what the others of this turn have asked for.
+        if self._runner is None:
+            self._runner = self._loop.create_task(self._run())
+        elif self._reading is not None and self._writer is None:
+            self._writer = self._loop.create_task(self._write_beside(self._reading))
+        return answer
+
+    async def aclose(self) -> None:
+        """Give the connection back to the pool; whoever waited for a reply does not any more."""
+        if self._runner is not None:
+            if self._sent:
+                self._runner.cancel()
+            await asyncio.wait([self._runner])
+
+    async def _run(self) -> None:
+        try:
+            while self._take():
+                try:
+                    connection = await self._pool.get_connection()
+                except FAULTS as error:
+                    self._fail(error)
+                    continue
+                try:
+                    await self._use(connection)
+                finally:
+                    await asyncio.shield(self._pool.release(connection))
+                    # Whoever waits for a connection of the pool comes first.
+                    await asyncio.sleep(0)
+        except Exception as error:
+            for answer in self._unanswered():
+                answer.set_exception(error)
+        finally:
+            for answer in self._unanswered():
+                answer.cancel()
+            for requests in (self._refused, self._sent, self._waiting):
+                requests.clear()
+            self._runner = None
+
+    def _unanswered(self) -> list[asyncio.Future[list[Any]]]:
+        requests = (*self._refused, *self._sent, *self._waiting)
+        return [request.answer for request in requests if not request.answer.done()]
+
+    async def _use(self, connection: AbstractConnection) -> None:
+        """Converse over a connection until there is nothing left to send, or it was kept for long enough."""
+        self._session_end = self._loop.time() + SESSION_SECONDS
+        try:
+            await connection.retry.call_with_retry(
+                partial(self._converse, connection), partial(self._disconnect, connection)
+            )
+        except BaseException as error:
+            if self._sent:
+                # Their replies may still come, and are not for whoever has the connection next.
+                await connection.disconnect(nowait=True)
+            if not isinstance(error, FAULTS):
+                raise
+            self._fail(error)
+
+    async def _disconnect(self, connection: AbstractConnection, _: Exception) -> None:
+        # The next attempt is for what is not answered yet. What waits gets attempts of its own after it.
+        self._session_end = 0
+        await connection.disconnect(nowait=True)
+
+    def _fail(self, error: Exception) -> None:
+        """Let everything that was sent, or was to be, meet an error."""
+        for request in self._refused:
+            _answer(request, request.replies)
+        for request in self._sent:
+            _answer(request, [error] * request.count)
+        self._refused.clear()
+        self._sent.clear()
+        self._commands_sent = self._bytes_sent = 0
+
+    async def _converse(self, connection: AbstractConnection) -> None:
+        """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""
+        self._sent = deque(request for request in (*self._refused, *self._sent) if not request.answer.done())
+        self._refused.clear()
+        self._commands_sent = self._bytes_sent = 0
+        for request in self._sent:
+            request.replies = []
+            self._commands_sent += request.count
+            self._bytes_sent += request.size
+        if not self._sent:
+            return
+        try:
+            await connection.send_packed_command(b"".join([request.packed for request in self._sent]))
+            while self._sent:
+                if self._runner is not None and self._runner.cancelling():
+                    # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
+                    raise asyncio.CancelledError
+                self._reading = connection
+                await self._read(connection)
+                self._reading = None
+                await asyncio.sleep(0)  # Now those run who got replies.
+                if self._writer is None:
+                    await self._write(connection)
+                elif not self._sent:
+                    await asyncio.wait([self._writer])
+        finally:
+            self._reading = None
+            if self._writer is not None:
+                self._writer.cancel()
+                await asyncio.wait([self._writer])
+        if self._refused:
+            # redis-py tries again on a new connection if it was told to, as presence's own clients are.
+            raise self._refused[0].replies[0]
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        """Hand out some replies."""
+        sent = self._sent
+        try:
+            # The connection's own timeout would be a new one for each reply, at several times the cost of reading it.
+            async with asyncio.timeout(connection.socket_timeout):
+                for _ in range(REPLIES_PER_TURN):
+                    reply: Any
+                    try:
+                        reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
+                    except ResponseError as error:
+                        reply = error
+                    request = sent[0]
+                    request.replies.append(reply)
+                    if len(request.replies) < request.count:
+                        continue
+                    sent.popleft()
+                    self._commands_sent -= request.count
+                    self._bytes_sent -= request.size
+                    if request.count == 1 and isinstance(reply, ReadOnlyError):
+                        self._refused.append(request)
+                    elif not request.answer.done():
+                        request.answer.set_result(request.replies)
+                    if not sent:
+                        break
+        except TimeoutError:
+            await connection.disconnect(nowait=True)
+            raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
+
+    def _take(self) -> bytes:
+        """Choose of what waits as much as may be sent now, and count it as sent."""
+        taken: list[bytes] = []
+        while self._waiting:
+            request = self._waiting[0]
+            if self._sent and (
+                self._commands_sent + request.count > MAX_COMMANDS or self._bytes_sent + request.size > MAX_BYTES
+            ):
+                break
+            self._waiting.popleft()
+            if not request.answer.done():
+                taken.append(request.packed)
+                self._sent.append(request)
+                self._commands_sent += request.count
+                self._bytes_sent += request.size
+        return b"".join(taken)
+
+    async def _write(self, connection: AbstractConnection) -> None:
+        while self._waiting and not self._refused and self._loop.time() < self._session_end:
+            packed = self._take()
+            if not packed:
+                break
+            await connection.send_packed_command(packed, check_health=False)
+
+    async def _write_beside(self, connection: AbstractConnection) -> None:
+        """Write while replies are read, which is where a fault of the connection is met."""
+        try:
+            if self._reading is connection:
+                await self._write(connection)
+        except FAULTS:
+            pass
+        finally:
+            self._writer = None
+
+
+def _answer(request: _Request, replies: list[Any]) -> None:
+    if not request.answer.done():
+        request.answer.set_result(replies)

@@ -1,0 +1,507 @@
+"""Calls that one event loop awaits at the same time share a connection; each is answered as if it were alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+import presence
+from presence import pipelining
+from tests.fault_calls import one_attempt
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
+from tests.invariants import read_keyspace, violations
+from tests.server import LocalServer, free_port
+from tests.test_faults import wait_until
+from tests.test_retries import CuttingProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+
+
+@pytest.fixture
+def admin(own_server: LocalServer) -> Iterator[Any]:
+    """A plain client of the test's own server, to count and to reconfigure."""
+    with redis.Redis.from_url(own_server.url, decode_responses=True) as client:
+        yield client
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 6 * BOUND_SECONDS))
+
+
+@asynccontextmanager
+async def warm_manager(url: str, players: int, **options: Any) -> AsyncIterator[presence.ConnectionManager]:
+    """A manager whose server has the scripts that the tests use, and players 0, 1, … each with a connection."""
+    async with presence.ConnectionManager.from_url(url, client_name="shared", **options) as manager:
+        await manager.update_heartbeat("unknown")
+        await manager.leave_game("unknown")
+        await manager.get_connection_count()
+        for number in range(players):
+            await manager.register_connection(f"sid-{number}", f"user-{number}")
+        yield manager
+
+
+def scripts_run(admin: Any) -> int:
+    """How many scripts the server has run to their end since it was last asked to forget."""
+    stats = admin.info("commandstats").get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
+    return int(stats["calls"]) - int(stats["failed_calls"])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a state that the server is about to reach."""
+    await asyncio.to_thread(wait_until, condition)
+
+
+async def is_held(proxy: Proxy) -> None:
+    assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
+
+
+class TestWhatIsAwaitedAtOnce:
+    """It takes one connection, and one write for each turn of the event loop."""
+
+    def test_goes_out_in_one_write_on_one_connection(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 50) as manager:
+                admin.config_resetstat()
+                before = admin.info("stats")["total_reads_processed"]
+                seen = await asyncio.gather(*(manager.update_heartbeat(f"sid-{number}") for number in range(50)))
+                assert admin.info("stats")["total_reads_processed"] - before == 2, "one, and one for INFO"
+                assert (seen, scripts_run(admin)) == ([True] * 50, 50)
+                assert [client["name"] for client in admin.client_list()].count("shared") == 1
+
+        run(work())
+
+    def test_does_not_wait_for_the_replies_to_what_was_sent_before(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 30) as manager:
+                    admin.config_resetstat()
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    first = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await is_held(proxy)
+                    others = [asyncio.create_task(manager.update_heartbeat(f"sid-{n}")) for n in range(1, 30)]
+                    await until(lambda: scripts_run(admin) == 30)
+                    assert not first.done()
+                    proxy.release()
+                    assert await asyncio.gather(first, *others) == [True] * 30
+                assert proxy.accepted == 1
+
+        run(work())
+
+    def test_is_answered_in_its_order_beside_pipelines_of_any_size(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 10) as manager:
+                operations = manager.operations
+                size = 3 * pipelining.MAX_COMMANDS
+                beats = [operations.update_heartbeat("sid-1" if n % 3 else "unknown") for n in range(size)]
+                expected = [bool(n % 3) for n in range(size)]
+                answers: Any = await asyncio.gather(
+                    manager.update_heartbeat("sid-0"),
+                    manager.pipeline(beats),
+                    manager.get_connection_count(),
+                    manager.pipeline(beats[:5]),
+                    manager.update_heartbeat("unknown"),
+                )
+                assert list(answers) == [True, expected, 10, expected[:5], False]
+
+        run(work())
+
+    def test_leaves_the_connections_of_a_client_to_its_owner(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            pool = redis.asyncio.BlockingConnectionPool.from_url(own_server.url, max_connections=1)
+            async with redis.asyncio.Redis.from_pool(pool) as client:
+                manager = presence.ConnectionManager(client)
+                await asyncio.gather(*(manager.register_connection(f"sid-{n}", f"user-{n}") for n in range(50)))
+                assert await client.ping()
+
+        run(work())
+
+    def test_lets_others_have_a_pools_last_connection_under_load(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipelining, "SESSION_SECONDS", 0.01)
+
+        async def work() -> None:
+            pool = redis.asyncio.BlockingConnectionPool.from_url(own_server.url, max_connections=1, timeout=None)
+            async with redis.asyncio.Redis.from_pool(pool) as client:
+                manager = presence.ConnectionManager(client)
+                is_over, is_answered = False, asyncio.Event()
+
+                async def beat() -> None:
+                    while not is_over:
+                        assert not await manager.update_heartbeat("unknown")
+                        is_answered.set()
+
+                load = [asyncio.create_task(beat()) for _ in range(8)]
+                for _ in range(5):
+                    is_answered.clear()
+                    await is_answered.wait()
+                    assert await client.ping()
+                is_over = True
+                await asyncio.gather(*load)
+
+        run(work())
+
+    def test_works_on_a_client_with_a_single_connection(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            client = redis.asyncio.Redis.from_url(own_server.url, single_connection_client=True, client_name="single")
+            async with client:
+                manager = presence.ConnectionManager(client)
+                await asyncio.gather(*(manager.register_connection(f"sid-{n}", f"user-{n}") for n in range(20)))
+                assert await manager.get_connection_count() == 20
+                assert [one["name"] for one in admin.client_list()].count("single") == 1
+
+        run(work())
+
+
+class TestAnErrorOfOne:
+    """It reaches the call that it belongs to, and no other."""
+
+    def test_whose_key_another_program_wrote(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 2) as manager:
+                admin.set("{presence}:game_conns:foreign", "what another program wrote")
+                await manager.join_game("sid-0", "game")
+                seen, failed, left, count = await asyncio.gather(
+                    manager.update_heartbeat("sid-0"),
+                    manager.get_game_user_sids("foreign"),
+                    manager.leave_game("sid-0"),
+                    manager.get_connection_count(),
+                    return_exceptions=True,
+                )
+                assert isinstance(failed, presence.UnexpectedReplyError)
+                assert (seen, left, count) == (True, "game", 2)
+
+        run(work())
+
+    def test_that_a_full_memory_refuses(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 2) as manager:
+                admin.config_set("maxmemory", 1)
+                seen, joined, registered, online = await asyncio.gather(
+                    manager.update_heartbeat("sid-0"),
+                    manager.join_game("sid-0", "game"),
+                    manager.register_connection("new", "user"),
+                    manager.is_user_online("user-1"),
+                    return_exceptions=True,
+                )
+                assert isinstance(joined, presence.OutOfMemoryError)
+                assert isinstance(registered, presence.OutOfMemoryError)
+                assert joined is not registered
+                assert (seen, online) == (True, True)
+
+        run(work())
+
+    def test_that_a_replica_refuses(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 2, **one_attempt("asyncio")) as manager:
+                admin.replicaof("127.0.0.1", str(free_port()))
+                answers = await asyncio.gather(
+                    manager.get_connection_count(),
+                    manager.register_connection("new", "user"),
+                    manager.is_user_online("user-1"),
+                    manager.leave_game("sid-0"),
+                    manager.get_connection_count(),
+                    return_exceptions=True,
+                )
+                assert [answers[0], answers[2], answers[4]] == [2, True, 2]
+                assert isinstance(answers[1], presence.ReadOnlyServerError)
+                assert isinstance(answers[3], presence.ReadOnlyServerError)
+
+        run(work())
+
+    def test_that_a_replica_refuses_until_it_is_promoted(self, own_server: LocalServer, admin: Any) -> None:
+        """presence's own clients try again, and nobody notices."""
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 20) as manager:
+                admin.replicaof("127.0.0.1", str(free_port()))
+                registers = [
+                    asyncio.create_task(manager.register_connection(f"next-{n}", f"user-{n}")) for n in range(20)
+                ]
+                counts = [asyncio.create_task(manager.get_connection_count()) for _ in range(5)]
+                assert await asyncio.gather(*counts) == [20] * 5
+                assert not any(register.done() for register in registers)
+                admin.replicaof("NO", "ONE")
+                registrations = await asyncio.gather(*registers)
+                displaced = [[gone.sid for gone in one.displaced] for one in registrations]
+                assert displaced == [[f"sid-{n}"] for n in range(20)]
+
+        run(work())
+
+    def test_whose_script_the_server_lost(self, own_server: LocalServer, admin: Any) -> None:
+        """All others run once, and so does this one when its script is there again."""
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 20) as manager:
+                admin.script_flush()
+                await manager.update_heartbeat("sid-0")
+                admin.config_resetstat()
+                answers: Any = await asyncio.gather(
+                    manager.update_heartbeat("sid-0"),
+                    *(manager.register_connection(f"next-{n}", f"user-{n}") for n in range(20)),
+                )
+                seen, *registrations = answers
+                assert seen
+                displaced = [[gone.sid for gone in one.displaced] for one in registrations]
+                assert displaced == [[f"sid-{n}"] for n in range(20)]
+                assert scripts_run(admin) == 21
+
+        run(work())
+
+    def test_that_is_a_bad_argument(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+                answers: Any = await asyncio.gather(
+                    manager.update_heartbeat("sid-0"), manager.update_heartbeat(""), return_exceptions=True
+                )
+                assert answers[0] is True
+                assert isinstance(answers[1], ValueError)
+
+        run(work())
+
+
+class TestCancellationOfOne:
+    """It ends that call, and no other notices."""
+
+    @pytest.mark.parametrize("is_busy", [False, True], ids=["", "while others wait for their replies"])
+    def test_before_it_is_sent_keeps_it_from_being_sent(
+        self, own_server: LocalServer, admin: Any, is_busy: bool
+    ) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    admin.config_resetstat()
+                    first = []
+                    if is_busy:
+                        proxy.fates = [Fate.HOLD_REPLY]
+                        first = [asyncio.create_task(manager.update_heartbeat("sid-0"))]
+                        await is_held(proxy)
+                    cancelled = asyncio.create_task(manager.register_connection("cancelled", "user"))
+                    other = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await asyncio.sleep(0)
+                    cancelled.cancel()
+                    if is_busy:
+                        proxy.release()
+                    assert all(await asyncio.gather(other, *first))
+                    assert cancelled.cancelled()
+                    assert scripts_run(admin) == 1 + is_busy
+                    assert await manager.get_connection("cancelled") is None
+
+        run(work())
+
+    @pytest.mark.parametrize("number", [0, 3, 9])
+    def test_after_it_is_sent_lets_it_take_effect(self, own_server: LocalServer, number: int) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 10) as manager:
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    calls = [
+                        asyncio.create_task(manager.register_connection(f"next-{n}", f"user-{n}")) for n in range(10)
+                    ]
+                    await is_held(proxy)
+                    calls[number].cancel()
+                    proxy.release()
+                    answers = await asyncio.gather(*calls, return_exceptions=True)
+                    assert isinstance(answers.pop(number), asyncio.CancelledError)
+                    others = [n for n in range(10) if n != number]
+                    for n, answer in zip(others, answers, strict=True):
+                        assert isinstance(answer, presence.Registration)
+                        assert [gone.sid for gone in answer.displaced] == [f"sid-{n}"]
+                    taken = await manager.get_user_connection(f"user-{number}")
+                    assert taken is not None
+                    assert taken.sid == f"next-{number}"
+
+        run(work())
+
+    def test_does_not_make_a_close_wait_for_a_reply_that_never_comes(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1, socket_timeout=None) as manager:
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    call = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await is_held(proxy)
+                    call.cancel()
+                    await asyncio.wait_for(manager.aclose(), BOUND_SECONDS)
+                    assert call.cancelled()
+                    assert await manager.update_heartbeat("sid-0")
+
+        run(work())
+
+    def test_and_a_close_leave_no_connection_half_read_in_the_pool(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                pool = redis.asyncio.BlockingConnectionPool.from_url(proxy.url, max_connections=1)
+                async with redis.asyncio.Redis.from_pool(pool) as client:
+                    manager = presence.ConnectionManager(client)
+                    await manager.update_heartbeat("unknown")
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    call = asyncio.create_task(manager.update_heartbeat("unknown"))
+                    await is_held(proxy)
+                    call.cancel()
+                    await asyncio.wait([call])
+                    await manager.aclose()
+                    answer = asyncio.ensure_future(client.echo("the answer"))
+                    await asyncio.sleep(0)
+                    proxy.release()
+                    assert await answer == b"the answer"
+
+        run(work())
+
+
+class TestTheBound:
+    """However many calls are made at once, so many commands are on the wire; the others wait and do not fail."""
+
+    def test_holds_for_ten_thousand_calls(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    admin.config_resetstat()
+                    proxy.fates = [Fate.HOLD_REPLY] * 8  # What is written at once may arrive in pieces.
+                    calls = [
+                        asyncio.create_task(manager.update_heartbeat("unknown" if n % 2 else "sid-0"))
+                        for n in range(10_000)
+                    ]
+                    await is_held(proxy)
+                    await until(lambda: scripts_run(admin) >= pipelining.MAX_COMMANDS)
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+                        assert scripts_run(admin) == pipelining.MAX_COMMANDS
+                    proxy.release()
+                    assert await asyncio.gather(*calls) == [True, False] * 5_000
+                    assert proxy.accepted == 1
+
+        run(work())
+
+    def test_holds_in_bytes_too(self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pipelining, "MAX_BYTES", 2_000)
+
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 0) as manager:
+                    admin.config_resetstat()
+                    proxy.fates = [Fate.HOLD_REPLY] * 8
+                    calls = [asyncio.create_task(manager.update_heartbeat(f"{n:0100}")) for n in range(100)]
+                    await is_held(proxy)
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+                        assert 0 < scripts_run(admin) < 10
+                    proxy.release()
+                    assert await asyncio.gather(*calls) == [False] * 100
+
+        run(work())
+
+
+class TestABrokenConnection:
+    """Each of the calls that were in flight is answered as if it had been alone."""
+
+    @pytest.mark.parametrize("size", [1, 8], ids=["calls", "pipelines"])
+    @pytest.mark.parametrize("cut", [0, 1, 50, 500, 1_500, 2_999])
+    def test_within_the_replies_is_not_noticed(self, own_server: LocalServer, admin: Any, cut: int, size: int) -> None:
+        players = range(40)
+
+        async def work(proxy: CuttingProxy) -> None:
+            retry = Retry(NoBackoff(), 6)
+            async with warm_manager(proxy.url, len(players), retry=retry, namespace="cut") as manager:
+                proxy.cuts = [cut]
+                registers = [manager.operations.register_connection(f"next-{n}", f"user-{n}") for n in players]
+                answers = await asyncio.gather(
+                    *(manager.pipeline(registers[start : start + size]) for start in players[::size])
+                )
+                assert proxy.cuts == []
+                assert len(proxy.replies[-2]) > cut
+                registrations = [one for answer in answers for one in answer]
+                assert [one.connection.sid for one in registrations] == [f"next-{n}" for n in players]
+                displaced = [[gone.sid for gone in one.displaced] for one in registrations]
+                assert displaced == [[f"sid-{n}"] for n in players]
+
+        with CuttingProxy(own_server.port) as proxy:
+            run(work(proxy))
+        keyspace = read_keyspace(admin, "cut")
+        assert violations(keyspace) == []
+        assert set(keyspace.records) == {f"next-{n}" for n in players}
+
+    def test_that_stays_broken_is_named_to_each(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 10, **one_attempt("asyncio")) as manager:
+                    proxy.fates = [Fate.LOSE_REPLY]
+                    calls = (manager.update_heartbeat(f"sid-{n}") for n in range(10))
+                    errors = await asyncio.gather(*calls, return_exceptions=True)
+                    assert {type(error) for error in errors} == {presence.ServerUnreachableError}
+                    assert len({id(error) for error in errors}) == 10
+                    assert await manager.update_heartbeat("sid-0")
+
+        run(work())
+
+    def test_leaves_what_comes_meanwhile_all_its_attempts(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                options = {"retry": Retry(NoBackoff(), 1), "socket_timeout": 0.3}
+                async with warm_manager(proxy.url, 2, **options) as manager:
+                    # Both attempts of the first are lost, and the first attempt of the second.
+                    proxy.fates = [Fate.LOSE_REPLY, Fate.HOLD_REPLY, Fate.LOSE_REPLY]
+                    first = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await is_held(proxy)
+                    second = asyncio.create_task(manager.update_heartbeat("sid-1"))
+                    with pytest.raises(presence.ServerUnreachableError):
+                        await first
+                    assert await second
+                    assert proxy.fates == []
+                    proxy.release()
+
+        run(work())
+
+    def test_by_a_server_that_does_not_answer_ends_all_in_time(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                options = {"socket_timeout": 0.05, **one_attempt("asyncio")}
+                async with warm_manager(proxy.url, 5, **options) as manager:
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    calls = (manager.update_heartbeat(f"sid-{n}") for n in range(5))
+                    errors = await asyncio.gather(*calls, return_exceptions=True)
+                    for error in errors:
+                        assert isinstance(error, presence.ServerUnreachableError)
+                        assert "did not answer in time" in str(error)
+                    proxy.release()
+
+        run(work())
+
+
+def test_several_event_loops_on_one_manager_do_not_mix(own_server: LocalServer, admin: Any) -> None:
+    manager = presence.ConnectionManager.from_url(own_server.url, client_name="shared")
+    together = threading.Barrier(4)
+    displaced: list[str] = []
+
+    def work(loop: int) -> int:
+        async def use() -> int:
+            async with manager:
+                await manager.update_heartbeat("unknown")
+                together.wait(BOUND_SECONDS)
+                registrations = await asyncio.gather(
+                    *(manager.register_connection(f"sid-{loop}-{n}", f"user-{n % 10}") for n in range(100))
+                )
+                assert [one.connection.sid for one in registrations] == [f"sid-{loop}-{n}" for n in range(100)]
+                displaced.extend(gone.sid for one in registrations for gone in one.displaced)
+                together.wait(BOUND_SECONDS)
+                connections = [client["name"] for client in admin.client_list()].count("shared")
+                together.wait(BOUND_SECONDS)
+                return connections
+
+        return asyncio.run(use())
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, range(4))) == [4] * 4
+    left = set(read_keyspace(admin, "presence").records)
+    assert (len(left), len(displaced)) == (10, 390)
+    assert left.isdisjoint(displaced)
+    assert len(set(displaced)) == 390
