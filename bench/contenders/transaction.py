@@ -1,4 +1,4 @@
-"""*transaction*: the steps of *plain*; what is read is watched, and all writes are one MULTI/EXEC, retried until it holds."""
+"""*transaction*: the steps of *plain*; what is read is watched, and all writes are one MULTI/EXEC, with retries."""
 
 from __future__ import annotations
 
