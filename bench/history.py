@@ -354,6 +354,8 @@ class HistoryReport:
 
     users: int = 0
     calls: int = 0
+    overlapping: int = 0
+    """Those that began while another call of the same user was under way; without any, nothing was proved."""
     wrong: list[str] = field(default_factory=list)
     """For each user whose history is not linearizable, why."""
     undecided: list[str] = field(default_factory=list)
@@ -369,6 +371,7 @@ class HistoryReport:
         return HistoryReport(
             self.users + other.users,
             self.calls + other.calls,
+            self.overlapping + other.overlapping,
             self.wrong + other.wrong,
             self.undecided + other.undecided,
             self.seconds + other.seconds,
@@ -388,7 +391,22 @@ def check_part(folder: Path, part: int) -> HistoryReport:
         else:
             if violation:
                 wrong.append(str(violation))
-    return HistoryReport(len(calls), sum(map(len, calls.values())), wrong, undecided, time.monotonic() - start)
+    return HistoryReport(
+        users=len(calls),
+        calls=sum(map(len, calls.values())),
+        overlapping=sum(map(_overlapping, calls.values())),
+        wrong=wrong,
+        undecided=undecided,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _overlapping(calls: Iterable[Call]) -> int:
+    count = under_way = 0
+    for _, is_end, _ in _events(calls):
+        count += not is_end and under_way > 0
+        under_way += -1 if is_end else 1
+    return count
 
 
 def check_history(folder: Path, *, processes: int, on_part: Callable[[], object] = lambda: None) -> HistoryReport:
