@@ -35,9 +35,9 @@ STORM_MIX = {REGISTER: 25, LATE_UNREGISTER: 12, UNREGISTER: 9, JOIN: 22, LEAVE: 
 REGISTER_MIX = {REGISTER: 1}
 
 CLEANERS = 2
-OPERATIONS_BETWEEN_CLEANUPS = 200
+OPERATIONS_BETWEEN_CLEANUPS = 100
 """Of one cleaner's own process."""
-IDLE_OPERATIONS = 6
+IDLE_OPERATIONS = 5
 """Stale is who was not seen for the time of so many operations of an average user: a few at any moment, whatever the
 speed. (About a third of the operations are registers and heartbeats that find their connection.)"""
 
@@ -188,13 +188,15 @@ class Worker:
             self.outcome.unregistered.append(sid)
 
     async def _clean_up(self) -> None:
+        since, done = self._seconds(), 0
         while True:
             await self._cleanup_is_due.wait()
             if self.outcome.end_ns:
                 return
             self._cleanup_is_due.clear()
-            operations_of_all = self._done[self._process] * self._plan.processes
-            threshold = IDLE_OPERATIONS * self._plan.users * self._seconds() / operations_of_all
+            seconds_each = (self._seconds() - since) / (self._done[self._process] - done)
+            threshold = IDLE_OPERATIONS * self._plan.users * seconds_each / self._plan.processes
+            since, done = self._seconds(), self._done[self._process]
             start = time.monotonic_ns()
             try:
                 removed = await self._contender.cleanup(max(0.001, threshold))
