@@ -19,7 +19,7 @@ from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from bench.explorer.pairs import Pair
     from bench.explorer.schedules import Schedule
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 LIMIT = 20_000
 SEED = "2026"
-PROBES = 100
-"""Schedules that are drawn to estimate how many there are."""
+PROBES, PROBES_OF_A_CRASH = 100, 10
+"""Schedules that are drawn to estimate how many there are, where that cannot be told before."""
 UNSURE = 1.5
 """How far such an estimate may be off: up to this many times the limit all schedules are tried first."""
 FEWEST_OF_A_CRASH = 20
@@ -132,6 +132,11 @@ def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str], crash: Crash
         yield f"  {run.state}"
 
 
+def multinomial(steps: Sequence[int]) -> int:
+    """Count the orders in which callers can make so many steps each."""
+    return math.factorial(sum(steps)) // math.prod(map(math.factorial, steps))
+
+
 class _Explorer:
     """Explores one pair on its stage."""
 
@@ -147,7 +152,7 @@ class _Explorer:
         """Run the schedules in which all live, and then those in which one dies."""
         for order in self._orders:
             await self._run(InOrder(order), None)
-        alive = await self._tally(None, await self._estimate(None), self._limit)
+        alive = await self._tally(None, (await self._estimate([None], PROBES))[0], self._limit)
         if not crashes:
             return alive, Tally()
         points = [
@@ -155,7 +160,7 @@ class _Explorer:
             for index, most_steps in enumerate(self._most_steps)
             for after_steps in range(1, most_steps + 1)
         ]
-        estimates = [await self._estimate(crash) for crash in points]
+        estimates = await self._estimate(points, PROBES_OF_A_CRASH)
         share = self._limit / max(sum(estimates), 1)
         crashed = Tally()
         for crash, estimate in zip(points, estimates, strict=True):
@@ -172,21 +177,34 @@ class _Explorer:
                 self._most_steps[index] = max(most_steps, run.steps_of(index))
         return run
 
-    def _at_random(self, crash: Crash | None) -> AtRandom:
+    def _expected_steps(self, crash: Crash | None) -> list[int]:
         expected = list(self._most_steps)
         if crash:
             expected[crash.index] = crash.after_steps
-        return AtRandom(expected, f"{self._seed} {crash}")
+        return expected
 
-    async def _estimate(self, crash: Crash | None) -> int:
-        """Estimate how many schedules there are, from some that are drawn."""
+    def _at_random(self, crash: Crash | None) -> AtRandom:
+        return AtRandom(self._expected_steps(crash), f"{self._seed} {crash}")
+
+    async def _estimate(self, points: Sequence[Crash | None], probes: int) -> list[int]:
+        """Tell about how many schedules each point has; exactly enough to decide whether all of them can be run.
+
+        If every caller always took as many steps as it can, there would be so many as the multinomial says. That is
+        often far too many, since a caller that takes many steps leaves the others few; then some are drawn.
+        """
+        most = [multinomial(self._expected_steps(crash)) for crash in points]
+        if sum(most) <= self._limit:
+            return most
+        return [await self._draw_estimate(crash, probes) for crash in points]
+
+    async def _draw_estimate(self, crash: Crash | None, probes: int) -> int:
         chooser = self._at_random(crash)
         total = 0.0
-        for _ in range(PROBES):
+        for _ in range(probes):
             chooser.next_run()
             if await self._run(chooser, crash):
                 total += 1 / chooser.probability
-        return round(total / PROBES)
+        return round(total / probes)
 
     async def _tally(self, crash: Crash | None, estimate: int, limit: int) -> Tally:
         outcomes = serial_outcomes(self._stage.pair, crash.index if crash else None)
@@ -194,7 +212,7 @@ class _Explorer:
             tally = await self._tally_all(crash, outcomes, limit)
             if tally:
                 return tally
-        return await self._tally_sample(crash, outcomes, limit, estimate)
+        return await self._tally_sample(crash, outcomes, limit)
 
     async def _tally_all(self, crash: Crash | None, outcomes: list[Outcome], limit: int) -> Tally | None:
         """Run every schedule; give None when there are more than the limit."""
@@ -211,22 +229,28 @@ class _Explorer:
         tally.of = tally.schedules
         return tally
 
-    async def _tally_sample(self, crash: Crash | None, outcomes: list[Outcome], limit: int, estimate: int) -> Tally:
-        """Run different schedules that are drawn, and the serial orders."""
-        tally = Tally(of=estimate, is_complete=False)
+    async def _tally_sample(self, crash: Crash | None, outcomes: list[Outcome], limit: int) -> Tally:
+        """Run the serial orders, and different schedules that are drawn."""
+        tally = Tally(is_complete=False)
         seen: set[Schedule] = set()
-        chooser = self._at_random(crash)
-        serial = [InOrder(order) for order in self._orders]
-        for _ in range(2 * limit):
-            if len(seen) == limit:
-                break
-            chooser.next_run()
-            run = await self._run(serial.pop() if serial else chooser, crash)
+
+        def add(run: Run | None) -> None:
             if run and run.schedule not in seen:
                 seen.add(run.schedule)
                 tally.add(self._stage.pair, run, outcomes, crash)
                 self._progress()
-        tally.of = max(tally.of, tally.schedules)
+
+        for order in self._orders:
+            add(await self._run(InOrder(order), crash))
+        chooser = self._at_random(crash)
+        draws, total = 0, 0.0
+        while len(seen) < limit and draws < 2 * limit:
+            chooser.next_run()
+            run = await self._run(chooser, crash)
+            draws += 1
+            total += 1 / chooser.probability if run else 0
+            add(run)
+        tally.of = max(round(total / max(draws, 1)), tally.schedules)
         return tally
 
 

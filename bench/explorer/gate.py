@@ -108,6 +108,7 @@ def gated_pool(url: str, gate: Gate) -> ConnectionPool:
         gate=gate,
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
+        socket_timeout=None,  # a write waits as long as the schedule lets it
         **options,
     )
 

@@ -138,8 +138,8 @@ class Stage:
         self.pair = pair
         self._namespace = f"explorer-{uuid.uuid4().hex}"
         self._pattern = f"*{self._namespace}*"
-        self._admin: Any = Redis.from_url(url)
-        self._client: Any = Redis.from_url(url, decode_responses=True)
+        self._admin: Any = Redis.from_url(url, socket_timeout=None)
+        self._client: Any = Redis.from_url(url, decode_responses=True, socket_timeout=None)
         self._observer = _make(contender, self._client, self._namespace)
         self._actors = [_Actor(url, contender, self._namespace, call) for call in pair.calls]
         self._restore = self._admin.register_script(_RESTORE)
