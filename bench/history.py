@@ -409,12 +409,11 @@ def _overlapping(calls: Iterable[Call]) -> int:
     return count
 
 
-def check_history(folder: Path, *, processes: int, on_part: Callable[[], object] = lambda: None) -> HistoryReport:
+def check_history(folder: Path, *, processes: int) -> HistoryReport:
     """Check a whole recorded history, in several processes."""
     start = time.monotonic()
     report = HistoryReport()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as executor:
         for future in as_completed([executor.submit(check_part, folder, part) for part in range(PARTS)]):
             report += future.result()
-            on_part()
     return replace(report, seconds=time.monotonic() - start)

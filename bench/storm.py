@@ -449,7 +449,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(result)
     print()
     print(table(results))
-    return 1 if any(result.contender == "presence" and result.faults() for result in results) else 0
+    for result in results:
+        if result.operations < options.operations:
+            print(f"{result.contender} did not do all operations within {LIMIT_SECONDS:,.0f} s")
+    ours = [result for result in results if result.contender == "presence"]
+    return 1 if any(result.faults() or result.operations < options.operations for result in ours) else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter, defaultdict, deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
@@ -110,6 +111,7 @@ class Worker:
         self._recorder = recorder
         self._done = done
         self._left = plan.operations_of(process)
+        self._begun = 0
         self._own: deque[str] = deque(maxlen=max(1, plan.users // plan.processes))
         self._old: deque[str] = deque(maxlen=10 * plan.users)
         self._late: deque[str] = deque()
@@ -134,16 +136,17 @@ class Worker:
         if not self._left or self._seconds() > self._plan.limit_seconds:
             return False
         self._left -= 1
-        self._done[self._process] += 1
-        if self._done[self._process] % OPERATIONS_BETWEEN_CLEANUPS == 0:
+        self._begun += 1
+        self._done[self._process] = self._begun
+        if self._begun % OPERATIONS_BETWEEN_CLEANUPS == 0:
             self._cleanup_is_due.set()
         return True
 
     async def _play(self, task: int) -> None:
         choice = random.Random(f"{self._plan.seed} {self._process} {task}")
-        kinds, weights = list(self._plan.mix), list(self._plan.mix.values())
+        kinds, weights = list(self._plan.mix), list(accumulate(self._plan.mix.values()))
         while self._take_one():
-            (kind,) = choice.choices(kinds, weights)
+            (kind,) = choice.choices(kinds, cum_weights=weights)
             if kind == REGISTER:
                 await self._register()
             elif kind == LATE_UNREGISTER and self._late:
@@ -188,15 +191,15 @@ class Worker:
             self.outcome.unregistered.append(sid)
 
     async def _clean_up(self) -> None:
-        since, done = self._seconds(), 0
+        since, begun = self._seconds(), 0
         while True:
             await self._cleanup_is_due.wait()
             if self.outcome.end_ns:
                 return
             self._cleanup_is_due.clear()
-            seconds_each = (self._seconds() - since) / (self._done[self._process] - done)
+            seconds_each = (self._seconds() - since) / (self._begun - begun)
             threshold = IDLE_OPERATIONS * self._plan.users * seconds_each / self._plan.processes
-            since, done = self._seconds(), self._done[self._process]
+            since, begun = self._seconds(), self._begun
             start = time.monotonic_ns()
             try:
                 removed = await self._contender.cleanup(max(0.001, threshold))
@@ -242,7 +245,8 @@ def run_process(plan: Plan, process: int, start: Barrier, done: Any, outcome: Co
     async def run() -> Outcome:
         recording = Recorder(plan.record, process) if plan.record else nullcontext()
         async with connect(plan) as client:
-            await client.ping()
+            # All connections are open before the clock starts.
+            await asyncio.gather(*(client.ping() for _ in range(plan.tasks)))
             contender = CONTENDERS[plan.contender](client, plan.namespace)
             with recording as recorder:
                 worker = Worker(plan, process, contender, recorder, done)
