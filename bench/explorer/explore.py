@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ PROBES, PROBES_OF_A_CRASH = 100, 10
 """Schedules that are drawn to estimate how many there are, where that cannot be told before."""
 UNSURE = 1.5
 """How far such an estimate may be off: up to this many times the limit all schedules are tried first."""
-FEWEST_OF_A_CRASH = 20
+FEWEST_OF_A_CRASH = 10
 
 WRONG_ANSWERS = "answers of no serial order"
 WRONG_END = "end state of no serial order"
@@ -79,6 +79,19 @@ class Tally:
             self.turns = turns
             self.example = "\n".join(_tell(pair, run, broken, kinds, crash))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Give what a report keeps, ready for JSON."""
+        return {
+            "schedules": self.schedules,
+            "of": self.of,
+            "is_complete": self.is_complete,
+            "wrong": self.wrong,
+            "with_violations": self.with_violations,
+            "with_wrong_answers": self.with_wrong_answers,
+            "kinds": dict(self.kinds),
+            "example": self.example,
+        }
+
     def __add__(self, other: Tally) -> Tally:
         first = min(self, other, key=lambda tally: tally.turns)
         return Tally(
@@ -110,10 +123,12 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Give what a report keeps, ready for JSON."""
-        values = asdict(self)
-        for tally in ("alive", "crashed"):
-            del values[tally]["turns"]
-        return values
+        return {
+            "contender": self.contender,
+            "pair": self.pair,
+            "alive": self.alive.as_dict(),
+            "crashed": self.crashed.as_dict(),
+        }
 
 
 def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str], crash: Crash | None) -> Iterator[str]:

@@ -42,6 +42,8 @@ class Pair:
     name: str
     set_up: tuple[Call, ...]
     calls: tuple[Call, ...]
+    forget_scripts: bool = False
+    """Whether the server has lost its scripts: then a call may take an EVALSHA, a SCRIPT LOAD and another EVALSHA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ _ALL = (
     Pair("cleanup‖join", _STALE, (_CLEANUP, _join("game-2"))),
     Pair("cleanup‖cleanup", _STALE, (_CLEANUP, _CLEANUP)),
     Pair("register‖unregister‖cleanup", _STALE, (_register("new"), _UNREGISTER, _CLEANUP)),
-    # Beyond those that are known to be dangerous, these were found to be.
+    # More that meet in the same keys.
     Pair("register‖register‖register", (), (_register("new-1"), _register("new-2"), _register("new-3"))),
     Pair("register‖leave", _PLAYING, (_register("new"), _LEAVE)),
     Pair("register‖is online", _PLAYING, (_register("new"), Call("is_online", ("user",)))),

@@ -165,6 +165,11 @@ class Stage:
         await self._admin.aclose()
 
     async def _set_up(self) -> None:
+        await self._put_keys()
+        if self.pair.forget_scripts:
+            await self._admin.script_flush()
+
+    async def _put_keys(self) -> None:
         """Make the set-up with the contender itself, or put back what it had made a short time ago."""
         if time.monotonic() < self._dumped_at + FRESH_SECONDS:
             await self._restore(args=[self._pattern, *self._dump])
