@@ -58,7 +58,7 @@ def main() -> int:
     run = report.Run(report.caution(scale), time.monotonic() - start, report.machine(), reports)
     print(report.text(run))
     if any(section.rows for result in reports for section in result.sections):
-        report.write(run)
+        report.write(run, report.RESULTS)
         page.main(())
     return 1 if any(result.failures() for result in reports) else 0
 

@@ -37,6 +37,9 @@ CONNECTIONS = 2_000
 TASKS = (1, 8, 64, 256)
 THREADS = (1, 8, 64)
 NOTHING = "return 1"
+CEILING_FACTOR = 20
+"""How many times as many calls redis-benchmark makes: it takes no longer."""
+CEILING_SECONDS = 300
 HEARTBEAT, REGISTER, RAW, CEILING = "heartbeat", "register", "raw return 1", "redis-benchmark"
 
 Rates = dict[str, list[float]]
@@ -48,26 +51,28 @@ def measure_concurrency(server: Server, scale: Scale) -> Findings:
     population = Population(server.client, CONNECTIONS)
     population.fill()
     sha = str(server.client.script_load(NOTHING))
-    flavours = [("tasks", tasks, _run_asyncio) for tasks in TASKS]
-    flavours += [("threads", threads, _run_blocking) for threads in THREADS]
+    flavours: list[tuple[str, int, Callable[[str, _Work, int], Rates]]] = [
+        *(("task", tasks, _run_asyncio) for tasks in TASKS),
+        *(("thread", threads, _run_blocking) for threads in THREADS),
+    ]
     progress = Progress("numbers of tasks and threads", len(flavours))
-    rows, points = [], defaultdict(list)
-    for kind, count, run in flavours:
+    ceilings = _ceilings(server.url, sha, CEILING_FACTOR * scale.throughput_calls)
+    rows = [
+        Row(f"{CEILING}, {NOTHING}, {_many(count, 'connection')}", Spread.exactly(ceiling), "/s")
+        for count, ceiling in ceilings.items()
+    ]
+    points = defaultdict(list, {CEILING: list(ceilings.items())} if ceilings else {})
+    for worker, count, run in flavours:
         rates = run(server.url, _Work(population, sha, scale.throughput_calls, count), scale.throughput_rounds)
-        ceiling = _redis_benchmark(server.url, sha, count, scale.throughput_calls)
-        unit = kind if count > 1 else kind[:-1]
-        if ceiling:
-            rows.append(Row(f"{CEILING}, return 1, {count} clients", Spread.exactly(ceiling), "/s"))
-            points[CEILING].append((count, ceiling))
-            share = Spread.of([rate / ceiling for rate in rates[RAW]])
-            rows.append(Row(f"{RAW}, {count} {unit}", Spread.of(rates[RAW]), "/s", share, CEILING))
-        else:
-            rows.append(Row(f"{RAW}, {count} {unit}", Spread.of(rates[RAW]), "/s"))
-        for call in (HEARTBEAT, REGISTER):
-            share = ratios(rates[call], rates[RAW])
-            rows.append(Row(f"{call}, {count} {unit}", Spread.of(rates[call]), "/s", share, RAW))
+        share = Spread.of([rate / ceilings[count] for rate in rates[RAW]]) if ceilings else None
+        many = _many(count, worker)
+        rows.append(Row(f"{RAW}, {many}", Spread.of(rates[RAW]), "/s", share, CEILING if share else ""))
+        rows += [
+            Row(f"{call}, {many}", Spread.of(rates[call]), "/s", ratios(rates[call], rates[RAW]), RAW)
+            for call in (HEARTBEAT, REGISTER)
+        ]
         for call, values in rates.items():
-            points[f"{call}, {kind}"].append((count, Spread.of(values).median))
+            points[f"{call}, {worker}s"].append((count, Spread.of(values).median))
         progress.advance()
     title = "Calls per second of one process"
     return [*rows, Figure("concurrency", title, "calls at once", "calls per second", dict(points), log_x=True)]
@@ -148,14 +153,21 @@ def _rate(kind: str, work: _Work, right: Sequence[bool], seconds: float) -> floa
     return work.calls / seconds
 
 
-def _redis_benchmark(url: str, sha: str, connections: int, calls: int) -> float | None:
-    """Give the calls per second of redis-benchmark, or None where it is not there or does not take the URL."""
+def _ceilings(url: str, sha: str, calls: int) -> dict[int, float]:
+    """Give redis-benchmark's calls per second by the number of its connections; none where it cannot be run."""
     program = shutil.which("redis-benchmark") or shutil.which("valkey-benchmark")
     address = urlsplit(url)
     if program is None or address.scheme != "redis" or address.password:
-        return None
-    command = [program, "-h", address.hostname or "127.0.0.1", "-p", str(address.port or 6379)]
-    command += ["-c", str(connections), "-n", str(max(calls, 10 * connections)), "--csv", "EVALSHA", sha, "0"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    heading, values = list(csv.reader(done.stdout.splitlines()))[-2:]
-    return float(dict(zip(heading, values, strict=True))["rps"])
+        return {}
+    where = [program, "-h", address.hostname or "127.0.0.1", "-p", str(address.port or 6379)]
+    ceilings = {}
+    for count in TASKS:
+        command = [*where, "-c", str(count), "-n", str(calls), "--csv", "EVALSHA", sha, "0"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=CEILING_SECONDS)
+        heading, values = list(csv.reader(done.stdout.splitlines()))[-2:]
+        ceilings[count] = float(dict(zip(heading, values, strict=True))["rps"])
+    return ceilings
+
+
+def _many(count: int, of: str) -> str:
+    return f"{count} {of}s" if count > 1 else f"1 {of}"

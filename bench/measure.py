@@ -57,7 +57,7 @@ class Spread:
     @classmethod
     def exactly(cls, value: float) -> Self:
         """Hold the result of a measurement that is made once."""
-        return cls(value, value, value)
+        return cls(float(value), float(value), float(value))
 
 
 def ratios(costs: Sequence[float], baselines: Sequence[float]) -> Spread:

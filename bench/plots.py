@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SIZE_INCHES = (8, 4.5)
 DOTS_PER_INCH = 120
+COLORS = {"plain": "tab:red", "transaction": "tab:orange", "lock": "tab:purple", "presence": "tab:blue"}
+"""A contender looks the same in every plot."""
 MARKERS = "osD^vP*X"
 GROUP_WIDTH = 0.8
 """Of the room between two groups of bars, how much the bars take."""
@@ -44,7 +46,7 @@ def draw(figure: Figure, path: Path) -> None:
 def _draw_lines(axes: Axes, figure: Figure) -> None:
     for index, (label, points) in enumerate(figure.series.items()):
         xs, ys = [float(x) for x, _ in points], [y for _, y in points]
-        axes.plot(xs, ys, label=label, marker=MARKERS[index % len(MARKERS)], markersize=5)
+        axes.plot(xs, ys, label=label, color=COLORS.get(label), marker=MARKERS[index % len(MARKERS)], markersize=5)
     if figure.log_x:
         axes.set_xscale("log")
         axes.set_xticks(sorted({float(x) for points in figure.series.values() for x, _ in points}), minor=False)
@@ -62,7 +64,8 @@ def _draw_bars(axes: Axes, figure: Figure) -> None:
     width = GROUP_WIDTH / len(figure.series)
     for index, (label, points) in enumerate(figure.series.items()):
         offset = (index - (len(figure.series) - 1) / 2) * width
-        bars = axes.bar([groups.index(str(x)) + offset for x, _ in points], [y for _, y in points], width, label=label)
+        xs, ys = [groups.index(str(x)) + offset for x, _ in points], [y for _, y in points]
+        bars = axes.bar(xs, ys, width, label=label, color=COLORS.get(label))
         axes.bar_label(bars, fmt=_number, fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.12)

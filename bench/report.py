@@ -51,7 +51,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """Give the texts of the columns."""
         unit = "x" if self.ratio else self.unit
-        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g} {unit}"
+        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g} {unit}".rstrip()
         ratio = _text(self.ratio, "x") if self.ratio else ""
         return self.what, _text(self.value, self.unit), ratio, self.baseline, target, self.verdict
 
@@ -156,8 +156,9 @@ class ServerReport:
 
 
 def _text(spread: Spread, unit: str) -> str:
-    digits = 0 if spread.high >= 1000 else 1 if spread.high >= 100 else 2
-    median = f"{spread.median:,.{digits}f} {unit}"
+    is_count = not unit and spread.median.is_integer()
+    digits = 0 if is_count or spread.high >= 1000 else 1 if spread.high >= 100 else 2
+    median = f"{spread.median:,.{digits}f} {unit}".rstrip()
     if spread.low == spread.high:
         return median
     return f"{median} ({spread.low:,.{digits}f}-{spread.high:,.{digits}f})"
@@ -239,7 +240,7 @@ def text(run: Run) -> str:
     return "\n".join([*lines, "", *conclusion(run.servers), run.caution, f"Took {run.seconds:.0f} s"])
 
 
-def write(run: Run, path: Path = RESULTS) -> None:
+def write(run: Run, path: Path) -> None:
     """Write a run as JSON."""
     document = {
         "caution": run.caution,
@@ -254,7 +255,7 @@ def write(run: Run, path: Path = RESULTS) -> None:
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read(path: Path = RESULTS) -> Run:
+def read(path: Path) -> Run:
     """Read a run that ``write`` wrote."""
     document = json.loads(path.read_text(encoding="utf-8"))
     servers = [

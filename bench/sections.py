@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     from bench.scale import Scale
     from bench.servers import Place, Server
 
-FAILURES = (MeasurementError, StormError, NoServerError, PresenceError, RedisError, OSError, BrokenProcessPool)
+FAILURES = (
+    MeasurementError,
+    StormError,
+    NoServerError,
+    PresenceError,
+    RedisError,
+    OSError,
+    BrokenProcessPool,
+    subprocess.SubprocessError,
+)
 
 
 class Plan(NamedTuple):
