@@ -19,8 +19,8 @@ FIELDS = {"user_id", "game_id", "connected_at", "last_seen"}
 class Plain:
     """``conn:<sid>`` hash, ``user_conn:<user>`` string, ``game_conns:<game>`` set, under the namespace as a prefix.
 
-    No command is sent that its answer or effect does not need, and DEL's own reply tells which of several callers
-    removed a connection, so that what can be told exactly once without more commands is.
+    No command is sent that its answer or effect does not need, and the replies of DEL and SREM tell which of several
+    callers removed a connection or left a game, so that what can be told exactly once without more commands is.
     """
 
     name: ClassVar[str] = "plain"
@@ -82,21 +82,20 @@ class Plain:
             return False, None
         if current == game_id:
             return True, None
-        if current:
-            await self._client.srem(self._game_conns(current), sid)
+        has_left = current and await self._client.srem(self._game_conns(current), sid)
         await self._client.hset(self._conn(sid), "game_id", game_id)
         await self._client.sadd(self._game_conns(game_id), sid)
         await self._client.expire(self._game_conns(game_id), CONN_TTL_SECONDS)
-        return True, current or None
+        return True, current if has_left else None
 
     async def leave(self, sid: str) -> str | None:
         """HGET, SREM, HSET."""
         game_id: str | None = await self._client.hget(self._conn(sid), "game_id")
         if not game_id:
             return None
-        await self._client.srem(self._game_conns(game_id), sid)
+        has_left = await self._client.srem(self._game_conns(game_id), sid)
         await self._client.hset(self._conn(sid), "game_id", "")
-        return game_id
+        return game_id if has_left else None
 
     async def heartbeat(self, sid: str) -> bool:
         """EXISTS, HSET, EXPIRE, HGET, EXPIRE."""

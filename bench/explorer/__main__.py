@@ -17,8 +17,13 @@ from tests.server import NoServerError, running_server
 HEADINGS = ("contender", "pair", "schedules", "wrong", "keys", "answers", "with a crash", "wrong", "keys", "answers")
 
 
+def _roughly(count: int) -> int:
+    """Keep the two digits that an estimate is good for."""
+    return round(count, 2 - len(str(count)))
+
+
 def _cells(tally: Tally) -> tuple[str, ...]:
-    count = f"{tally.schedules:,}" if tally.is_complete else f"{tally.schedules:,} of ~{float(tally.of):,.3g}"
+    count = f"{tally.schedules:,}" if tally.is_complete else f"{tally.schedules:,} of about {_roughly(tally.of):,}"
     return count, f"{tally.wrong:,}", f"{tally.with_violations:,}", f"{tally.with_wrong_answers:,}"
 
 

@@ -167,7 +167,7 @@ class _Explorer:
         """Run the schedules in which all live, and then those in which one dies."""
         for order in self._orders:
             await self._run(InOrder(order), None)
-        alive = await self._tally(None, (await self._estimate([None], PROBES))[0], self._limit)
+        alive = await self._tally(None, (await self._estimate([None], min(PROBES, self._limit)))[0], self._limit)
         if not crashes:
             return alive, Tally()
         points = [

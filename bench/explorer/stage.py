@@ -136,7 +136,7 @@ class Stage:
 
     def __init__(self, url: str, contender: type[Contender], pair: Pair) -> None:
         self.pair = pair
-        self._namespace = f"explorer-{uuid.uuid4().hex}"
+        self._namespace = f"explorer-{uuid.uuid4().hex[:8]}"
         self._pattern = f"*{self._namespace}*"
         self._admin: Any = Redis.from_url(url, socket_timeout=None)
         self._client: Any = Redis.from_url(url, decode_responses=True, socket_timeout=None)
