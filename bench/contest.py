@@ -13,7 +13,7 @@ from bench.explorer import PAIRS, explore
 from bench.measure import MeasurementError, Spread, ratios
 from bench.progress import Progress
 from bench.report import Figure, Row
-from bench.storm import register_throughput, run_storm
+from bench.storm import ALL, register_throughput, run_storm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ def measure_storms(server: Server, scale: Scale) -> Findings:
 def storm_rows(result: StormResult) -> list[Row]:
     """Tell of one storm; presence must not break anything."""
     name, must = result.contender, 0 if result.contender == PRESENCE else None
-    at_all = result.latencies["all"]
+    at_all = result.latencies[ALL]
     counts = {
         "violations per 10,000 operations": result.violations_per_10_000,
         "connections reported twice": result.reported_twice,
@@ -110,7 +110,7 @@ def _storm_figures(results: Sequence[StormResult]) -> Findings:
         "reported never": [(each.contender, 1e4 * each.reported_never / each.operations) for each in results],
     }
     latencies = {
-        each.contender: [(label, getattr(each.latencies["all"], point)) for label, point in _LABELS] for each in results
+        each.contender: [(label, getattr(each.latencies[ALL], point)) for label, point in _LABELS] for each in results
     }
     return [
         Figure(
