@@ -256,8 +256,8 @@ async def _measure(server: Server, scale: Scale, crowds: Sequence[Crowd], slow_s
 async def _clean_up(server: Server, scale: Scale, measured: Sequence[Measured], slow_scripts: SlowScripts) -> None:
     ours = [each for each in measured if each.crowd.contender == PRESENCE]
     plain = [each for each in measured if each.crowd.contender == PLAIN]
-    progress = Progress("cleanups and counts of all crowds", scale.cleanup_rounds + len(plain))
-    for _ in range(scale.cleanup_rounds):
+    progress = Progress("cleanups and counts of all crowds", scale.growth_cleanups + len(plain))
+    for _ in range(scale.growth_cleanups):
         silent_since_ms = server_ms(server.client)
         await asyncio.sleep(SILENT_SECONDS)
         silent = [each.fall_silent() for each in ours]

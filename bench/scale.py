@@ -23,6 +23,7 @@ class Scale:
     growth_rounds: int
     growth_calls: int
     """Calls of each operation in a round, in each crowd."""
+    growth_cleanups: int
     throughput_rounds: int
     throughput_calls: int
     """Calls of one kind in a round, over all tasks or threads."""
@@ -50,13 +51,14 @@ FULL = Scale(
     cleanup_rounds=5,
     client_rounds=20,
     sizes=(10_000, 100_000, 1_000_000),
-    growth_rounds=20,
+    growth_rounds=15,
     growth_calls=100,
+    growth_cleanups=3,
     throughput_rounds=10,
     throughput_calls=2_000,
     storm_operations=100_000,
     register_rounds=3,
-    register_operations=8_000,
+    register_operations=6_000,
 )
 QUICK = Scale(
     "quick",
@@ -68,6 +70,7 @@ QUICK = Scale(
     sizes=(1_000, 10_000),
     growth_rounds=5,
     growth_calls=50,
+    growth_cleanups=2,
     throughput_rounds=3,
     throughput_calls=1_000,
     storm_operations=6_000,
