@@ -33,7 +33,10 @@ JOIN = "join"
 LEAVE = "leave"
 HEARTBEAT = "heartbeat"
 CLEAN_UP = "clean_up"
-"""A cleanup reported this sid. It says nothing of what it left: the checker has no clock to tell what was stale."""
+"""A cleanup reported this sid. It says nothing of what it left: the checker has no clock to tell what was stale.
+
+Nobody knows the sids of a cleanup that never returned: it has none, and may remove whatever the user has, repeatedly.
+"""
 READ = "read"
 """The user's connections were read, each with its game."""
 
@@ -74,6 +77,10 @@ class Call(NamedTuple):
             or (self.operation == JOIN and self.answer is not None and self.answer[0] is False)
             or (self.operation == LEAVE and self.end is not None and self.answer is None)
         )
+
+    def may_repeat(self) -> bool:
+        """Tell whether it may take effect more than once: a cleanup of which nobody knows what it removed, and when."""
+        return self.operation == CLEAN_UP and not self.sid
 
     def sids(self) -> set[str]:
         """Give the connections that it names."""
@@ -124,8 +131,7 @@ class Violation:
 class _States:
     """The states that a user can be in, as numbers, and what each call does and answers in each of them."""
 
-    def __init__(self, connections_per_user: int) -> None:
-        self._connections_per_user = connections_per_user
+    def __init__(self) -> None:
         self._numbers: dict[State, int] = {(): 0}
         self._states: list[State] = [()]
         self._steps: dict[tuple[int, str, str, str | None], tuple[Any, int]] = {}
@@ -145,7 +151,6 @@ class _States:
         model = Model(
             CONN_TTL_MS,
             CONN_TTL_MS,
-            self._connections_per_user,
             connections={connection.sid: connection for connection in state},
             registered=[connection.sid for connection in state],
         )
@@ -167,12 +172,18 @@ def _unregister(model: Model, call: Call) -> bool:
     return model.unregister(call.sid, NOW) is not None
 
 
+def _clean_up(model: Model, call: Call) -> bool:
+    sids = [call.sid] if call.sid else [connection.sid for connection in model.of_user(call.user_id)]
+    removed = [model.unregister(sid, NOW) for sid in sids]
+    return any(removed)
+
+
 _OPERATIONS: dict[str, Callable[[Model, Call], Any]] = {
     REGISTER: lambda model, call: tuple(
         gone.sid for gone in model.register(call.sid, call.user_id, NOW, epoch=0).displaced
     ),
     UNREGISTER: _unregister,
-    CLEAN_UP: _unregister,
+    CLEAN_UP: _clean_up,
     JOIN: _join,
     LEAVE: lambda model, call: model.leave(call.sid, NOW),
     HEARTBEAT: lambda model, call: model.heartbeat(call.sid, NOW),
@@ -231,7 +242,8 @@ class _Search:
                 answer, next_state = self.states.step(state, call)
                 # Nobody knows what a lost call answered; where it would change nothing, it need not have happened.
                 if next_state != state if call.end is None else answer == call.answer:
-                    pending.append((next_state, self._place_readers(next_state, placed | other)))
+                    next_placed = placed if call.may_repeat() else placed | other
+                    pending.append((next_state, self._place_readers(next_state, next_placed)))
             if self.steps > MAX_STEPS:
                 raise UndecidedError
         self.configurations = after
@@ -275,14 +287,14 @@ def _run(search: _Search, events: list[_Event]) -> Iterator[bool]:
             yield True
 
 
-def check_user(calls: Iterable[Call], connections_per_user: int = 1) -> Violation | None:
+def check_user(calls: Iterable[Call]) -> Violation | None:
     """Check all the calls of one user, who had no connection before; give the first calls that cannot be.
 
     Raises:
         UndecidedError: too many calls were under way at once to look at all their orders.
 
     """
-    search = _Search(_States(connections_per_user))
+    search = _Search(_States())
     events = _events(calls)
     certain, certain_from = search.copy(), 0
     for position, is_possible in enumerate(_run(search, events), 1):

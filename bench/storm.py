@@ -31,7 +31,7 @@ from bench.contenders import CONTENDERS, kind_of, violations
 from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
 from bench.progress import Progress
 from bench.servers import places, version
-from bench.storm_worker import REGISTER_MIX, Outcome, Plan, connect, run_process
+from bench.storm_worker import REGISTER_MIX, Outcome, Plan, connect, run_process, user_name
 
 if TYPE_CHECKING:
     from array import array
@@ -48,7 +48,7 @@ SEED = 4
 LIMIT_SECONDS = 1_800.0
 CHECKERS = 2
 
-LEAST_SHARE = 0.01
+LEAST_SHARE = 0.005
 """Of all registrations that many must end in each of the three ways, or it was no storm."""
 
 GRACE_SECONDS = 60
@@ -340,7 +340,7 @@ def _latencies(outcomes: Sequence[Outcome]) -> dict[str, Latency]:
 
 def _record_last_read(plan: Plan, folder: Path, state: State) -> None:
     """Let the history end with what the keys say of each user, read after all calls."""
-    connections: dict[str, list[tuple[str, str | None]]] = {f"user-{number}": [] for number in range(plan.users)}
+    connections: dict[str, list[tuple[str, str | None]]] = {user_name(number): [] for number in range(plan.users)}
     for sid, (user_id, game_id) in state.records.items():
         connections.setdefault(user_id, []).append((sid, game_id))
     now = time.monotonic_ns()

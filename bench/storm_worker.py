@@ -51,6 +51,11 @@ HASTY = 0.5
 START_SECONDS = 60
 
 
+def user_name(number: int) -> str:
+    """Name a user of the storm."""
+    return f"user-{number}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all processes of a storm have in common."""
@@ -72,7 +77,7 @@ class Plan:
 
     def user_of(self, sid: str) -> str:
         """Every process can tell whose a sid is, also one that another process made."""
-        return f"user-{zlib.crc32(sid.encode()) % self.users}"
+        return user_name(zlib.crc32(sid.encode()) % self.users)
 
     def operations_of(self, process: int) -> int:
         """Give a process's share."""
@@ -205,12 +210,19 @@ class Worker:
                 removed = await self._contender.cleanup(max(0.001, threshold))
             except (RedisError, PresenceError, TimeoutError) as error:
                 self.outcome.errors[f"{CLEAN_UP}: {type(error).__name__}"] += 1
+                self._record_lost_cleanup(start)
                 continue
             end = time.monotonic_ns()
             self.outcome.latencies_ns[CLEAN_UP].append(end - start)
             self.outcome.cleaned_up += removed
             for sid in removed:
                 self._record(start, end, CLEAN_UP, sid, answer=True)
+
+    def _record_lost_cleanup(self, start: int) -> None:
+        """Write down for every user that a cleanup may have removed something."""
+        if self._recorder:
+            for user_id in map(user_name, range(self._plan.users)):
+                self._recorder.add(Call(start, None, CLEAN_UP, user_id, "", None, None))
 
     async def _call(self, operation: str, sid: str, call: Awaitable[Any], game_id: str | None = None) -> Any:
         """Wait for a call, and write down when it was and what it answered; one that raises was lost."""

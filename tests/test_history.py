@@ -138,6 +138,17 @@ WRONG = {
         call(30, 40, HEARTBEAT, "a", answer=False),
         call(50, 60, HEARTBEAT, "a", answer=True),
     ],
+    "a lost cleanup brings a connection back": [
+        register(0, 10, "a"),
+        call(20, None, CLEAN_UP),
+        call(30, 40, HEARTBEAT, "a", answer=False),
+        call(50, 60, HEARTBEAT, "a", answer=True),
+    ],
+    "a lost cleanup has an effect before it begins": [
+        register(0, 10, "a"),
+        call(20, 30, HEARTBEAT, "a", answer=False),
+        call(40, None, CLEAN_UP),
+    ],
     "a lost call has an effect before it begins": [
         register(0, 10, "a"),
         call(20, 30, HEARTBEAT, "a", answer=False),
@@ -180,6 +191,19 @@ OVERLAPPING = {
         call(0, None, REGISTER, "a"),
         register(10, 20, "b"),
         register(30, 40, "c", "a"),
+    ],
+    "a lost cleanup that removed more than one": [
+        register(0, 10, "a"),
+        call(20, None, CLEAN_UP),
+        call(30, 40, HEARTBEAT, "a", answer=False),
+        register(50, 60, "b"),
+        call(70, 80, HEARTBEAT, "b", answer=True),
+        call(90, 100, HEARTBEAT, "b", answer=False),
+    ],
+    "a lost cleanup that removed nothing": [
+        register(0, 10, "a"),
+        call(20, None, CLEAN_UP),
+        register(30, 40, "b", "a"),
     ],
     "a lost register that did nothing": [call(0, None, REGISTER, "a"), register(10, 20, "b")],
     "lost calls of every kind": [

@@ -120,14 +120,53 @@ def test_a_storm_leaves_no_keys_and_a_calm_is_none(server_url: str, client: redi
     assert client.dbsize() == before
 
 
-def test_calls_that_raise_are_counted(own_server: LocalServer, tmp_path: Path) -> None:
+@pytest.fixture
+def admin(own_server: LocalServer) -> Iterator[redis.Redis]:
+    """A client of a server of the test's own, on which the storm's user may do what the test allows."""
     with redis.Redis.from_url(own_server.url) as client:
-        client.acl_setuser("storm", enabled=True, passwords="+secret", commands=["+@all", "-exists"], keys="*")
-    url = own_server.url.replace("//", "//storm:secret@")
-    result = run_storm("plain", url, operations=1_000, processes=2, tasks=4, users=USERS, record=tmp_path)
+        client.acl_setuser("storm", enabled=True, passwords="+secret", commands=["+@all"], keys="*")
+        yield client
+
+
+@pytest.fixture
+def storm_url(own_server: LocalServer) -> str:
+    return own_server.url.replace("//", "//storm:secret@")
+
+
+def test_calls_that_raise_are_counted(admin: redis.Redis, storm_url: str) -> None:
+    admin.execute_command("ACL", "SETUSER", "storm", "-exists")
+    result = run_storm("plain", storm_url, operations=1_000, processes=2, tasks=4, users=USERS)
     assert list(result.errors) == ["heartbeat: NoPermissionError"]
     assert result.operations == 1_000 == result.latencies[storm.ALL].calls + sum(result.errors.values())
     assert any("raised" in fault for fault in result.faults())
+
+
+def test_a_cleanup_that_raises_may_have_removed_anything(admin: redis.Redis, storm_url: str, tmp_path: Path) -> None:
+    operations = 6_000
+    done = 0
+
+    def forbid_cleanups_for_a_while(count: int) -> None:
+        nonlocal done
+        rule = "-scan" if done == 0 < count else "+scan"
+        done += count
+        admin.execute_command("ACL", "SETUSER", "storm", rule)
+
+    result = run_storm(
+        "transaction",
+        storm_url,
+        operations=operations,
+        processes=2,
+        tasks=4,
+        users=USERS,
+        record=tmp_path,
+        progress=forbid_cleanups_for_a_while,
+    )
+    assert list(result.errors) == ["clean_up: NoPermissionError"]
+    assert result.operations == operations
+    history, lost = result.history, result.errors["clean_up: NoPermissionError"]
+    assert history is not None
+    assert history.calls == operations + result.cleaned_up + USERS + lost * USERS
+    assert history.wrong == []
 
 
 def test_a_process_that_fails_ends_the_storm_and_the_other_processes(server_url: str) -> None:
