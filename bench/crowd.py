@@ -35,6 +35,8 @@ ROOM_SHARES = {1_000: 0.4, 100: 0.1, 10: 0.1, 2: 0.4}
 """Members of a room → the part of all connections that are in such rooms."""
 CHUNK = 2_000
 FILLING_PROCESSES = 2
+PATIENCE_SECONDS = 120
+"""What a client waits for an answer, on a machine that is busy with other things."""
 
 
 class Crowd:
@@ -79,7 +81,7 @@ class Crowd:
 
     def connect(self) -> redis.Redis:
         """Open a blocking client for the crowd's database."""
-        return redis.Redis.from_url(self.url)
+        return redis.Redis.from_url(self.url, socket_timeout=PATIENCE_SECONDS)
 
     def fill(self) -> None:
         """Make all connections, by several processes."""

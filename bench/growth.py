@@ -17,7 +17,7 @@ import redis.asyncio
 
 import presence
 from bench.contenders import CONTENDERS
-from bench.crowd import PLAIN, PRESENCE, Crowd
+from bench.crowd import PATIENCE_SECONDS, PLAIN, PRESENCE, Crowd
 from bench.fill import NAMESPACE, load_scripts, server_ms
 from bench.measure import MeasurementError, Spread, command_stats, difference, ratios, used_memory
 from bench.progress import Progress
@@ -81,7 +81,9 @@ class Measured:
         self._server = server
         self._calls = calls
         self._blocking = crowd.connect()
-        self._client: Any = redis.asyncio.Redis.from_url(crowd.url, decode_responses=True)
+        self._client: Any = redis.asyncio.Redis.from_url(
+            crowd.url, decode_responses=True, socket_timeout=PATIENCE_SECONDS
+        )
         self.contender = CONTENDERS[crowd.contender](self._client, NAMESPACE)
         self._manager = presence.ConnectionManager(self._client, namespace=NAMESPACE)
 
