@@ -49,6 +49,9 @@ HASTY = 0.5
 """How often a late unregister is of the connection that was displaced last; else of the one that waits longest."""
 
 START_SECONDS = 60
+ANSWER_SECONDS = 60
+"""How long a call waits for its answer. On a machine that is busy with the storm, a process can stand still for seconds;
+redis-py's own 5 would then lose an answer, which no contender could help."""
 
 
 def user_name(number: int) -> str:
@@ -209,7 +212,7 @@ class Worker:
             try:
                 removed = await self._contender.cleanup(max(0.001, threshold))
             except (RedisError, PresenceError, TimeoutError) as error:
-                self.outcome.errors[f"{CLEAN_UP}: {type(error).__name__}"] += 1
+                self.outcome.errors[f"{CLEAN_UP}: {_name(error)}"] += 1
                 self._record_lost_cleanup(start)
                 continue
             end = time.monotonic_ns()
@@ -230,7 +233,7 @@ class Worker:
         try:
             answer = await call
         except (RedisError, PresenceError, TimeoutError) as error:
-            self.outcome.errors[f"{operation}: {type(error).__name__}"] += 1
+            self.outcome.errors[f"{operation}: {_name(error)}"] += 1
             self._record(start, None, operation, sid, game_id)
             return None
         end = time.monotonic_ns()
@@ -245,10 +248,22 @@ class Worker:
             self._recorder.add(Call(start, end, operation, self._plan.user_of(sid), sid, game_id, answer))
 
 
+def _name(error: Exception) -> str:
+    """Name an error, and the one of redis-py that the library explains by it."""
+    cause = error.__cause__ if isinstance(error, PresenceError) else None
+    return type(error).__name__ + (f" from {type(cause).__name__}" if cause else "")
+
+
 def connect(plan: Plan) -> redis.asyncio.Redis:
     """Make a client for all tasks of a process."""
     connections = 2 * (plan.tasks + plan.cleaners)
-    return redis.asyncio.Redis.from_url(plan.url, decode_responses=True, max_connections=connections)
+    return redis.asyncio.Redis.from_url(
+        plan.url,
+        decode_responses=True,
+        max_connections=connections,
+        socket_timeout=ANSWER_SECONDS,
+        socket_connect_timeout=ANSWER_SECONDS,
+    )
 
 
 def run_process(plan: Plan, process: int, start: Barrier, done: Any, outcome: Connection) -> None:
