@@ -50,8 +50,8 @@ HASTY = 0.5
 
 START_SECONDS = 60
 ANSWER_SECONDS = 60
-"""How long a call waits for its answer. On a machine that is busy with the storm, a process can stand still for seconds;
-redis-py's own 5 would then lose an answer, which no contender could help."""
+"""How long a call waits for its answer. On a machine that is busy with the storm, a process can stand still for
+seconds; redis-py's own 5 would then lose an answer, which no contender could help."""
 
 
 def user_name(number: int) -> str:
