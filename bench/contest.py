@@ -43,7 +43,7 @@ TASKS = (1, 8, 64)
 WANTED = {"plain": 5.0, "transaction": 8.0, "lock": 8.0}
 """At 64 tasks: how many times a contender's registers presence does."""
 RACE = "register‖register"
-PERCENTILES = ("p50", "p99", "p999")
+PERCENTILES = (("50 %", "p50"), ("99 %", "p99"), ("99.9 %", "p999"))
 
 
 def measure_storms(server: Server, scale: Scale) -> Findings:
@@ -99,7 +99,10 @@ def storm_rows(result: StormResult) -> list[Row]:
         Row(f"{name}: operations, {result.operations:,}", Spread.exactly(result.operations_per_second), "/s"),
         Row(f"{name}: round trips per operation", Spread.exactly(result.round_trips_per_operation), ""),
     ]
-    rows += [Row(f"{name}: latency, {point}", Spread.exactly(getattr(at_all, point)), "ms") for point in PERCENTILES]
+    rows += [
+        Row(f"{name}: latency, {label} within", Spread.exactly(getattr(at_all, point)), "ms")
+        for label, point in PERCENTILES
+    ]
     return rows
 
 
@@ -110,7 +113,8 @@ def _storm_figures(results: Sequence[StormResult]) -> Findings:
         "reported never": [(each.contender, 1e4 * each.reported_never / each.operations) for each in results],
     }
     latencies = {
-        each.contender: [(label, getattr(each.latencies[ALL], point)) for label, point in _LABELS] for each in results
+        each.contender: [(label, getattr(each.latencies[ALL], point)) for label, point in PERCENTILES]
+        for each in results
     }
     return [
         Figure(
@@ -126,9 +130,6 @@ def _storm_figures(results: Sequence[StormResult]) -> Findings:
             log_y=True,
         ),
     ]
-
-
-_LABELS = (("50 %", "p50"), ("99 %", "p99"), ("99.9 %", "p999"))
 
 
 def measure_registers(server: Server, scale: Scale) -> Findings:
@@ -149,21 +150,23 @@ def measure_registers(server: Server, scale: Scale) -> Findings:
                 progress.advance()
     rows = []
     for tasks in TASKS:
+        each = "1 task" if tasks == 1 else f"{tasks} tasks"
         ours = rates[PRESENCE, tasks]
-        rows.append(Row(f"presence, {_per_process(tasks)}", Spread.of(ours), "/s"))
-        for contender, wanted in WANTED.items():
-            # The ratio is how many times as many presence does.
-            theirs = rates[contender, tasks]
-            ratio = ratios(ours, theirs)
-            target = wanted if tasks == max(TASKS) else None
-            what = f"presence to {contender}, {_per_process(tasks)}"
-            rows.append(Row(what, Spread.of(theirs), "/s", ratio, contender, target, at_least=True))
+        rows += [Row(f"{other}, {each} a process", Spread.of(rates[other, tasks]), "/s") for other in WANTED]
+        rows += [
+            Row(
+                f"presence, {each} a process",
+                Spread.of(ours),
+                "/s",
+                ratios(ours, rates[other, tasks]),
+                other,
+                wanted if tasks == max(TASKS) else None,
+                at_least=True,
+            )
+            for other, wanted in WANTED.items()
+        ]
     points = {
         contender: [(tasks, Spread.of(rates[contender, tasks]).median) for tasks in TASKS] for contender in CONTENDERS
     }
     title = f"Registers by {REGISTERING_PROCESSES} processes"
     return [*rows, Figure("registers", title, "tasks of each process", "registers per second", points, log_x=True)]
-
-
-def _per_process(tasks: int) -> str:
-    return f"{tasks} tasks a process" if tasks > 1 else "1 task a process"
