@@ -20,7 +20,7 @@ class Plain:
     """``conn:<sid>`` hash, ``user_conn:<user>`` string, ``game_conns:<game>`` set, under the namespace as a prefix.
 
     No command is sent that its answer or effect does not need, and the replies of DEL and SREM tell which of several
-    callers removed a connection or left a game, so that what can be told exactly once without more commands is.
+    callers removed a connection or took it out of its game: what can be told once without more commands is told once.
     """
 
     name: ClassVar[str] = "plain"
@@ -82,11 +82,12 @@ class Plain:
             return False, None
         if current == game_id:
             return True, None
-        has_left = current and await self._client.srem(self._game_conns(current), sid)
+        if current:
+            await self._client.srem(self._game_conns(current), sid)
         await self._client.hset(self._conn(sid), "game_id", game_id)
         await self._client.sadd(self._game_conns(game_id), sid)
         await self._client.expire(self._game_conns(game_id), CONN_TTL_SECONDS)
-        return True, current if has_left else None
+        return True, current or None
 
     async def leave(self, sid: str) -> str | None:
         """HGET, SREM, HSET."""
