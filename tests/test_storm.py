@@ -105,7 +105,8 @@ def test_one_displaced_connection_that_is_taken_out_of_the_history_is_missed(
 def test_the_checks_see_what_a_storm_does_to_plain_commands(server_url: str, tmp_path: Path) -> None:
     result = run_storm("plain", server_url, operations=4_000, processes=4, tasks=8, users=USERS, record=tmp_path)
     assert result.violations > 0
-    assert result.violations_by_kind["orphan"] > 0
+    # The cleaners find the orphans in time, but nobody ever takes a stray member out of a game.
+    assert result.violations_by_kind["stray member"] > 0
     assert result.violations_per_10_000 == result.violations / 4_000 * 10_000
     assert result.reported_twice > 0
     assert result.history is not None
