@@ -214,3 +214,12 @@ def test_alone_each_contender_does_what_the_model_says(contender: str, url: str)
             await tried.aclose()
 
     asyncio.run(compare())
+
+
+def test_too_many_schedules_are_sampled_within_bounds(url: str) -> None:
+    # Where a caller seldom takes as many steps as it lives for, nearly no schedule is one in which it dies then.
+    result = explore("plain", PAIRS["register‖register‖register"], url=url, limit=10, seed=SEED)
+
+    assert (result.alive.schedules, result.alive.is_complete) == (10, False)
+    assert result.alive.of > 10_000
+    assert 10 < result.crashed.schedules < 1000

@@ -32,6 +32,8 @@ PROBES, PROBES_OF_A_CRASH = 100, 10
 UNSURE = 1.5
 """How far such an estimate may be off: up to this many times the limit all schedules are tried first."""
 FEWEST_OF_A_CRASH = 10
+RUNS_PER_SCHEDULE = 2
+"""How many runs may be made for each schedule that is wanted, since some repeat one or are none of the wanted kind."""
 
 WRONG_ANSWERS = "answers of no serial order"
 WRONG_END = "end state of no serial order"
@@ -233,11 +235,14 @@ class _Explorer:
         """Run every schedule; give None when there are more than the limit."""
         tally = Tally()
         chooser = DepthFirst()
+        runs = 0
         while not chooser.is_exhausted:
+            # Those in which the call that was to die ended before are no schedules of this point, but take as long.
+            if tally.schedules > limit or runs > RUNS_PER_SCHEDULE * limit:
+                return None
             run = await self._run(chooser, crash)
+            runs += 1
             if run:
-                if tally.schedules == limit:
-                    return None
                 tally.add(self._stage.pair, run, outcomes, crash)
                 self._progress()
             chooser.next_run()
@@ -259,7 +264,7 @@ class _Explorer:
             add(await self._run(InOrder(order), crash))
         chooser = self._at_random(crash)
         draws, total = 0, 0.0
-        while len(seen) < limit and draws < 2 * limit:
+        while len(seen) < limit and draws < RUNS_PER_SCHEDULE * limit:
             chooser.next_run()
             run = await self._run(chooser, crash)
             draws += 1
