@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format bench prove clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(MAKEFILE_LIST) | column -t -l 2 2>/dev/null || true
@@ -38,8 +38,11 @@ format: $(READY)  ## Format the Python code and mend what ruff can mend
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## Measure cost, memory and cleanup against the server's own commands
+bench: $(READY)  ## Four ways to keep presence side by side, cost and scale (within 20 minutes; QUICK=1: within 3)
 	@$(RUN) -m bench
+
+prove: $(READY)  ## Every interleaving, a storm of a million operations, and the check of its history
+	@$(RUN) -m bench.prove
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

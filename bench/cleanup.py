@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from bench.scale import Scale
     from bench.servers import Server
 
+HOW = """A twentieth of all connections, chosen at random, falls silent and is cleaned up in batches, several times.
+The longest script is the strict maximum of all batches: on a busy machine it holds the time for which the server's
+thread waited for a CPU."""
+
 LONGEST_SCRIPT_MS = 5
 PER_REMOVED_RATIO = 2
 STALE_MS = (100_000, 300_000)

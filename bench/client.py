@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from bench.servers import Server
     from presence.operations import Command
 
+HOW = """Calls through the managers and the same raw `EVALSHA` on the same redis-py client, in turns call by call, one
+at a time; median of short rounds."""
+
 CONNECTIONS = 2_000
 CALLS = 200
 WARM_UP_CALLS = 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ from presence import Operations, operations
 from presence.scripts import Script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import redis
 
@@ -57,6 +58,15 @@ def load_scripts(client: redis.Redis) -> None:
             client.script_load(script.source)
 
 
+def run_and_forget(client: redis.Redis, calls: Sequence[Operation[Any]]) -> None:
+    """Run calls in pipelines, and drop the answers that the server keeps of them for a minute.
+
+    Otherwise its tables would be sized for the answers of a fill that no fleet of servers does in a minute.
+    """
+    send(client, [call.command() for call in calls])
+    send(client, [("DEL", call.keys[-1]) for call in calls])
+
+
 class Population:
     """Connections 0, 1, 2, …: number n belongs to user n and is in game n // 2."""
 
@@ -95,11 +105,7 @@ class Population:
             progress = Progress(work, size)
             for start in range(0, size, CHUNK):
                 chunk = range(start, min(start + CHUNK, size))
-                calls = [describe(index) for index in chunk]
-                send(self.client, [call.command() for call in calls])
-                # Otherwise the server's tables would be sized for the answers of a fill that no fleet of servers does
-                # in a minute.
-                send(self.client, [("DEL", call.keys[-1]) for call in calls])
+                run_and_forget(self.client, [describe(index) for index in chunk])
                 progress.advance(len(chunk))
         count = self.client.zcount(self.last_seen_key, 0, "+inf")
         if count != size:
@@ -122,10 +128,9 @@ class Population:
 
 
 def remove_all(client: redis.Redis) -> None:
-    """Remove every connection of a population again, with the library's own cleanup."""
-    load_scripts(client)
-    for namespace in (NAMESPACE, OTHER_NAMESPACE):
-        is_last = False
-        while not is_last:
-            batch = Operations(namespace).cleanup_batch(0)
-            is_last = batch.parse(client.execute_command(*batch.command())).is_last
+    """Remove every key of the benchmark from a server that was empty before."""
+    for database in client.info("keyspace"):
+        client.select(int(database.removeprefix("db")))
+        keys = client.scan_iter(match=f"*{NAMESPACE}*", count=CHUNK)
+        while chunk := list(islice(keys, CHUNK)):
+            client.unlink(*chunk)

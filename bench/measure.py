@@ -15,10 +15,10 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import redis
 
@@ -57,7 +57,7 @@ class Spread:
     @classmethod
     def exactly(cls, value: float) -> Self:
         """Hold the result of a measurement that is made once."""
-        return cls(value, value, value)
+        return cls(float(value), float(value), float(value))
 
 
 def ratios(costs: Sequence[float], baselines: Sequence[float]) -> Spread:
@@ -76,7 +76,30 @@ def send(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
     return replies
 
 
-def server_time(client: redis.Redis, commands: Iterable[Command]) -> tuple[float, list[Any]]:
+class ServerTime(NamedTuple):
+    """What calls of one kind cost the server, each in microseconds per call."""
+
+    whole: float
+    """With everything that runs inside: for a script, Lua and its commands."""
+    commands: Mapping[str, CommandTime]
+    """For a script, the commands that it issued, by their names."""
+    replies: Sequence[Any]
+
+
+class CommandTime(NamedTuple):
+    """What one command cost inside the calls of a script: how often it ran in a call, and its microseconds per call."""
+
+    calls: float
+    time: float
+
+
+def server_time(client: redis.Redis, commands: Iterable[Command]) -> tuple[float, Sequence[Any]]:
+    """Call commands of one kind as ``server_times`` does; give the microseconds per call, and the replies."""
+    cost = server_times(client, commands)
+    return cost.whole, cost.replies
+
+
+def server_times(client: redis.Redis, commands: Iterable[Command]) -> ServerTime:
     """Call commands of one kind, one per round trip.
 
     Args:
@@ -84,7 +107,7 @@ def server_time(client: redis.Redis, commands: Iterable[Command]) -> tuple[float
         commands: calls of one command (EVALSHA, or a native one).
 
     Returns:
-        The time inside the server in microseconds per call, and the replies.
+        The time inside the server, and the replies.
 
     Raises:
         MeasurementError: the server counted other calls than these.
@@ -92,25 +115,43 @@ def server_time(client: redis.Redis, commands: Iterable[Command]) -> tuple[float
     """
     replies: list[Any] = []
     name = ""
-    calls_before, usec_before = 0, 0
+    before: dict[str, CommandTime] = {}
     for command in commands:
         if not name:
             name = str(command[0]).lower()
-            calls_before, usec_before = _command_stats(client, name)
+            before = command_stats(client)
         replies.append(client.execute_command(*command))
-    calls, usec = _command_stats(client, name)
-    if calls - calls_before != len(replies):
+    used = difference(before, command_stats(client))
+    calls, microseconds = used.pop(name, CommandTime(0, 0))
+    if calls != len(replies):
         raise MeasurementError(
-            f"the server counted {calls - calls_before} calls of {name} instead of {len(replies)}; "
-            "does another program use it?"
+            f"the server counted {calls:g} calls of {name} instead of {len(replies)}; does another program use it?"
         )
-    return (usec - usec_before) / len(replies), replies
+    inside = {inner: CommandTime(stats.calls / calls, stats.time / calls) for inner, stats in used.items()}
+    return ServerTime(microseconds / calls, inside, replies)
 
 
-def _command_stats(client: redis.Redis, name: str) -> tuple[int, int]:
+def command_stats(client: redis.Redis) -> dict[str, CommandTime]:
+    """Read how often every command ran on the server until now, and how long, but for the reading itself.
+
+    The commands of a script are counted as the same ones from outside, and the script's own time holds theirs.
+    """
     stats: Any = client.info("commandstats")
-    entry = stats.get(f"cmdstat_{name}", {"calls": 0, "usec": 0})
-    return entry["calls"], entry["usec"]
+    return {
+        name.removeprefix("cmdstat_").lower(): CommandTime(entry["calls"], entry["usec"])
+        for name, entry in stats.items()
+        if name != "cmdstat_info"
+    }
+
+
+def difference(before: Mapping[str, CommandTime], after: Mapping[str, CommandTime]) -> dict[str, CommandTime]:
+    """Give what was used between two readings."""
+    used = {}
+    for name, (calls, microseconds) in after.items():
+        calls_before, before_us = before.get(name, CommandTime(0, 0))
+        if calls > calls_before:
+            used[name] = CommandTime(calls - calls_before, microseconds - before_us)
+    return used
 
 
 def used_memory(client: redis.Redis) -> int:

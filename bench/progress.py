@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 BAR_WIDTH = 24
-PLAIN_STEP_PERCENT = 50
+PLAIN_STEP_PERCENT = 25
 
 
 class Progress:

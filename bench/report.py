@@ -1,23 +1,28 @@
-"""What a run found, as a table on the terminal, as Markdown and as JSON."""
+"""What a run found: rows and figures, as tables on a terminal and as JSON, of which ``bench.page`` makes a page."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+
+from bench.measure import Spread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from bench.measure import Spread
     from bench.scale import Scale
 
 FOLDER = Path(__file__).resolve().parent / "results"
+RESULTS = FOLDER / "latest.json"
+"""Of the last ``make bench``."""
+PROOF = FOLDER / "proof.json"
+"""Of the last ``make prove``."""
 HEADINGS = ("measured", "value (80 % range)", "ratio (80 % range)", "to", "target", "")
 CPU_FILE = Path("/proc/cpuinfo")
 
@@ -33,20 +38,20 @@ class Row:
     baseline: str = ""
     target: float | None = None
     at_least: bool = False
-    """The target is a lower bound instead of an upper one."""
+    """Whether the target is a lower bound instead of an upper one."""
 
     @property
     def verdict(self) -> str:
         """PASS or MISS, by the median; empty without a target."""
         if self.target is None:
             return ""
-        median = (self.ratio or self.value).median
-        return "PASS" if (median >= self.target if self.at_least else median <= self.target) else "MISS"
+        reached = (self.ratio or self.value).median
+        return "PASS" if (reached >= self.target if self.at_least else reached <= self.target) else "MISS"
 
     def cells(self) -> tuple[str, ...]:
         """Give the texts of the columns."""
         unit = "x" if self.ratio else self.unit
-        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g} {unit}"
+        target = "" if self.target is None else f"{'>=' if self.at_least else '<='} {self.target:g} {unit}".rstrip()
         ratio = _text(self.ratio, "x") if self.ratio else ""
         return self.what, _text(self.value, self.unit), ratio, self.baseline, target, self.verdict
 
@@ -59,18 +64,79 @@ class Row:
             "ratio": _plain(self.ratio) if self.ratio else None,
             "to": self.baseline or None,
             "target": self.target,
-            "target_is": "at least" if self.at_least else "at most",
+            "at_least": self.at_least,
             "verdict": self.verdict or None,
         }
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Self:
+        """Make a row of what ``as_json`` gave."""
+        return cls(
+            plain["measured"],
+            _spread(plain["value"]),
+            plain["unit"],
+            _spread(plain["ratio"]) if plain["ratio"] else None,
+            plain["to"] or "",
+            plain["target"],
+            plain["at_least"],
+        )
+
 
 @dataclass(frozen=True, slots=True)
+class Figure:
+    """What a plot shows: points of named series, as lines, or as groups of bars (then x is the name of a group)."""
+
+    name: str
+    """Of the file."""
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, Sequence[tuple[float | str, float]]]
+    kind: Literal["lines", "bars"] = "lines"
+    log_x: bool = False
+    log_y: bool = False
+
+
+Findings: TypeAlias = "Sequence[Row | Figure]"
+"""What a section gives."""
+
+
+@dataclass(slots=True)
 class Section:
     """What one section found on one server, or why it failed."""
 
     title: str
-    rows: Sequence[Row] = ()
+    how: str = ""
+    """How it is measured."""
+    rows: list[Row] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     failure: str = ""
+
+    def add(self, findings: Findings) -> None:
+        """Take in what was found."""
+        self.rows += [finding for finding in findings if isinstance(finding, Row)]
+        self.figures += [finding for finding in findings if isinstance(finding, Figure)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Give everything as plain values."""
+        return {
+            "title": self.title,
+            "how": self.how,
+            "failure": self.failure or None,
+            "rows": [row.as_json() for row in self.rows],
+            "figures": [asdict(figure) for figure in self.figures],
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Self:
+        """Make a section of what ``as_json`` gave."""
+        return cls(
+            plain["title"],
+            plain["how"],
+            [Row.from_json(row) for row in plain["rows"]],
+            [Figure(**figure) for figure in plain["figures"]],
+            plain["failure"] or "",
+        )
 
 
 @dataclass(slots=True)
@@ -90,8 +156,9 @@ class ServerReport:
 
 
 def _text(spread: Spread, unit: str) -> str:
-    digits = 0 if spread.high >= 1000 else 1 if spread.high >= 100 else 2
-    median = f"{spread.median:,.{digits}f} {unit}"
+    is_count = not unit and spread.median.is_integer()
+    digits = 0 if is_count or spread.high >= 1000 else 1 if spread.high >= 100 else 2
+    median = f"{spread.median:,.{digits}f} {unit}".rstrip()
     if spread.low == spread.high:
         return median
     return f"{median} ({spread.low:,.{digits}f}-{spread.high:,.{digits}f})"
@@ -99,6 +166,10 @@ def _text(spread: Spread, unit: str) -> str:
 
 def _plain(spread: Spread) -> dict[str, float]:
     return {"median": round(spread.median, 4), "p10": round(spread.low, 4), "p90": round(spread.high, 4)}
+
+
+def _spread(plain: Mapping[str, float]) -> Spread:
+    return Spread(plain["median"], plain["p10"], plain["p90"])
 
 
 def machine() -> dict[str, str]:
@@ -142,52 +213,53 @@ def conclusion(reports: Sequence[ServerReport]) -> list[str]:
 def caution(scale: Scale) -> str:
     """Say what the numbers are worth."""
     text = (
-        f"{scale.connections:,} connections, each in a two-player game. Values and ratios are medians of short rounds, "
-        "with the range of the middle 80 %; a ratio compares within one round. Other machines and moments give others."
+        "Values and ratios are medians of short rounds, with the range of the middle 80 %; a ratio compares within one "
+        "round. Other machines and moments give others."
     )
     return text if scale.name == "full" else f"QUICK RUN: the targets are meant for the full run. {text}"
 
 
-def write(reports: Sequence[ServerReport], scale: Scale) -> tuple[Path, Path]:
-    """Write the results as JSON and as Markdown; returns both paths."""
-    facts = machine()
-    FOLDER.mkdir(exist_ok=True)
-    as_json, as_markdown = FOLDER / "latest.json", FOLDER / "latest.md"
+@dataclass(slots=True)
+class Run:
+    """A whole run."""
+
+    caution: str
+    seconds: float
+    machine: Mapping[str, str]
+    servers: Sequence[ServerReport]
+
+
+def text(run: Run) -> str:
+    """Lay a whole run out for a terminal."""
+    lines = []
+    for report in run.servers:
+        lines.append(f"\n=== {report.name}")
+        for section in report.sections:
+            lines.append(f"\n{section.title}")
+            lines += [f"  FAILED  {section.failure}"] if section.failure else [table(section.rows)]
+    return "\n".join([*lines, "", *conclusion(run.servers), run.caution, f"Took {run.seconds:.0f} s"])
+
+
+def write(run: Run, path: Path) -> None:
+    """Write a run as JSON."""
     document = {
-        "scale": scale.name,
-        "connections": scale.connections,
-        "machine": facts,
+        "caution": run.caution,
+        "seconds": round(run.seconds),
+        "machine": run.machine,
         "servers": [
-            {
-                "server": report.name,
-                "sections": [
-                    {
-                        "title": section.title,
-                        "failure": section.failure or None,
-                        "rows": [row.as_json() for row in section.rows],
-                    }
-                    for section in report.sections
-                ],
-            }
-            for report in reports
+            {"server": report.name, "sections": [section.as_json() for section in report.sections]}
+            for report in run.servers
         ],
     }
-    as_json.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    lines = ["# Results of `make bench`", "", caution(scale), ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    for report in reports:
-        lines += ["", f"## {report.name}"]
-        for section in report.sections:
-            lines += ["", f"### {section.title}", ""]
-            if section.failure:
-                lines.append(f"Failed: {section.failure}")
-                continue
-            lines += [_markdown(HEADINGS), _markdown(["---"] * len(HEADINGS))]
-            lines += [_markdown(row.cells()) for row in section.rows]
-    as_markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return as_json, as_markdown
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def read(path: Path) -> Run:
+    """Read a run that ``write`` wrote."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    servers = [
+        ServerReport(server["server"], [Section.from_json(section) for section in server["sections"]])
+        for server in document["servers"]
+    ]
+    return Run(document["caution"], document["seconds"], document["machine"], servers)

@@ -18,6 +18,19 @@ class Scale:
     """Calls of each command in a round."""
     cleanup_rounds: int
     client_rounds: int
+    sizes: tuple[int, ...]
+    """Connections of the crowds that are held against each other, the smallest first."""
+    growth_rounds: int
+    growth_calls: int
+    """Calls of each operation in a round, in each crowd."""
+    growth_cleanups: int
+    throughput_rounds: int
+    throughput_calls: int
+    """Calls of one kind in a round, over all tasks or threads."""
+    storm_operations: int
+    """Of each contender."""
+    register_rounds: int
+    register_operations: int
 
     @property
     def few_connections(self) -> int:
@@ -30,5 +43,37 @@ class Scale:
         return self.connections // 20
 
 
-FULL = Scale("full", connections=200_000, rounds=100, calls=200, cleanup_rounds=5, client_rounds=20)
-QUICK = Scale("quick", connections=20_000, rounds=20, calls=200, cleanup_rounds=3, client_rounds=5)
+FULL = Scale(
+    "full",
+    connections=200_000,
+    rounds=100,
+    calls=200,
+    cleanup_rounds=5,
+    client_rounds=20,
+    sizes=(10_000, 100_000, 1_000_000),
+    growth_rounds=15,
+    growth_calls=100,
+    growth_cleanups=3,
+    throughput_rounds=10,
+    throughput_calls=2_000,
+    storm_operations=100_000,
+    register_rounds=3,
+    register_operations=6_000,
+)
+QUICK = Scale(
+    "quick",
+    connections=20_000,
+    rounds=20,
+    calls=200,
+    cleanup_rounds=3,
+    client_rounds=5,
+    sizes=(1_000, 10_000),
+    growth_rounds=5,
+    growth_calls=50,
+    growth_cleanups=2,
+    throughput_rounds=3,
+    throughput_calls=1_000,
+    storm_operations=6_000,
+    register_rounds=1,
+    register_operations=2_000,
+)

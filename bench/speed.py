@@ -10,17 +10,26 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
-from bench.measure import MeasurementError, Spread, ratios, send, server_time
+from bench.measure import MeasurementError, Spread, ratios, send, server_time, server_times
 from bench.progress import Progress
 from bench.report import Row
 from presence.operations import HEARTBEAT_BATCH_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from bench.measure import CommandTime
     from bench.scale import Scale
     from bench.servers import Server
     from presence.operations import Command, Operation
+
+HOW = """Every operation acts on connections chosen at random among 200,000 that are each in a two-player game (QUICK:
+20,000). Times are the server's own (`INFO commandstats`), so they hold neither the network nor the client. One call
+per round trip, never pipelined: a pipeline of one command keeps a tiny script's code and data in the CPU's caches,
+which the traffic of game servers does not. The commands take turns in short rounds; a ratio compares within a round.
+The rows *the commands within* give the time of the native commands that a script issued, in the very same calls: the
+server counts them in `commandstats` one by one, as if they came from outside, so they meet the same data in the same
+caches; the ratio is the whole script to them, and what is above 1 is Lua's and the answer's."""
 
 Result = TypeVar("Result")
 
@@ -62,6 +71,8 @@ class Rounds:
 
     def __init__(self, population: Population, calls: int) -> None:
         self.costs: defaultdict[str, list[float]] = defaultdict(list)
+        self.commands: defaultdict[str, list[Mapping[str, CommandTime]]] = defaultdict(list)
+        """The same for the commands that each script issued."""
         self._population = population
         self._operations = population.operations
         self._client = population.client
@@ -196,11 +207,12 @@ class Rounds:
         self.costs[name].append(cost)
 
     def _time(self, name: str, operations: Sequence[Operation[Result]], is_right: Callable[[Result], object]) -> None:
-        cost, replies = server_time(self._client, [operation.command() for operation in operations])
-        for operation, reply in zip(operations, replies, strict=True):
+        cost = server_times(self._client, [operation.command() for operation in operations])
+        for operation, reply in zip(operations, cost.replies, strict=True):
             if not is_right(operation.parse(reply)):
                 raise MeasurementError(f"{name} answered {reply!r}, so it did not do what was to be measured")
-        self.costs[name].append(cost)
+        self.costs[name].append(cost.whole)
+        self.commands[name].append(cost.commands)
 
 
 def _is_found(answer: Any) -> bool:
@@ -221,7 +233,17 @@ def measure_speed(server: Server, scale: Scale) -> list[Row]:
 
     costs = rounds.costs
     natives = [Row(name, Spread.of(costs[name]), "µs") for name in (NOTHING, ZADD, ZADD_MANY, HSET)]
-    return natives + [
+    compared = [
         Row(name, Spread.of(costs[name]), "µs", ratios(costs[name], costs[native]), native, target)
         for name, native, target in COMPARED
     ]
+    own = [_beside_own_commands(name, costs[name], rounds.commands[name]) for name, _, _ in COMPARED]
+    return natives + compared + own
+
+
+def _beside_own_commands(name: str, costs: Sequence[float], commands: Sequence[Mapping[str, CommandTime]]) -> Row:
+    """Hold a script against the commands that it issued in the very same calls."""
+    counts = {command.upper(): used.calls for command, used in sorted(commands[-1].items())}
+    listed = ", ".join(command if count == 1 else f"{count:.3g} {command}" for command, count in counts.items())
+    sums = [sum(used.time for used in round_.values()) for round_ in commands]
+    return Row(f"the commands within: {name}", Spread.of(sums), "µs", ratios(costs, sums), listed)

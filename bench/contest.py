@@ -1,0 +1,172 @@
+"""The contenders side by side, in one run on one server: a storm for each, and how many registers a second they do."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.contenders import CONTENDERS
+from bench.crowd import PRESENCE
+from bench.explorer import PAIRS, explore
+from bench.measure import MeasurementError, Spread, ratios
+from bench.progress import Progress
+from bench.report import Figure, Row
+from bench.storm import ALL, register_throughput, run_storm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.report import Findings
+    from bench.scale import Scale
+    from bench.servers import Server
+    from bench.storm import StormResult
+
+HOW_STORM = """The same seeded storm for each contender: many users reconnect many times from four processes of 16
+asyncio tasks each, with late disconnects, joins, leaves, heartbeats and two cleaners. Afterwards every key is read: a
+violation is a broken invariant (a connection that its user's entry does not name, an entry or a game that names what
+is not there, a partial record, …). Every connection that ended must have been reported to exactly one caller: *twice*
+and *never* are counted apart. The recorded history of *presence* (start, end and answer of each call) is checked for
+linearizability, user by user. Latency is the caller's, with two cores for the server and all four processes. Round
+trips are the reads that the server did (`total_reads_processed`), the cleaners' among them, so *plain*'s and the
+others' scans weigh in. The last rows run two registers of one user through every order of their commands (`make prove`
+does it for every pair of operations, and a storm of a million operations)."""
+
+HOW_REGISTERS = """Registers per second, most of which displace an earlier connection, by two processes with so many
+asyncio tasks each, every task on a redis-py connection of its own; the contenders take turns in each round, and the
+ratio compares within the round."""
+
+PROCESSES = 4
+REGISTERING_PROCESSES = 2
+TASKS = (1, 8, 64)
+WANTED = {"plain": 5.0, "transaction": 8.0, "lock": 8.0}
+"""At 64 tasks: how many times a contender's registers presence does."""
+RACE = "register‖register"
+PERCENTILES = (("50 %", "p50"), ("99 %", "p99"), ("99.9 %", "p999"))
+
+
+def measure_storms(server: Server, scale: Scale) -> Findings:
+    """Run a storm for each contender, and the shortest of the races in every order."""
+    progress = Progress("operations of the storms", scale.storm_operations * len(CONTENDERS))
+    results = []
+    with tempfile.TemporaryDirectory(prefix="presence-history-") as folder:
+        for contender in CONTENDERS:
+            record = Path(folder) if contender == PRESENCE else None
+            results.append(
+                run_storm(
+                    contender,
+                    server.url,
+                    operations=scale.storm_operations,
+                    processes=PROCESSES,
+                    record=record,
+                    progress=progress.advance,
+                )
+            )
+    rows = [row for result in results for row in storm_rows(result)]
+    races = [explore(contender, PAIRS[RACE], url=server.url, crashes=False).alive for contender in CONTENDERS]
+    rows += [
+        Row(
+            f"{contender}: orders of {RACE} that end wrong, of {race.schedules}",
+            Spread.exactly(race.wrong),
+            "",
+            target=0 if contender == PRESENCE else None,
+        )
+        for contender, race in zip(CONTENDERS, races, strict=True)
+    ]
+    return [*rows, *_storm_figures(results)]
+
+
+def storm_rows(result: StormResult) -> list[Row]:
+    """Tell of one storm; presence must not break anything."""
+    name, must = result.contender, 0 if result.contender == PRESENCE else None
+    at_all = result.latencies[ALL]
+    counts = {
+        "violations per 10,000 operations": result.violations_per_10_000,
+        "connections reported twice": result.reported_twice,
+        "connections reported never": result.reported_never,
+        "connections reported and still there": result.reported_though_there,
+        "calls that raised": sum(result.errors.values()),
+    }
+    if result.history:
+        of = f"of {result.history.users:,}, {result.history.calls:,} calls"
+        counts[f"users whose history is not linearizable, {of}"] = len(result.history.wrong)
+        counts["users whose history is undecided"] = len(result.history.undecided)
+    rows = [Row(f"{name}: {what}", Spread.exactly(count), "", target=must) for what, count in counts.items()]
+    if must == 0 and not result.history:
+        raise MeasurementError("the history of presence's storm was not checked")
+    rows += [
+        Row(f"{name}: operations, {result.operations:,}", Spread.exactly(result.operations_per_second), "/s"),
+        Row(f"{name}: round trips per operation", Spread.exactly(result.round_trips_per_operation), ""),
+    ]
+    rows += [
+        Row(f"{name}: latency, {label} within", Spread.exactly(getattr(at_all, point)), "ms")
+        for label, point in PERCENTILES
+    ]
+    return rows
+
+
+def _storm_figures(results: Sequence[StormResult]) -> Findings:
+    broken = {
+        "violations": [(each.contender, each.violations_per_10_000) for each in results],
+        "reported twice": [(each.contender, 1e4 * each.reported_twice / each.operations) for each in results],
+        "reported never": [(each.contender, 1e4 * each.reported_never / each.operations) for each in results],
+    }
+    latencies = {
+        each.contender: [(label, getattr(each.latencies[ALL], point)) for label, point in PERCENTILES]
+        for each in results
+    }
+    return [
+        Figure(
+            "violations", "What a storm breaks", "contender", "per 10,000 operations", broken, kind="bars", log_y=True
+        ),
+        Figure(
+            "latency",
+            "Latency in the storm, 64 tasks in 4 processes",
+            "percentile of all operations",
+            "milliseconds at the client",
+            latencies,
+            kind="bars",
+            log_y=True,
+        ),
+    ]
+
+
+def measure_registers(server: Server, scale: Scale) -> Findings:
+    """Measure the registers per second of each contender, with several numbers of tasks."""
+    rates: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+    progress = Progress("measurements of registers", scale.register_rounds * len(TASKS) * len(CONTENDERS))
+    for _ in range(scale.register_rounds):
+        for tasks in TASKS:
+            for contender in CONTENDERS:
+                rate = register_throughput(
+                    contender,
+                    server.url,
+                    processes=REGISTERING_PROCESSES,
+                    tasks=tasks,
+                    operations=scale.register_operations,
+                )
+                rates[contender, tasks].append(rate)
+                progress.advance()
+    rows = []
+    for tasks in TASKS:
+        each = "1 task" if tasks == 1 else f"{tasks} tasks"
+        ours = rates[PRESENCE, tasks]
+        rows += [Row(f"{other}, {each} a process", Spread.of(rates[other, tasks]), "/s") for other in WANTED]
+        rows += [
+            Row(
+                f"presence, {each} a process",
+                Spread.of(ours),
+                "/s",
+                ratios(ours, rates[other, tasks]),
+                other,
+                wanted if tasks == max(TASKS) else None,
+                at_least=True,
+            )
+            for other, wanted in WANTED.items()
+        ]
+    points = {
+        contender: [(tasks, Spread.of(rates[contender, tasks]).median) for tasks in TASKS] for contender in CONTENDERS
+    }
+    title = f"Registers by {REGISTERING_PROCESSES} processes"
+    return [*rows, Figure("registers", title, "tasks of each process", "registers per second", points, log_x=True)]

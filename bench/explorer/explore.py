@@ -1,0 +1,348 @@
+"""Explores the schedules of a pair, checks what each led to, and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import multiprocessing
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+from bench.contenders import CONTENDERS, kind_of, violations
+from bench.explorer.gate import readable
+from bench.explorer.pairs import PAIRS, Outcome, serial_outcomes
+from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
+from bench.explorer.stage import Crash, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from bench.explorer.pairs import Pair
+    from bench.explorer.schedules import Schedule
+    from bench.explorer.stage import Run
+
+LIMIT = 20_000
+SEED = "2026"
+PROBES, PROBES_OF_A_CRASH = 100, 10
+"""Schedules that are drawn to estimate how many there are, where that cannot be told before."""
+UNSURE = 1.5
+"""How far such an estimate may be off: up to this many times the limit all schedules are tried first."""
+FEWEST_OF_A_CRASH = 10
+RUNS_PER_SCHEDULE = 2
+"""How many runs may be made for each schedule that is wanted, since some repeat one or are none of the wanted kind."""
+
+WRONG_ANSWERS = "answers of no serial order"
+WRONG_END = "end state of no serial order"
+"""Where all invariants hold and the answers would be right."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Schedules that were run, and what was wrong in them."""
+
+    schedules: int = 0
+    of: int = 0
+    """How many there are; about, where not all were run."""
+    is_complete: bool = True
+    wrong: int = 0
+    """With anything wrong."""
+    with_violations: int = 0
+    """That left the keyspace inconsistent."""
+    with_wrong_answers: int = 0
+    """Whose answers no serial order gives."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """What was wrong: in how many schedules."""
+    example: str = ""
+    """One that was wrong, with the fewest turns between the callers, step by step."""
+    turns: float = math.inf
+
+    def add(self, pair: Pair, run: Run, outcomes: list[Outcome], crash: Crash | None) -> None:
+        """Check what a schedule led to, and count it."""
+        self.schedules += 1
+        broken = violations(run.state)
+        outcome = Outcome.of(run.answers, run.state)
+        kinds = {kind_of(violation) for violation in broken}
+        self.with_violations += bool(broken)
+        if all(outcome.answers != serial.answers for serial in outcomes):
+            self.with_wrong_answers += 1
+            kinds.add(WRONG_ANSWERS)
+        elif not broken and outcome not in outcomes:
+            kinds.add(WRONG_END)
+        if not kinds:
+            return
+        self.wrong += 1
+        self.kinds.update(kinds)
+        turns = sum(one != other for one, other in zip(run.schedule, run.schedule[1:], strict=False))
+        if turns < self.turns:
+            self.turns = turns
+            self.example = "\n".join(_tell(pair, run, broken, kinds, crash))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give what a report keeps, ready for JSON."""
+        return {
+            "schedules": self.schedules,
+            "of": self.of,
+            "is_complete": self.is_complete,
+            "wrong": self.wrong,
+            "with_violations": self.with_violations,
+            "with_wrong_answers": self.with_wrong_answers,
+            "kinds": dict(self.kinds),
+            "example": self.example,
+        }
+
+    def __add__(self, other: Tally) -> Tally:
+        first = min(self, other, key=lambda tally: tally.turns)
+        return Tally(
+            self.schedules + other.schedules,
+            self.of + other.of,
+            self.is_complete and other.is_complete,
+            self.wrong + other.wrong,
+            self.with_violations + other.with_violations,
+            self.with_wrong_answers + other.with_wrong_answers,
+            self.kinds + other.kinds,
+            first.example,
+            first.turns,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the schedules of one pair of one contender led to: with all callers alive, and with one that dies."""
+
+    contender: str
+    pair: str
+    alive: Tally
+    crashed: Tally
+
+    @property
+    def wrong(self) -> int:
+        """Schedules with anything wrong."""
+        return self.alive.wrong + self.crashed.wrong
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give what a report keeps, ready for JSON."""
+        return {
+            "contender": self.contender,
+            "pair": self.pair,
+            "alive": self.alive.as_dict(),
+            "crashed": self.crashed.as_dict(),
+        }
+
+
+def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str], crash: Crash | None) -> Iterator[str]:
+    """Tell a schedule step by step, what it answered and what is wrong."""
+    names = [f"{chr(ord('A') + index)} {call}" for index, call in enumerate(pair.calls)]
+    yield f"before: {', '.join(map(str, pair.set_up)) or 'nothing'}"
+    width = max(map(len, names))
+    for index, written in zip(run.schedule, run.written, strict=True):
+        yield f"  {names[index]:<{width}}  {readable(written)}"
+    for index, (name, answer) in enumerate(zip(names, run.answers, strict=True)):
+        is_dead = crash is not None and crash.index == index
+        yield f"{name} " + (f"died after step {crash.after_steps}" if crash and is_dead else f"answered {answer!r}")
+    yield from (f"wrong: {violation}" for violation in broken)
+    yield from (f"wrong: {kind}" for kind in sorted(kinds & {WRONG_ANSWERS, WRONG_END}))
+    if WRONG_END in kinds:
+        yield f"  {run.state}"
+
+
+def multinomial(steps: Sequence[int]) -> int:
+    """Count the orders in which callers can make so many steps each."""
+    return math.factorial(sum(steps)) // math.prod(map(math.factorial, steps))
+
+
+class _Explorer:
+    """Explores one pair on its stage."""
+
+    def __init__(self, stage: Stage, limit: int, seed: str, progress: Callable[[], None]) -> None:
+        self._stage = stage
+        self._limit = limit
+        self._seed = seed
+        self._progress = progress
+        self._orders = list(permutations(range(len(stage.pair.calls))))
+        self._most_steps = [0] * len(stage.pair.calls)
+
+    async def explore(self, crashes: bool) -> tuple[Tally, Tally]:
+        """Run the schedules in which all live, and then those in which one dies."""
+        for order in self._orders:
+            await self._run(InOrder(order), None)
+        alive = await self._tally(None, (await self._estimate([None], min(PROBES, self._limit)))[0], self._limit)
+        if not crashes:
+            return alive, Tally()
+        points = [
+            Crash(index, after_steps)
+            for index, most_steps in enumerate(self._most_steps)
+            for after_steps in range(1, most_steps + 1)
+        ]
+        estimates = await self._estimate(points, PROBES_OF_A_CRASH)
+        share = self._limit / max(sum(estimates), 1)
+        crashed = Tally()
+        for crash, estimate in zip(points, estimates, strict=True):
+            # Where all of them are too many, each point is sampled in proportion.
+            is_affordable = share > 1 / UNSURE
+            limit = self._limit if is_affordable else max(round(estimate * share), FEWEST_OF_A_CRASH)
+            crashed += await self._tally(crash, estimate, limit)
+        return alive, crashed
+
+    async def _run(self, chooser: InOrder | AtRandom | DepthFirst, crash: Crash | None) -> Run | None:
+        run = await self._stage.run(chooser, crash)
+        if run:
+            for index, most_steps in enumerate(self._most_steps):
+                self._most_steps[index] = max(most_steps, run.steps_of(index))
+        return run
+
+    def _expected_steps(self, crash: Crash | None) -> list[int]:
+        expected = list(self._most_steps)
+        if crash:
+            expected[crash.index] = crash.after_steps
+        return expected
+
+    def _at_random(self, crash: Crash | None) -> AtRandom:
+        return AtRandom(self._expected_steps(crash), f"{self._seed} {crash}")
+
+    async def _estimate(self, points: Sequence[Crash | None], probes: int) -> list[int]:
+        """Tell about how many schedules each point has; exactly enough to decide whether all of them can be run.
+
+        If every caller always took as many steps as it can, there would be so many as the multinomial says. That is
+        often far too many, since a caller that takes many steps leaves the others few; then some are drawn.
+        """
+        most = [multinomial(self._expected_steps(crash)) for crash in points]
+        if sum(most) <= self._limit:
+            return most
+        return [await self._draw_estimate(crash, probes) for crash in points]
+
+    async def _draw_estimate(self, crash: Crash | None, probes: int) -> int:
+        chooser = self._at_random(crash)
+        total = 0.0
+        for _ in range(probes):
+            chooser.next_run()
+            if await self._run(chooser, crash):
+                total += 1 / chooser.probability
+        return round(total / probes)
+
+    async def _tally(self, crash: Crash | None, estimate: int, limit: int) -> Tally:
+        outcomes = serial_outcomes(self._stage.pair, crash.index if crash else None)
+        if estimate <= limit * UNSURE:
+            tally = await self._tally_all(crash, outcomes, limit)
+            if tally:
+                return tally
+        return await self._tally_sample(crash, outcomes, limit)
+
+    async def _tally_all(self, crash: Crash | None, outcomes: list[Outcome], limit: int) -> Tally | None:
+        """Run every schedule; give None when there are more than the limit."""
+        tally = Tally()
+        chooser = DepthFirst()
+        runs = 0
+        while not chooser.is_exhausted:
+            # Those in which the call that was to die ended before are no schedules of this point, but take as long.
+            if tally.schedules > limit or runs > RUNS_PER_SCHEDULE * limit:
+                return None
+            run = await self._run(chooser, crash)
+            runs += 1
+            if run:
+                tally.add(self._stage.pair, run, outcomes, crash)
+                self._progress()
+            chooser.next_run()
+        tally.of = tally.schedules
+        return tally
+
+    async def _tally_sample(self, crash: Crash | None, outcomes: list[Outcome], limit: int) -> Tally:
+        """Run the serial orders, and different schedules that are drawn."""
+        tally = Tally(is_complete=False)
+        seen: set[Schedule] = set()
+
+        def add(run: Run | None) -> None:
+            if run and run.schedule not in seen:
+                seen.add(run.schedule)
+                tally.add(self._stage.pair, run, outcomes, crash)
+                self._progress()
+
+        for order in self._orders:
+            add(await self._run(InOrder(order), crash))
+        chooser = self._at_random(crash)
+        draws, total = 0, 0.0
+        while len(seen) < limit and draws < RUNS_PER_SCHEDULE * limit:
+            chooser.next_run()
+            run = await self._run(chooser, crash)
+            draws += 1
+            total += 1 / chooser.probability if run else 0
+            add(run)
+        tally.of = max(round(total / max(draws, 1)), tally.schedules)
+        return tally
+
+
+def explore(
+    contender: str,
+    pair: Pair,
+    *,
+    url: str,
+    limit: int = LIMIT,
+    seed: str = SEED,
+    crashes: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> Result:
+    """Run a pair of operations of a contender through all schedules, or a sample where there are more than the limit.
+
+    Args:
+        contender: its name in ``CONTENDERS``.
+        pair: the operations, and what was there before.
+        url: a server's; only the keys of a namespace of its own are touched.
+        limit: schedules to run at most with all callers alive, and about as many again in which one of them dies.
+        seed: of the samples.
+        crashes: whether to run also the schedules in which one of the callers dies after each of its steps.
+        progress: called for each schedule.
+
+    Returns:
+        What was wrong, and in how many schedules.
+
+    """
+
+    async def run() -> Result:
+        async with Stage(url, CONTENDERS[contender], pair) as stage:
+            explorer = _Explorer(stage, limit, f"{seed} {contender} {pair.name}", progress)
+            return Result(contender, pair.name, *await explorer.explore(crashes))
+
+    return asyncio.run(run())
+
+
+def measure_interleavings(
+    url: str,
+    *,
+    contenders: Collection[str] = tuple(CONTENDERS),
+    pairs: Collection[str] = tuple(PAIRS),
+    limit: int = LIMIT,
+    seed: str = SEED,
+    processes: int = os.cpu_count() or 1,
+    progress: Callable[[Result], None] = lambda _: None,
+) -> list[Result]:
+    """Explore pairs of contenders in several processes.
+
+    Args:
+        url: a server's, reachable for all of them.
+        contenders: their names.
+        pairs: their names.
+        limit: see ``explore``.
+        seed: see ``explore``.
+        processes: how many explore at a time.
+        progress: called with each result as it comes.
+
+    Returns:
+        The results in the order of the contenders and of the pairs.
+
+    """
+    results = {}
+    # A forked child would share the parent's sockets.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as executor:
+        futures = {
+            executor.submit(explore, contender, PAIRS[pair], url=url, limit=limit, seed=seed): (contender, pair)
+            for contender in contenders
+            for pair in pairs
+        }
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            progress(future.result())
+    return [results[contender, pair] for contender in contenders for pair in pairs]

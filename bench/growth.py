@@ -1,0 +1,372 @@
+"""What the operations cost among ten thousand, a hundred thousand and a million connections, here and in *plain*.
+
+Every crowd has a database of its own on one server. They take turns, operation by operation, so that a noisy moment
+meets all of them; a ratio compares measurements that were made within a few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections import defaultdict
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import redis.asyncio
+
+import presence
+from bench.contenders import CONTENDERS
+from bench.crowd import PATIENCE_SECONDS, PLAIN, PRESENCE, Crowd
+from bench.fill import NAMESPACE, load_scripts, server_ms
+from bench.measure import MeasurementError, Spread, command_stats, difference, ratios, used_memory
+from bench.progress import Progress
+from bench.report import Figure, Row
+from bench.slowlog import SlowScripts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from bench.report import Findings
+    from bench.scale import Scale
+    from bench.servers import Server
+
+HOW = """Crowds of *plain* and of *presence* (40 % of each in two-player games, 10 % in rooms of 10, 10 % in rooms of
+100, 40 % in rooms of 1,000), each in a database of its own on one server, written by pipelines and then measured
+through the contenders' own asyncio methods: one call at a time, one command or script per round trip, on connections
+and rooms chosen at random, in short rounds in which all crowds take turns operation by operation. So the caches are as
+cold as the crowd is large. *Server time* is the server's own account (`INFO commandstats`): of the script, or of all
+commands that *plain* needed; it leaves out what the server spends on reading and answering each command, so it
+flatters *plain*. *Time at the client* is what the caller waits for. Memory is the difference in `used_memory` before
+and after a crowd was written, without the answers that are kept for a minute. For a cleanup, 1 % of a crowd chosen at
+random fell silent; *plain*'s runs once, since it takes minutes. The growth of every operation is held against the
+smallest crowd, within one round. The longest script is found in `SLOWLOG`, over everything that this section ran after
+the crowds were written; its strict maximum holds the time for which the server waited for a CPU, so the usual maximum
+of a round stands beside it."""
+
+GROWTH_RATIO = 1.6
+PLAIN_RATIO = 20
+CALLS = {2: 100, 10: 40, 100: 10, 1_000: 2}
+"""Snapshots in a round, by the members of the room."""
+STALE_SHARE = 0.01
+SILENT_SECONDS = 3.0
+"""How much longer than all others the silent ones were silent: more than a cleanup takes."""
+PLAIN_SILENT_SECONDS, PLAIN_THRESHOLD_SECONDS = 20_000, 10_000
+"""*plain*'s silent ones get an older time: older than a whole run takes."""
+COMPARED_ROOM = 100
+
+COUNT = "count of all connections"
+CLEANUP = "cleanup, for each removed"
+FIRST, DISPLACING = "register, first of its user", "register, displacing one in a game"
+PLOTTED = ("heartbeat", FIRST, DISPLACING, "join a game", "is_user_online", COUNT, CLEANUP)
+
+
+def snapshot(members: int) -> str:
+    """Name the snapshot of a room."""
+    return f"snapshot of a room of {members:,}"
+
+
+class Sample(NamedTuple):
+    """What a call cost on average in one round, in microseconds."""
+
+    server: float
+    client: float
+
+
+class Measured:
+    """One crowd, a contender that acts on it, and what its calls cost."""
+
+    def __init__(self, crowd: Crowd, server: Server, calls: int) -> None:
+        self.crowd = crowd
+        self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
+        self.bytes_per_connection = 0.0
+        self._server = server
+        self._calls = calls
+        self._blocking = crowd.connect()
+        self._client: Any = redis.asyncio.Redis.from_url(
+            crowd.url, decode_responses=True, socket_timeout=PATIENCE_SECONDS
+        )
+        self.contender = CONTENDERS[crowd.contender](self._client, NAMESPACE)
+        self._manager = presence.ConnectionManager(self._client, namespace=NAMESPACE)
+
+    async def aclose(self) -> None:
+        """Close the clients."""
+        await self.contender.aclose()
+        await self._manager.aclose()
+        await self._client.aclose()
+        self._blocking.close()
+
+    def fill(self) -> None:
+        """Make the crowd, and see what memory it takes."""
+        before = used_memory(self._server.client)
+        self.crowd.fill()
+        self.bytes_per_connection = (used_memory(self._server.client) - before) / self.crowd.size
+
+    async def _time(
+        self, name: str, calls: Sequence[Awaitable[Any]], is_right: Callable[[Any], object], parts: int = 1
+    ) -> None:
+        """Await calls one by one; ``parts`` is what each is made of, where that is counted instead of the call."""
+        before = command_stats(self._server.client)
+        start = perf_counter()
+        answers = [await call for call in calls]
+        seconds = perf_counter() - start
+        used = difference(before, command_stats(self._server.client))
+        for answer in answers:
+            if not is_right(answer):
+                raise MeasurementError(f"{name} of {self.crowd.contender} answered {answer!r:.200}, which is wrong")
+        # A script's time holds that of its commands.
+        server = used["evalsha"].time if self.crowd.contender == PRESENCE else sum(each.time for each in used.values())
+        parts *= len(calls)
+        self.samples[name].append(Sample(server / parts, seconds * 1e6 / parts))
+
+    async def beat(self) -> None:
+        """Measure heartbeats."""
+        sids = [self.crowd.sid(number) for number in self.crowd.sample(self._calls)]
+        await self._time("heartbeat", [self.contender.heartbeat(sid) for sid in sids], bool)
+
+    async def register(self) -> None:
+        """Measure registers of new users, who go again."""
+        newcomers = [f"{random.getrandbits(90):030x}" for _ in range(self._calls)]
+        calls = [self.contender.register(sid, f"guest-{sid}") for sid in newcomers]
+        await self._time(FIRST, calls, lambda displaced: not displaced)
+        await self._time("unregister one in no game", [self.contender.unregister(sid) for sid in newcomers], bool)
+
+    async def displace(self) -> None:
+        """Measure registers of users who are there, and how they join their game again."""
+        returning = self.crowd.sample(self._calls, members=2)
+        earlier = [self.crowd.sid(number) for number in returning]
+        calls = [
+            self.contender.register(self.crowd.change_sid(number), self.crowd.user_id(number)) for number in returning
+        ]
+        expected = iter(earlier)
+        await self._time(DISPLACING, calls, lambda displaced: displaced == [next(expected)])
+        await self._time("join a game", self._joins(returning), lambda answer: answer == (True, None))
+
+    def _joins(self, numbers: Sequence[int]) -> list[Awaitable[Any]]:
+        return [self.contender.join(self.crowd.sid(number), self.crowd.game_id(number)) for number in numbers]
+
+    async def leave(self) -> None:
+        """Measure leaves."""
+        leaving = self.crowd.sample(self._calls, members=2)
+        calls = [self.contender.leave(self.crowd.sid(number)) for number in leaving]
+        await self._time("leave a game", calls, bool)
+        for join in self._joins(leaving):
+            await join
+
+    async def unregister(self) -> None:
+        """Measure the removal of connections in a game, which come back."""
+        going = self.crowd.sample(self._calls, members=2)
+        calls = [self.contender.unregister(self.crowd.sid(number)) for number in going]
+        await self._time("unregister one in a game", calls, bool)
+        self.crowd.add(self._blocking, going)
+
+    async def read(self) -> None:
+        """Measure what both contenders can be asked."""
+        users = [self.crowd.user_id(number) for number in self.crowd.sample(self._calls)]
+        calls = [self.contender.is_online(user) for user in users]
+        await self._time("is_user_online", calls, lambda answer: isinstance(answer, bool))
+        for members in self.crowd.rooms:
+            await self._read_room(snapshot(members), members, self.contender.get_game, len)
+
+    async def read_more(self) -> None:
+        """Measure the other reads of this library."""
+        if self.crowd.contender != PRESENCE:
+            return
+        manager, crowd = self._manager, self.crowd
+        numbers = crowd.sample(self._calls)
+        await self._time("get_connection", [manager.get_connection(crowd.sid(number)) for number in numbers], bool)
+        numbers = crowd.sample(self._calls)
+        reads = [manager.get_user_connection(crowd.user_id(number)) for number in numbers]
+        await self._time("get_user_connection", reads, bool)
+        for members in crowd.rooms:
+            await self._read_room(f"count of a room of {members:,}", members, manager.get_game_connection_count, int)
+        await self.count(self._calls)
+
+    async def _read_room(
+        self, name: str, members: int, read: Callable[[str], Awaitable[Any]], count: Callable[[Any], int]
+    ) -> None:
+        games = [self.crowd.game_id(number) for number in self.crowd.sample(CALLS[members], members)]
+        await self._time(name, [read(game) for game in games], lambda answer: count(answer) == members)
+
+    async def count(self, calls: int = 1) -> None:
+        """Measure the count of all connections."""
+        counts = [self.contender.count() for _ in range(calls)]
+        await self._time(COUNT, counts, lambda count: count == self.crowd.size)
+
+    def fall_silent(self) -> list[int]:
+        """Let 1 % of the crowd fall silent, while all others go on."""
+        stale = self.crowd.sample(round(self.crowd.size * STALE_SHARE))
+        self.crowd.leave_behind(stale, self._blocking, PLAIN_SILENT_SECONDS)
+        return stale
+
+    async def clean_up(self, stale: Sequence[int], silent_since_ms: int) -> None:
+        """Measure the cleanup of the silent ones, who come back."""
+        threshold: float = PLAIN_THRESHOLD_SECONDS
+        if self.crowd.contender == PRESENCE:
+            threshold = (server_ms(self._blocking) - silent_since_ms) / 1000
+        expected = {self.crowd.sid(number) for number in stale}
+        cleanup = self.contender.cleanup(threshold)
+        await self._time(CLEANUP, [cleanup], lambda removed: {*removed} == expected, parts=len(stale))
+        self.crowd.add(self._blocking, stale)
+
+
+def measure_growth(server: Server, scale: Scale) -> Findings:
+    """Measure crowds of all sizes."""
+    kinds = itertools.product((PLAIN, PRESENCE), scale.sizes)
+    crowds = [Crowd(contender, server.url, database, size) for database, (contender, size) in enumerate(kinds)]
+    load_scripts(server.client)
+    with SlowScripts(server.client) as slow_scripts:
+        measured = asyncio.run(_measure(server, scale, crowds, slow_scripts))
+    plain = {each.crowd.size: each for each in measured if each.crowd.contender == PLAIN}
+    ours = {each.crowd.size: each for each in measured if each.crowd.contender == PRESENCE}
+    return [
+        *_memory(plain, ours),
+        *_growth(ours),
+        *_beside_plain(plain, ours),
+        *slow_scripts.rows(),
+    ]
+
+
+async def _measure(server: Server, scale: Scale, crowds: Sequence[Crowd], slow_scripts: SlowScripts) -> list[Measured]:
+    measured = [Measured(crowd, server, scale.growth_calls) for crowd in crowds]
+    try:
+        for each in measured:
+            each.fill()
+        slow_scripts.skip()
+        steps = (
+            Measured.beat,
+            Measured.register,
+            Measured.displace,
+            Measured.leave,
+            Measured.unregister,
+            Measured.read,
+            Measured.read_more,
+        )
+        progress = Progress(
+            f"rounds of {scale.growth_calls} calls of each operation in every crowd", scale.growth_rounds
+        )
+        for _ in range(scale.growth_rounds):
+            for step in steps:
+                for each in measured:
+                    await step(each)
+            slow_scripts.look()
+            progress.advance()
+        await _clean_up(server, scale, measured, slow_scripts)
+    finally:
+        for each in measured:
+            await each.aclose()
+    return measured
+
+
+async def _clean_up(server: Server, scale: Scale, measured: Sequence[Measured], slow_scripts: SlowScripts) -> None:
+    ours = [each for each in measured if each.crowd.contender == PRESENCE]
+    plain = [each for each in measured if each.crowd.contender == PLAIN]
+    progress = Progress("cleanups and counts of all crowds", scale.growth_cleanups + len(plain))
+    for _ in range(scale.growth_cleanups):
+        silent_since_ms = server_ms(server.client)
+        await asyncio.sleep(SILENT_SECONDS)
+        silent = [each.fall_silent() for each in ours]
+        for each, stale in zip(ours, silent, strict=True):
+            await each.clean_up(stale, silent_since_ms)
+        slow_scripts.look()
+        progress.advance()
+    for each in plain:
+        await each.count()
+        await each.clean_up(each.fall_silent(), 0)
+        progress.advance()
+
+
+BySize = dict[int, Measured]
+
+
+def _memory(plain: BySize, ours: BySize) -> Findings:
+    rows = [
+        Row(
+            f"memory of a connection among {size:,}, {each.crowd.contender}",
+            Spread.exactly(each.bytes_per_connection),
+            "bytes",
+        )
+        for size in ours
+        for each in (ours[size], plain[size])
+    ]
+    series = {
+        name: [(f"{size:,}", each.bytes_per_connection) for size, each in crowds.items()]
+        for name, crowds in ((PLAIN, plain), (PRESENCE, ours))
+    }
+    return [*rows, Figure("memory", "Memory by size", "connections", "bytes for each connection", series, "bars")]
+
+
+def _server(each: Measured, name: str) -> list[float]:
+    return [sample.server for sample in each.samples[name]]
+
+
+def _client(each: Measured, name: str) -> list[float]:
+    return [sample.client for sample in each.samples[name]]
+
+
+def _growth(ours: BySize) -> Findings:
+    """Give the server time of every operation at every size, beside the smallest size in the same round."""
+    smallest, *larger = ours
+    rows = []
+    for name in ours[smallest].samples:
+        base = _server(ours[smallest], name)
+        rows.append(Row(f"{name}, among {smallest:,}", Spread.of(base), "µs"))
+        for size in larger:
+            costs = _server(ours[size], name)
+            target = GROWTH_RATIO if size == larger[-1] else None
+            row = Row(f"{name}, among {size:,}", Spread.of(costs), "µs", ratios(costs, base), f"{smallest:,}", target)
+            rows.append(row)
+    points = {name: [(size, Spread.of(_server(each, name)).median) for size, each in ours.items()] for name in PLOTTED}
+    rooms = {
+        name: [(size, Spread.of(_server(each, name)).median) for size, each in ours.items() if name in each.samples]
+        for name in map(snapshot, sorted(ours[larger[-1]].crowd.rooms))
+    }
+    title, x_label, y_label = "Server time by size, presence", "connections", "µs inside the server"
+    return [
+        *rows,
+        Figure("server-time", title, x_label, y_label, points, log_x=True),
+        Figure("snapshots", f"{title}: snapshots", x_label, y_label, rooms, log_x=True, log_y=True),
+    ]
+
+
+def _beside_plain(plain: BySize, ours: BySize) -> Findings:
+    """Hold *plain* against *presence* in the largest crowd, and the cleanup in every one."""
+    largest = max(ours)
+    rows = []
+    for name in plain[largest].samples:
+        if name in (CLEANUP, COUNT):
+            continue
+        target = PLAIN_RATIO if name == snapshot(COMPARED_ROOM) else None
+        rows += _comparison(name, plain[largest], ours[largest], target)
+    for size in ours:
+        rows += _comparison(COUNT, plain[size], ours[size], None)
+        rows += _comparison(CLEANUP, plain[size], ours[size], PLAIN_RATIO if size == largest else None)
+    cleanups = {
+        name: [
+            (size, Spread.of(_client(each, CLEANUP)).median * size * STALE_SHARE / 1e6) for size, each in crowds.items()
+        ]
+        for name, crowds in ((PLAIN, plain), (PRESENCE, ours))
+    }
+    rooms = {
+        name: [(members, Spread.of(_client(each, snapshot(members))).median) for members in sorted(each.crowd.rooms)]
+        for name, each in ((PLAIN, plain[largest]), (PRESENCE, ours[largest]))
+    }
+    cleanup_title = "A cleanup of the silent 1 %"
+    snapshot_title = f"A snapshot of a room, among {largest:,} connections"
+    return [
+        *rows,
+        Figure("cleanup", cleanup_title, "connections", "seconds at the client", cleanups, log_x=True, log_y=True),
+        Figure("rooms", snapshot_title, "members of the room", "µs at the client", rooms, log_x=True, log_y=True),
+    ]
+
+
+def _comparison(name: str, plain: Measured, ours: Measured, target: float | None) -> list[Row]:
+    rows = []
+    for where, read in (("at the client", _client), ("server time", _server)):
+        costs, bases = read(plain, name), read(ours, name)
+        if len(costs) != len(bases):  # plain's cleanup and count ran once
+            bases = [Spread.of(bases).median] * len(costs)
+        what = f"plain: {name}, among {plain.crowd.size:,}, {where}"
+        bound = target if where == "at the client" else None
+        rows.append(Row(what, Spread.of(costs), "µs", ratios(costs, bases), "presence", bound, at_least=True))
+    return rows

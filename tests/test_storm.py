@@ -1,0 +1,195 @@
+"""The storm: presence comes through it whole, and the same checks see what it does to plain commands."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import redis
+
+from bench import storm
+from bench.history import REGISTER, check_history
+from bench.storm import StormError, StormResult, register_throughput, run_storm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.server import LocalServer
+
+OPERATIONS = 8_000
+USERS = 40
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+class Storm(NamedTuple):
+    result: StormResult
+    record: Path
+    progress: list[int]
+
+
+@pytest.fixture(scope="module")
+def presence_storm(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Storm:
+    record = tmp_path_factory.mktemp("history")
+    progress: list[int] = []
+    result = run_storm(
+        "presence",
+        server_url,
+        operations=OPERATIONS,
+        processes=4,
+        tasks=8,
+        users=USERS,
+        record=record,
+        progress=progress.append,
+    )
+    return Storm(result, record, progress)
+
+
+def test_presence_comes_through_a_storm_whole(presence_storm: Storm) -> None:
+    result = presence_storm.result
+    assert result.examples == []
+    assert result.history is not None
+    assert result.history.wrong == []
+    assert result.faults() == []
+
+
+def test_every_way_to_end_a_connection_was_met_and_calls_of_a_user_overlapped(presence_storm: Storm) -> None:
+    result, history = presence_storm.result, presence_storm.result.history
+    assert min(result.displaced, result.unregistered, result.cleaned_up) > result.registered // 100
+    assert result.registered == result.displaced + result.unregistered + result.cleaned_up + result.remaining
+    assert history is not None
+    assert history.users == USERS
+    # Every operation, a line for each connection that was cleaned up, and the last read of each user.
+    assert history.calls == OPERATIONS + result.cleaned_up + USERS
+    assert history.overlapping > OPERATIONS // 10
+
+
+def test_the_result_tells_what_was_measured_and_can_be_written_as_json(presence_storm: Storm) -> None:
+    result = presence_storm.result
+    assert result.operations == sum(presence_storm.progress) == OPERATIONS
+    assert result.operations_per_second == OPERATIONS / result.seconds
+    every = result.latencies[storm.ALL]
+    assert every.calls == OPERATIONS
+    assert 0 < every.p50 <= every.p99 <= every.p999 < 1000 * result.seconds
+    assert json.loads(json.dumps(asdict(result)))["latencies"][REGISTER]["calls"] == result.registered
+
+
+def test_one_displaced_connection_that_is_taken_out_of_the_history_is_missed(
+    presence_storm: Storm, tmp_path: Path
+) -> None:
+    edited = None
+    for file in sorted(presence_storm.record.iterdir()):
+        lines = file.read_text().splitlines()
+        for number, line in enumerate(lines):
+            start, end, operation, user_id, sid, game_id, answer = json.loads(line)
+            if edited is None and operation == REGISTER and answer:
+                edited = user_id
+                lines[number] = json.dumps([start, end, operation, user_id, sid, game_id, []])
+        (tmp_path / file.name).write_text("\n".join(lines) + "\n")
+
+    (wrong,) = check_history(tmp_path, processes=2).wrong
+    assert wrong.startswith(f"user {edited!r}")
+
+
+def test_the_checks_see_what_a_storm_does_to_plain_commands(server_url: str, tmp_path: Path) -> None:
+    result = run_storm("plain", server_url, operations=4_000, processes=4, tasks=8, users=USERS, record=tmp_path)
+    assert result.violations > 0
+    # The cleaners find the orphans in time, but nobody ever takes a stray member out of a game.
+    assert result.violations_by_kind["stray member"] > 0
+    assert result.violations_per_10_000 == result.violations / 4_000 * 10_000
+    assert result.reported_twice > 0
+    assert result.history is not None
+    assert result.history.wrong
+    assert result.round_trips_per_operation > 2
+
+
+def test_a_storm_leaves_no_keys_and_a_calm_is_none(server_url: str, client: redis.Redis) -> None:
+    before = client.dbsize()
+    with pytest.raises(StormError, match="only 0 were"):
+        run_storm("presence", server_url, operations=4, processes=2, tasks=1)
+    assert client.dbsize() == before
+
+
+@pytest.fixture
+def admin(own_server: LocalServer) -> Iterator[redis.Redis]:
+    """A client of a server of the test's own, on which the storm's user may do what the test allows."""
+    with redis.Redis.from_url(own_server.url) as client:
+        client.acl_setuser("storm", enabled=True, passwords="+secret", commands=["+@all"], keys="*")
+        yield client
+
+
+@pytest.fixture
+def storm_url(own_server: LocalServer) -> str:
+    return own_server.url.replace("//", "//storm:secret@")
+
+
+def test_calls_that_raise_are_counted(admin: redis.Redis, storm_url: str) -> None:
+    admin.execute_command("ACL", "SETUSER", "storm", "-exists")
+    result = run_storm("plain", storm_url, operations=1_000, processes=2, tasks=4, users=USERS)
+    assert list(result.errors) == ["heartbeat: NoPermissionError"]
+    assert result.operations == 1_000 == result.latencies[storm.ALL].calls + sum(result.errors.values())
+    assert any("raised" in fault for fault in result.faults())
+
+
+def test_a_cleanup_that_raises_may_have_removed_anything(admin: redis.Redis, storm_url: str, tmp_path: Path) -> None:
+    operations = 6_000
+    done = 0
+
+    def forbid_cleanups_for_a_while(count: int) -> None:
+        nonlocal done
+        rule = "-scan" if done == 0 < count else "+scan"
+        done += count
+        admin.execute_command("ACL", "SETUSER", "storm", rule)
+
+    result = run_storm(
+        "transaction",
+        storm_url,
+        operations=operations,
+        processes=2,
+        tasks=4,
+        users=USERS,
+        record=tmp_path,
+        progress=forbid_cleanups_for_a_while,
+    )
+    assert list(result.errors) == ["clean_up: NoPermissionError"]
+    assert result.operations == operations
+    history, lost = result.history, result.errors["clean_up: NoPermissionError"]
+    assert history is not None
+    assert history.calls == operations + result.cleaned_up + USERS + lost * USERS
+    assert history.wrong == []
+
+
+def test_a_process_that_fails_ends_the_storm_and_the_other_processes(server_url: str) -> None:
+    with pytest.raises(StormError, match="died"):
+        run_storm("nobody", server_url, operations=1_000, processes=4)
+
+
+def test_a_storm_ends_at_its_time_limit(server_url: str) -> None:
+    result = run_storm("presence", server_url, operations=10**9, processes=2, tasks=8, users=10, limit_seconds=1)
+    assert 0 < result.operations < 10**9
+    assert result.faults() == []
+
+
+def test_register_throughput_counts_the_registers_of_all_processes(server_url: str, client: redis.Redis) -> None:
+    before = client.dbsize()
+    assert register_throughput("presence", server_url, processes=2, tasks=4, operations=400) > 0
+    assert client.dbsize() == before
+
+
+def test_the_command_prints_a_table_and_ends_with_0_where_presence_breaks_nothing(own_server: LocalServer) -> None:
+    command = [sys.executable, "-m", "bench.storm", "--contender", "presence", "--operations", "2000", "--users", "20"]
+    environment = os.environ | {"PRESENCE_REDIS_URL": own_server.url}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[:2] == ["presence", "2,000"]
