@@ -899,12 +899,22 @@ def _text_or_none(reply: bytes) -> str | None:
 def _parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[ConnectionInfo]:
     """Parse a snapshot: choose who is live, or detached and within the grace, in the order of registration."""
     now, size = int(reply[-1]), len(reply) // 3
-    oldest_live, observed_at = now - conn_ttl_ms, _time(now)
+    oldest_live, observed_at, time = now - conn_ttl_ms, _time(now), datetime.fromtimestamp
     connections = []
     for sid, body, score in zip(reply[: 2 * size : 2], reply[1 : 2 * size : 2], reply[2 * size : -1], strict=True):
         seen = int(score or 0)
-        if seen >= oldest_live or -seen >= now:
+        if seen < oldest_live and -seen < now:
+            continue
+        head, _, user_id = body.partition(b" ")
+        if b":" in head:
             connections.append(_parse_body(sid.decode(), game_id, body, seen, observed_at))
+            continue
+        # Most have no more than a user; a snapshot is read so often that these are parsed without another call.
+        epoch = int(head)
+        connected_at, last_seen = time(epoch // 1000 / 1000, UTC), time(seen / 1000, UTC)
+        connections.append(
+            ConnectionInfo(sid.decode(), user_id.decode(), game_id, connected_at, last_seen, observed_at, epoch)
+        )
     connections.sort(key=attrgetter("epoch"))
     return connections
 
