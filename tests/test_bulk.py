@@ -171,7 +171,7 @@ class TestReads:
             "get_users_connections": manager.operations.users_connections_batches,
             "get_games_connections": manager.operations.games_connections_batches,
         }[read](ids)
-        exchange = perform_batches(batches)  # type: ignore[misc]
+        exchange = perform_batches(batches)
 
         sent = next(exchange)
 
