@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
+import signal
 import threading
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,10 +19,10 @@ import presence.sync
 from presence import EventsLostError, EventType
 from presence.operations import Position
 from tests.conftest import Awaited
-from tests.server import LocalServer, program
+from tests.server import LocalServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from presence import Event
     from presence.sync import ConnectionManager
@@ -536,9 +537,7 @@ class TestTheStream:
     def test_waits_for_what_comes_later(self, make_manager: ManagerFactory, client: redis.Redis) -> None:
         manager = make_manager(events="stream")
         with subscribed(manager) as events:
-            writer = presence.sync.ConnectionManager(
-                client, namespace=manager.operations.namespace, events="stream"
-            )
+            writer = presence.sync.ConnectionManager(client, namespace=manager.operations.namespace, events="stream")
             later = threading.Timer(1.5, writer.register_connection, ("a", "alice"))  # Longer than one wait.
             later.start()
             assert told(events.next()) == ("registered", "a", None)
@@ -550,9 +549,7 @@ class TestTheStream:
                 with pytest.raises(EventsLostError, match="read a snapshot and subscribe again"):
                     events.next()
 
-    def test_that_was_trimmed_says_so(
-        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
-    ) -> None:
+    def test_that_was_trimmed_says_so(self, make_manager: ManagerFactory, client: redis.Redis, namespace: str) -> None:
         manager = make_manager(events="stream")
         start = manager.get_game_snapshot("g").position
         self.act(manager)
@@ -639,14 +636,10 @@ class TestAConnection:
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs"), subscribed(manager):
             pass
 
-    def test_may_decode_and_speak_either_protocol(
-        self, server_url: str, namespace: str, mode: str
-    ) -> None:
+    def test_may_decode_and_speak_either_protocol(self, server_url: str, namespace: str, mode: str) -> None:
         for protocol in (2, 3):
             for decode_responses in (False, True):
-                with redis.Redis.from_url(
-                    server_url, protocol=protocol, decode_responses=decode_responses
-                ) as client:
+                with redis.Redis.from_url(server_url, protocol=protocol, decode_responses=decode_responses) as client:
                     manager = presence.sync.ConnectionManager(client, namespace=namespace, events=mode)
                     with manager.subscribe() as events:
                         manager.register_connection("a", "alice", metadata=b"\xff\x00")
@@ -708,7 +701,7 @@ class TestAConnection:
 
 
 def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own_server: LocalServer) -> None:
-    manager = make_manager(own_server.url, events="pubsub")
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
         client.config_set("client-output-buffer-limit", "pubsub 32kb 32kb 0")
         writer = presence.sync.ConnectionManager(client, namespace="presence", events="pubsub")
@@ -727,15 +720,11 @@ def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own
         assert numbers == list(range(len(numbers))), "what came before the loss is whole"
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
 def test_a_server_that_falls_silent_is_told(
-    monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer, kind: str
+    monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer
 ) -> None:
-    import os
-    import signal
-
     monkeypatch.setattr("presence.subscriptions.SILENCE_SECONDS", 0.2)
-    manager = make_manager(own_server.url, events="pubsub")
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with subscribed(manager) as events:
         with redis.Redis.from_url(own_server.url) as client:
             writer = presence.sync.ConnectionManager(client, namespace="presence", events="pubsub")
@@ -750,3 +739,94 @@ def test_a_server_that_falls_silent_is_told(
                 events.next()
         finally:
             os.kill(own_server.pid, signal.SIGCONT)
+
+
+def play_at_full_speed(url: str, namespace: str, writer: int) -> None:
+    """Join, leave, drop and come back at random, in a process of its own."""
+    chance = random.Random(writer)
+    with presence.sync.ConnectionManager.from_url(url, namespace=namespace, events="stream") as manager:
+        for _ in range(400):
+            number = chance.randrange(6)
+            sid, user = f"sid-{number}-{chance.randrange(2)}", f"user-{number}"
+            match chance.randrange(7):
+                case 0 | 1:
+                    manager.register_connection(sid, user)
+                case 2 | 3:
+                    manager.join_game(sid, chance.choice(["game", "other"]))
+                case 4:
+                    manager.leave_game(sid)
+                case 5:
+                    manager.update_metadata(sid, str(chance.random()))
+                case 6:
+                    manager.unregister_connection(sid, grace_seconds=chance.choice([0, 60]))
+
+
+GONE = (EventType.LEFT, EventType.DISPLACED, EventType.UNREGISTERED, EventType.EXPIRED)
+
+
+def fold(seats: dict[str, presence.ConnectionInfo], event: Event) -> None:
+    """Apply an event of a game to a snapshot of it."""
+    if event.resumed_from is not None:
+        seats.pop(event.resumed_from.sid, None)
+    if event.type in GONE:
+        seats.pop(event.connection.sid, None)
+    elif event.type not in (EventType.USER_ONLINE, EventType.USER_OFFLINE):
+        seats[event.connection.sid] = event.connection
+
+
+def seats_of(snapshot: presence.GameSnapshot) -> dict[str, presence.ConnectionInfo]:
+    return {connection.sid: connection for connection in snapshot.connections}
+
+
+def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_url: str, namespace: str) -> None:
+    """However fast others write: a snapshot, folded with the events up to a later one, equals that."""
+    spawn = multiprocessing.get_context("spawn")
+    writers = [
+        spawn.Process(target=play_at_full_speed, args=(server_url, namespace, number), daemon=True)
+        for number in range(2)
+    ]
+
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace, events="stream") as manager:
+            for writer in writers:
+                writer.start()
+            snapshots = [await manager.get_game_snapshot("game")]
+            while any(writer.is_alive() for writer in writers):
+                snapshots.append(await manager.get_game_snapshot("game"))
+                await asyncio.sleep(random.random() / 100)
+            await manager.register_connection(END, END)
+            await manager.join_game(END, "game")
+            snapshots.append(await manager.get_game_snapshot("game"))
+            assert len({snapshot.position for snapshot in snapshots}) > 10, "they were taken while others wrote"
+
+            async def check(start: int) -> int:
+                """Fold from one snapshot on, and compare with each later one."""
+                seats = seats_of(snapshots[start])
+                later = [(Position.parse(snapshot.position).number, snapshot) for snapshot in snapshots[start + 1 :]]
+                compared = 0
+                about = {"game_id": "game", "after": snapshots[start].position}
+                async with manager.subscribe(**about) as events:
+                    async for event in events:
+                        assert event.position is not None
+                        position = Position.parse(event.position)
+                        number = position.number + (position.skip > 0)
+                        while later[0][0] < number:
+                            assert seats == seats_of(later.pop(0)[1])
+                            compared += 1
+                        fold(seats, event)
+                        if event.connection.sid == END:
+                            break
+                assert seats == seats_of(snapshots[-1])
+                return compared
+
+            chosen = range(0, len(snapshots) - 1, max(1, len(snapshots) // 12))
+            compared = await asyncio.gather(*(check(start) for start in chosen))
+            assert sum(compared) > len(chosen)
+
+    try:
+        asyncio.run(run())
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
