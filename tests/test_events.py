@@ -1,0 +1,832 @@
+"""Events: every change is published once, by the script that makes it, and what is lost is told."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+
+import presence
+import presence.sync
+from presence import EventsLostError, EventType
+from presence.operations import Position
+from tests.conftest import Awaited
+from tests.server import LocalServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from presence import Event
+    from presence.sync import ConnectionManager
+    from tests.conftest import ManagerFactory
+
+MODES = ("pubsub", "stream")
+
+BOUND_SECONDS = 20
+"""What comes at all comes long before."""
+
+Told = tuple[str, str, str | None]
+"""An event as the tables name it: its type, the sid and the game."""
+
+
+class Subscribed:
+    """A subscription of either kind, entered, and read like a blocking one."""
+
+    def __init__(self, manager: Any, subscription: Any) -> None:
+        self._runner = manager._runner if isinstance(manager, Awaited) else None
+        self._subscription = subscription
+        self._call("enter")
+
+    def _call(self, name: str) -> Any:
+        if self._runner is None:
+            return getattr(self._subscription, {"next": "__next__", "enter": "__enter__"}.get(name, name))()
+        method = getattr(self._subscription, {"next": "__anext__", "enter": "__aenter__", "close": "aclose"}[name])
+
+        async def run() -> Any:
+            async with asyncio.timeout(BOUND_SECONDS):
+                return await method()
+
+        return self._runner.run(run())
+
+    def next(self) -> Event:
+        event: Event = self._call("next")
+        return event
+
+    def close(self) -> None:
+        self._call("close")
+
+    def take(self, count: int) -> list[Event]:
+        return [self.next() for _ in range(count)]
+
+
+@contextmanager
+def subscribed(manager: Any, **about: Any) -> Iterator[Subscribed]:
+    events = Subscribed(manager, manager.subscribe(**about))
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+END = "the end"
+"""The user whose registration marks the end of what a test looks at."""
+
+
+def told(event: Event) -> Told:
+    return event.type.value, event.connection.sid, event.connection.game_id
+
+
+def until_the_end(manager: Any, events: Subscribed) -> list[Event]:
+    """Give what was published, up to a last change that the test makes for that."""
+    manager.register_connection(END, END)
+    found: list[Event] = []
+    while (event := events.next()).connection.user_id != END:
+        found.append(event)
+    assert events.next().type is EventType.USER_ONLINE  # It is one change with the registration.
+    return found
+
+
+def stale(client: redis.Redis, namespace: str, *sids: str) -> None:
+    """Let connections not have been seen for a day."""
+    key = f"{{{namespace}}}:last_seen"
+    for sid in sids:
+        score = client.zscore(key, sid)
+        assert score is not None
+        client.zadd(key, {sid: score - 86_400_000 if score > 0 else -1}, xx=True)
+
+
+class Scene:
+    """A manager, and the means to make time pass."""
+
+    def __init__(self, manager: ConnectionManager, client: redis.Redis, namespace: str) -> None:
+        self.manager = manager
+        self._client = client
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.manager, name)
+
+    def forget(self, *sids: str) -> None:
+        stale(self._client, self._namespace, *sids)
+
+
+def nothing(scene: Scene) -> None:
+    """Begin with an empty namespace."""
+
+
+def online(scene: Scene) -> None:
+    scene.register_connection("a", "alice")
+
+
+def playing(scene: Scene) -> None:
+    online(scene)
+    scene.join_game("a", "g")
+
+
+def detached(scene: Scene) -> None:
+    playing(scene)
+    scene.unregister_connection("a", grace_seconds=30)
+
+
+def twice(scene: Scene) -> None:
+    playing(scene)
+    scene.register_connection("b", "alice")
+
+
+def resting(scene: Scene) -> None:
+    playing(scene)
+    scene.forget("a")
+
+
+CASES: dict[str, tuple[Any, Any, list[Told]]] = {
+    "register": (
+        nothing,
+        lambda scene: scene.register_connection("a", "alice"),
+        [("registered", "a", None), ("user_online", "a", None)],
+    ),
+    "register again": (
+        playing,
+        lambda scene: scene.register_connection("a", "alice"),
+        [("registered", "a", "g")],
+    ),
+    "register displaces": (
+        playing,
+        lambda scene: scene.register_connection("b", "alice"),
+        [("displaced", "a", "g"), ("registered", "b", None)],
+    ),
+    "register replaces another user": (
+        playing,
+        lambda scene: scene.register_connection("a", "bob"),
+        [
+            ("displaced", "a", "g"),
+            ("user_offline", "a", "g"),
+            ("registered", "a", None),
+            ("user_online", "a", None),
+        ],
+    ),
+    "register resumes": (
+        detached,
+        lambda scene: scene.register_connection("b", "alice"),
+        [("resumed", "b", "g"), ("user_online", "b", "g")],
+    ),
+    "register resumes the same sid": (
+        detached,
+        lambda scene: scene.register_connection("a", "alice"),
+        [("resumed", "a", "g"), ("user_online", "a", "g")],
+    ),
+    "register displaces a stale one": (
+        resting,
+        lambda scene: scene.register_connection("b", "alice"),
+        [("displaced", "a", "g"), ("registered", "b", None)],
+    ),
+    "join": (online, lambda scene: scene.join_game("a", "g"), [("joined", "a", "g")]),
+    "join another": (
+        playing,
+        lambda scene: scene.join_game("a", "h"),
+        [("left", "a", "g"), ("joined", "a", "h")],
+    ),
+    "join the same": (playing, lambda scene: scene.join_game("a", "g"), []),
+    "join a full one": (
+        playing,
+        lambda scene: scene.register_connection("c", "carol") and scene.join_game("c", "g", capacity=1),
+        [("registered", "c", None), ("user_online", "c", None)],
+    ),
+    "join of nobody": (nothing, lambda scene: scene.join_game("a", "g"), []),
+    "join of an older epoch": (online, lambda scene: scene.join_game("a", "g", epoch=1), []),
+    "leave": (playing, lambda scene: scene.leave_game("a"), [("left", "a", "g")]),
+    "leave nothing": (online, lambda scene: scene.leave_game("a"), []),
+    "update metadata": (
+        playing,
+        lambda scene: scene.update_metadata("a", b"\xff"),
+        [("metadata_updated", "a", "g")],
+    ),
+    "update metadata to the same": (online, lambda scene: scene.update_metadata("a", b""), []),
+    "heartbeat": (online, lambda scene: scene.update_heartbeat("a"), []),
+    "unregister": (
+        playing,
+        lambda scene: scene.unregister_connection("a"),
+        [("unregistered", "a", "g"), ("user_offline", "a", "g")],
+    ),
+    "late disconnect": (twice, lambda scene: scene.unregister_connection("a"), []),
+    "detach": (
+        playing,
+        lambda scene: scene.unregister_connection("a", grace_seconds=30),
+        [("detached", "a", "g"), ("user_offline", "a", "g")],
+    ),
+    "detach again": (detached, lambda scene: scene.unregister_connection("a", grace_seconds=30), []),
+    "unregister a detached one": (
+        detached,
+        lambda scene: scene.unregister_connection("a"),
+        [("unregistered", "a", "g")],
+    ),
+    "cleanup of a stale one": (
+        resting,
+        lambda scene: scene.cleanup_stale_connections(),
+        [("expired", "a", "g"), ("user_offline", "a", "g")],
+    ),
+    "cleanup after a grace": (
+        detached,
+        lambda scene: (scene.forget("a"), scene.cleanup_stale_connections()),
+        [("expired", "a", "g")],
+    ),
+    "cleanup of nothing": (playing, lambda scene: scene.cleanup_stale_connections(), []),
+}
+"""What was before, the call, and what it publishes."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_change_publishes_what_it_did(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str, case: str
+) -> None:
+    before, act, expected = CASES[case]
+    scene = Scene(make_manager(events=mode), client, namespace)
+    before(scene)
+    with subscribed(scene.manager) as events:
+        act(scene)
+        found = until_the_end(scene.manager, events)
+    assert [told(event) for event in found] == expected
+    assert all((event.position is not None) is (mode == "stream") for event in found)
+
+
+CASES_OF_TWO: dict[str, tuple[Any, Any, list[Told]]] = {
+    "register the second": (
+        playing,
+        lambda scene: scene.register_connection("b", "alice"),
+        [("registered", "b", None)],
+    ),
+    "register the third": (
+        twice,
+        lambda scene: scene.register_connection("c", "alice"),
+        [("displaced", "a", "g"), ("registered", "c", None)],
+    ),
+    "unregister one": (twice, lambda scene: scene.unregister_connection("a"), [("unregistered", "a", "g")]),
+    "unregister both": (
+        twice,
+        lambda scene: (scene.unregister_connection("a"), scene.unregister_connection("b")),
+        [("unregistered", "a", "g"), ("unregistered", "b", None), ("user_offline", "b", None)],
+    ),
+    "detach one and unregister the other": (
+        twice,
+        lambda scene: (scene.unregister_connection("a", grace_seconds=9), scene.unregister_connection("b")),
+        [("detached", "a", "g"), ("unregistered", "b", None), ("user_offline", "b", None)],
+    ),
+    "resume beside another": (
+        twice,
+        lambda scene: (scene.unregister_connection("a", grace_seconds=9), scene.register_connection("c", "alice")),
+        [("detached", "a", "g"), ("resumed", "c", "g")],
+    ),
+    "replace one of two": (
+        twice,
+        lambda scene: scene.register_connection("a", "bob"),
+        [("displaced", "a", "g"), ("registered", "a", None), ("user_online", "a", None)],
+    ),
+    "cleanup of both": (
+        lambda scene: (twice(scene), scene.forget("a", "b")),
+        lambda scene: scene.cleanup_stale_connections(),
+        [("expired", "a", "g"), ("expired", "b", None), ("user_offline", "b", None)],
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES_OF_TWO)
+def test_a_user_with_two_connections_is_online_while_any_is(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str, case: str
+) -> None:
+    before, act, expected = CASES_OF_TWO[case]
+    scene = Scene(make_manager(events=mode, connections_per_user=2), client, namespace)
+    before(scene)
+    with subscribed(scene.manager) as events:
+        act(scene)
+        found = until_the_end(scene.manager, events)
+    assert [told(event) for event in found] == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_connections_of_a_dead_server_are_detached_and_told(make_manager: ManagerFactory, mode: str) -> None:
+    dead = make_manager(events=mode, server_id="dead")
+    dead.register_connection("a", "alice")
+    manager = make_manager(events=mode)
+    with subscribed(manager) as events:
+        manager.cleanup_server("dead", grace_seconds=30)
+        manager.register_connection("b", "alice")
+        found = until_the_end(manager, events)
+    assert [told(event) for event in found] == [
+        ("detached", "a", None),
+        ("user_offline", "a", None),
+        ("resumed", "b", None),
+        ("user_online", "b", None),
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_refused_register_publishes_nothing(make_manager: ManagerFactory, mode: str) -> None:
+    manager = make_manager(events=mode, displacement="reject_while_alive")
+    manager.register_connection("a", "alice")
+    with subscribed(manager) as events:
+        assert manager.register_connection("b", "alice").refused
+        assert until_the_end(manager, events) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_event_carries_what_the_reads_say(make_manager: ManagerFactory, mode: str) -> None:
+    metadata = bytes(range(256))
+    manager = make_manager(events=mode)
+    with subscribed(manager) as events:
+        connection = manager.register_connection("a", "alice", metadata=metadata).connection
+        registered, online_now = events.take(2)
+        assert registered.connection == online_now.connection == connection
+        assert registered.at == registered.connection.observed_at == connection.connected_at
+        manager.join_game("a", "g")
+        assert events.next().connection == manager.get_connection("a")
+        removed = manager.unregister_connection("a", grace_seconds=30)
+        gone, _ = events.take(2)
+        assert gone.connection == removed
+        assert gone.connection.metadata == metadata
+        resumed = manager.register_connection("b", "alice")
+        event, _ = events.take(2)
+        assert (event.connection, event.resumed_from) == (resumed.connection, removed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("operation", ["register", "join", "leave", "update", "detach", "unregister"])
+def test_a_call_that_is_sent_again_publishes_once(make_manager: ManagerFactory, mode: str, operation: str) -> None:
+    manager = make_manager(events=mode)
+    manager.register_connection("a", "alice")
+    if operation == "leave":
+        manager.join_game("a", "g")
+    describe = manager.operations
+    call: presence.Operation[Any] = {
+        "register": lambda: describe.register_connection("a", "bob"),
+        "join": lambda: describe.join_game("a", "g"),
+        "leave": lambda: describe.leave_game("a"),
+        "update": lambda: describe.update_metadata("a", "new"),
+        "detach": lambda: describe.unregister_connection("a", grace_seconds=5),
+        "unregister": lambda: describe.unregister_connection("a"),
+    }[operation]()
+    with subscribed(manager) as events:
+        manager.pipeline([call, call, call])
+        kinds = [event.type for event in until_the_end(manager, events)]
+    assert kinds
+    assert len(kinds) == len(set(kinds))
+
+
+@pytest.mark.parametrize("mode", MODES)
+class TestAFilter:
+    """What concerns one game or one user, whole and once."""
+
+    def play(self, manager: Any) -> None:
+        """Let two users meet in two games, with every kind of a change of game."""
+        for sid, user in (("a", "alice"), ("b", "bob")):
+            manager.register_connection(sid, user)
+            manager.join_game(sid, "g")
+        manager.join_game("a", "h")
+        manager.update_metadata("b", "x")
+        manager.unregister_connection("b", grace_seconds=30)
+        manager.register_connection("b2", "bob")
+        manager.register_connection("b3", "bob")
+        manager.register_connection("a", "carol")
+
+    def end(self, manager: Any) -> None:
+        for user in ("alice", "bob", END):
+            manager.register_connection(user, user)
+            manager.join_game(user, "g")
+
+    def test_is_that_of_all_events(self, make_manager: ManagerFactory, mode: str) -> None:
+        manager = make_manager(events=mode)
+        filters: dict[str, Callable[[Event], bool]] = {
+            "game_id": lambda event: event.connection.game_id == "g",
+            "user_id": lambda event: event.connection.user_id == "bob",
+        }
+        with (
+            subscribed(manager) as all_events,
+            subscribed(manager, game_id="g") as of_game,
+            subscribed(manager, user_id="bob") as of_user,
+        ):
+            self.play(manager)
+            self.end(manager)
+            everything: list[Event] = []
+            while (event := all_events.next()).connection.user_id != END or event.type is not EventType.JOINED:
+                everything.append(event)
+            everything.append(event)
+            for name, events in (("game_id", of_game), ("user_id", of_user)):
+                expected = [event for event in everything if filters[name](event)]
+                assert len(expected) > 5
+                assert events.take(len(expected)) == expected
+
+    def test_takes_a_uuid_and_odd_ids(self, make_manager: ManagerFactory, mode: str) -> None:
+        manager = make_manager(events=mode)
+        odd = "{g} \n:user:\u20ac\0"
+        with subscribed(manager, game_id=odd) as of_game, subscribed(manager, user_id=odd) as of_user:
+            manager.register_connection("other", "other")
+            manager.join_game("other", "user:other")
+            manager.register_connection(odd, odd)
+            manager.join_game(odd, odd)
+            assert told(of_game.next()) == ("joined", odd, odd)
+            assert [event.type.value for event in of_user.take(3)] == ["registered", "user_online", "joined"]
+
+
+class TestOff:
+    """It publishes nothing, and says so to who wants to subscribe."""
+
+    def test_nothing_is_published(self, make_manager: ManagerFactory, own_server: LocalServer) -> None:
+        with redis.Redis.from_url(own_server.url) as client:
+            for mode, expected in (("off", set()), ("pubsub", {"cmdstat_spublish"}), ("stream", {"cmdstat_xadd"})):
+                client.config_resetstat()
+                manager = make_manager(own_server.url, namespace=mode, events=mode)
+                for case in CASES.values():
+                    scene = Scene(manager, client, mode)
+                    for sid in "abc":
+                        manager.unregister_connection(sid)
+                    case[0](scene)
+                    case[1](scene)
+                stats: Any = client.info("commandstats")
+                assert {"cmdstat_spublish", "cmdstat_xadd"} & set(stats) == expected
+                assert client.exists(f"{{{mode}}}:events") == (mode == "stream")
+
+    def test_a_subscription_is_refused(self) -> None:
+        for kind in (presence.ConnectionManager, presence.sync.ConnectionManager):
+            with pytest.raises(ValueError, match='events="pubsub" or events="stream"'):
+                kind.from_url("redis://nowhere:1").subscribe()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [presence.ConnectionManager, presence.sync.ConnectionManager])
+@pytest.mark.parametrize(
+    ("mode", "about", "error", "match"),
+    [
+        ("pubsub", {"game_id": "g", "user_id": "u"}, ValueError, "at most one"),
+        ("pubsub", {"after": "0-0/0"}, ValueError, 'after needs events="stream"'),
+        ("stream", {"after": "yesterday"}, ValueError, "after must be the position"),
+        ("stream", {"after": 5}, TypeError, "after must be a str"),
+        ("stream", {"game_id": ""}, ValueError, "game_id"),
+        ("stream", {"user_id": 5}, TypeError, "user_id"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_network(
+    kind: Any, mode: str, about: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        kind.from_url("redis://nowhere:1", events=mode).subscribe(**about)
+
+
+def events_key(namespace: str) -> str:
+    return f"{{{namespace}}}:events"
+
+
+class TestTheStream:
+    """It goes on after a position: nothing twice, nothing missed, and what is lost is told."""
+
+    def act(self, manager: Any) -> None:
+        """Make changes of which some publish several events."""
+        for turn in range(3):
+            manager.register_connection(f"a{turn}", "alice")
+            manager.join_game(f"a{turn}", "g")
+            manager.join_game(f"a{turn}", "h")
+        manager.unregister_connection("a2")
+
+    def test_goes_on_after_the_position_of_any_event(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(15)
+        positions = [event.position for event in everything]
+        assert len(set(positions)) == len(positions)
+        assert any("+" in position for position in positions if position), "no position within a change"
+        for index, position in enumerate(positions[:-1], 1):
+            with subscribed(manager, after=position) as events:
+                assert events.take(len(everything) - index) == everything[index:]
+        with subscribed(manager, after=positions[-1]) as events:
+            assert until_the_end(manager, events) == []
+
+    def test_is_read_in_batches(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        sids = [f"sid-{number:03}" for number in range(250)]
+        manager.pipeline([manager.operations.register_connection(sid, sid) for sid in sids])
+        with subscribed(manager, after=start) as events:
+            assert [event.connection.sid for event in events.take(500)[::2]] == sids
+            assert until_the_end(manager, events) == []
+
+    def test_a_filter_may_go_on_after_the_position_of_any_event(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(15)
+        for index, event in enumerate(everything[:-4], 1):
+            expected = [later for later in everything[index:] if later.connection.game_id == "h"]
+            with subscribed(manager, game_id="h", after=event.position) as of_game:
+                assert of_game.take(len(expected)) == expected
+
+    def test_begins_when_it_is_entered(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        self.act(manager)
+        with subscribed(manager) as events:
+            assert until_the_end(manager, events) == []
+
+    def test_waits_for_what_comes_later(self, make_manager: ManagerFactory, client: redis.Redis) -> None:
+        manager = make_manager(events="stream")
+        with subscribed(manager) as events:
+            writer = presence.sync.ConnectionManager(client, namespace=manager.operations.namespace, events="stream")
+            later = threading.Timer(1.5, writer.register_connection, ("a", "alice"))  # Longer than one wait.
+            later.start()
+            assert told(events.next()) == ("registered", "a", None)
+            later.join()
+
+    def lost(self, manager: Any, position: str | None) -> None:
+        with subscribed(manager, after=position) as events:
+            for _ in range(2):  # Whoever goes on is told again.
+                with pytest.raises(EventsLostError, match="read a snapshot and subscribe again"):
+                    events.next()
+
+    def test_that_was_trimmed_says_so(self, make_manager: ManagerFactory, client: redis.Redis, namespace: str) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(15)
+        client.xtrim(events_key(namespace), maxlen=5, approximate=False)
+        kept = [event for event in everything if event.position is not None]
+        numbers = [Position.parse(event.position).number for event in kept]
+        for index, (event, number) in enumerate(zip(kept, numbers, strict=True), 1):
+            if number < 5:
+                self.lost(manager, event.position)
+            else:
+                with subscribed(manager, after=event.position) as events:
+                    assert events.take(15 - index) == everything[index:]
+        self.lost(manager, start)
+
+    def test_that_is_trimmed_under_a_subscriber_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        with subscribed(manager) as events:
+            self.act(manager)
+            client.xtrim(events_key(namespace), maxlen=1, approximate=False)
+            with pytest.raises(EventsLostError, match="trimmed"):
+                events.next()
+
+    @pytest.mark.parametrize("turns", [0, 1, 2])
+    def test_that_is_another_one_now_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, turns: int
+    ) -> None:
+        manager = make_manager(events="stream")
+        self.act(manager)
+        position = manager.get_game_snapshot("g").position
+        client.delete(events_key(namespace))
+        for _ in range(turns):
+            self.act(manager)
+        self.lost(manager, position)
+
+    def test_keeps_about_as_many_as_it_was_told(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream", events_max_length=10)
+        position = manager.get_game_snapshot("g").position
+        register = manager.operations.register_connection
+        manager.pipeline([register(f"sid-{number % 3}", "alice") for number in range(500)])
+        assert 10 <= client.xlen(events_key(namespace)) < 250
+        self.lost(manager, position)
+
+
+@pytest.mark.parametrize("mode", MODES)
+class TestAConnection:
+    """Whose events are lost is told; who leaves, leaves nothing behind."""
+
+    def test_that_is_killed_is_told(self, make_manager: ManagerFactory, own_server: LocalServer, mode: str) -> None:
+        manager = make_manager(own_server.url, events=mode)
+        with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
+            manager.register_connection("a", "alice")
+            events.take(2)
+            client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            manager.register_connection("b", "alice")
+            if mode == "stream":
+                assert [told(event)[0] for event in events.take(2)] == ["displaced", "registered"]
+                return
+            for _ in range(2):
+                with pytest.raises(EventsLostError, match="the connection broke") as raised:
+                    events.next()
+                assert isinstance(raised.value.__cause__, redis.ConnectionError)
+
+    def test_is_closed_at_the_end(self, make_manager: ManagerFactory, own_server: LocalServer, mode: str) -> None:
+        manager = make_manager(own_server.url, events=mode)
+        with redis.Redis.from_url(own_server.url) as client:
+            with subscribed(manager) as events:
+                manager.register_connection("a", "alice")
+                events.take(2)
+                if mode == "pubsub":
+                    assert len(client.execute_command("PUBSUB", "SHARDCHANNELS")) == 1
+            manager.close()
+            assert [found["cmd"] for found in client.client_list()] == ["client|list"]
+
+    def test_is_refused_with_the_reason(self, make_manager: ManagerFactory, mode: str) -> None:
+        retry = {"retry_on_error": []}
+        manager = make_manager("redis://127.0.0.1:1", events=mode, socket_connect_timeout=1, **retry)
+        with pytest.raises(presence.ServerUnreachableError, match="check that it runs"), subscribed(manager):
+            pass
+
+    def test_may_decode_and_speak_either_protocol(self, server_url: str, namespace: str, mode: str) -> None:
+        for protocol in (2, 3):
+            for decode_responses in (False, True):
+                with redis.Redis.from_url(server_url, protocol=protocol, decode_responses=decode_responses) as client:
+                    manager = presence.sync.ConnectionManager(client, namespace=namespace, events=mode)
+                    with manager.subscribe() as events:
+                        manager.register_connection("a", "alice", metadata=b"\xff\x00")
+                        assert next(events).connection.metadata == b"\xff\x00"
+
+                async def run(protocol: int = protocol, decode_responses: bool = decode_responses) -> None:
+                    client = redis.asyncio.Redis.from_url(
+                        server_url, protocol=protocol, decode_responses=decode_responses
+                    )
+                    manager = presence.ConnectionManager(client, namespace=namespace, events=mode)
+                    async with client, manager, manager.subscribe() as events:
+                        await manager.register_connection("a", "alice", metadata=b"\xfe\x00")
+                        assert (await anext(events)).connection.metadata == b"\xfe\x00"
+
+                asyncio.run(run())
+
+    def test_a_wait_that_is_cancelled_loses_nothing(self, server_url: str, namespace: str, mode: str) -> None:
+        async def run() -> None:
+            async with (
+                presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode) as manager,
+                manager.subscribe() as events,
+            ):
+                found = []
+                for number in range(50):
+                    waiting = asyncio.ensure_future(anext(events))
+                    for _ in range(number % 7):
+                        await asyncio.sleep(0)
+                    await manager.register_connection(f"sid-{number}", f"user-{number}")
+                    waiting.cancel()
+                    found += [waiting.result()] if (await asyncio.wait([waiting])) and not waiting.cancelled() else []
+                found += [await anext(events) for _ in range(100 - len(found))]
+                assert [event.connection.sid for event in found[::2]] == [f"sid-{number}" for number in range(50)]
+
+        asyncio.run(run())
+
+    def test_that_is_closed_elsewhere_ends_the_loop(self, make_manager: ManagerFactory, mode: str) -> None:
+        manager = make_manager(events=mode)
+        if isinstance(manager, Awaited):
+
+            async def run() -> None:
+                async with manager._manager.subscribe() as events:
+
+                    async def read() -> list[Event]:
+                        return [event async for event in events]
+
+                    reading = asyncio.ensure_future(read())
+                    await asyncio.sleep(0.05)
+                    await events.aclose()
+                    async with asyncio.timeout(BOUND_SECONDS):
+                        assert await reading == []
+
+            manager._runner.run(run())
+            return
+        with manager.subscribe() as events:
+            closing = threading.Timer(0.05, events.close)
+            closing.start()
+            assert list(events) == []
+            closing.join()
+
+
+def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own_server: LocalServer) -> None:
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
+    with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
+        client.config_set("client-output-buffer-limit", "pubsub 32kb 32kb 0")
+        writer = presence.sync.ConnectionManager(client, namespace="presence", events="pubsub")
+        update = writer.operations.update_metadata
+        writer.register_connection("a", "alice")
+        number = 0
+        while client.execute_command("PUBSUB", "SHARDNUMSUB", "{presence}:events")[1]:
+            assert number < 1_000_000
+            writer.pipeline([update("a", f"{number + more}".rjust(4000)) for more in range(100)])
+            number += 100
+        seen = [event.connection.metadata for event in events.take(2)]
+        with pytest.raises(EventsLostError, match="too slowly"):
+            while True:
+                seen.append(events.next().connection.metadata)
+        numbers = [int(metadata) for metadata in seen[2:]]
+        assert numbers == list(range(len(numbers))), "what came before the loss is whole"
+
+
+def test_a_server_that_falls_silent_is_told(
+    monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer
+) -> None:
+    monkeypatch.setattr("presence.subscriptions.SILENCE_SECONDS", 0.2)
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
+    with subscribed(manager) as events:
+        with redis.Redis.from_url(own_server.url) as client:
+            writer = presence.sync.ConnectionManager(client, namespace="presence", events="pubsub")
+            later = threading.Timer(1, writer.register_connection, ("a", "alice"))
+            later.start()
+            assert told(events.next()) == ("registered", "a", None), "silence alone is no loss"
+            later.join()
+        events.next()
+        os.kill(own_server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EventsLostError, match="does not answer"):
+                events.next()
+        finally:
+            os.kill(own_server.pid, signal.SIGCONT)
+
+
+def play_at_full_speed(url: str, namespace: str, writer: int) -> None:
+    """Join, leave, drop and come back at random, in a process of its own."""
+    chance = random.Random(writer)
+    with presence.sync.ConnectionManager.from_url(url, namespace=namespace, events="stream") as manager:
+        for _ in range(400):
+            number = chance.randrange(6)
+            sid, user = f"sid-{number}-{chance.randrange(2)}", f"user-{number}"
+            match chance.randrange(7):
+                case 0 | 1:
+                    manager.register_connection(sid, user)
+                case 2 | 3:
+                    manager.join_game(sid, chance.choice(["game", "other"]))
+                case 4:
+                    manager.leave_game(sid)
+                case 5:
+                    manager.update_metadata(sid, str(chance.random()))
+                case 6:
+                    manager.unregister_connection(sid, grace_seconds=chance.choice([0, 60]))
+
+
+GONE = (EventType.LEFT, EventType.DISPLACED, EventType.UNREGISTERED, EventType.EXPIRED)
+
+
+def fold(seats: dict[str, presence.ConnectionInfo], event: Event) -> None:
+    """Apply an event of a game to a snapshot of it."""
+    if event.resumed_from is not None:
+        seats.pop(event.resumed_from.sid, None)
+    if event.type in GONE:
+        seats.pop(event.connection.sid, None)
+    elif event.type not in (EventType.USER_ONLINE, EventType.USER_OFFLINE):
+        seats[event.connection.sid] = event.connection
+
+
+def seats_of(snapshot: presence.GameSnapshot) -> dict[str, presence.ConnectionInfo]:
+    return {connection.sid: connection for connection in snapshot.connections}
+
+
+def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_url: str, namespace: str) -> None:
+    """However fast others write: a snapshot, folded with the events up to a later one, equals that."""
+    spawn = multiprocessing.get_context("spawn")
+    writers = [
+        spawn.Process(target=play_at_full_speed, args=(server_url, namespace, number), daemon=True)
+        for number in range(2)
+    ]
+
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace, events="stream") as manager:
+            for writer in writers:
+                writer.start()
+            snapshots = [await manager.get_game_snapshot("game")]
+            while any(writer.is_alive() for writer in writers):
+                snapshots.append(await manager.get_game_snapshot("game"))
+                await asyncio.sleep(random.random() / 100)
+            await manager.register_connection(END, END)
+            await manager.join_game(END, "game")
+            snapshots.append(await manager.get_game_snapshot("game"))
+            assert len({snapshot.position for snapshot in snapshots}) > 10, "they were taken while others wrote"
+
+            async def check(start: int) -> int:
+                """Fold from one snapshot on, and compare with each later one."""
+                seats = seats_of(snapshots[start])
+                later = [(Position.parse(snapshot.position).number, snapshot) for snapshot in snapshots[start + 1 :]]
+                compared = 0
+                about = {"game_id": "game", "after": snapshots[start].position}
+                async with manager.subscribe(**about) as events:
+                    async for event in events:
+                        assert event.position is not None
+                        position = Position.parse(event.position)
+                        number = position.number + (position.skip > 0)
+                        while later[0][0] < number:
+                            assert seats == seats_of(later.pop(0)[1])
+                            compared += 1
+                        fold(seats, event)
+                        if event.connection.sid == END:
+                            break
+                assert seats == seats_of(snapshots[-1])
+                return compared
+
+            chosen = range(0, len(snapshots) - 1, max(1, len(snapshots) // 12))
+            compared = await asyncio.gather(*(check(start) for start in chosen))
+            assert sum(compared) > len(chosen)
+
+    try:
+        asyncio.run(run())
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
