@@ -18,7 +18,6 @@ from presence.operations import (
     SCRIPT_LOAD,
     SERVER_HEARTBEAT_FAILED,
     SERVER_REPLACED,
-    CleanupBatch,
     Command,
     Exchange,
     Operation,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from presence.operations import Displacement, EventsMode
+    from presence.replies import CleanupBatch
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
 logger = logging.getLogger("presence")

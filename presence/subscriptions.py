@@ -15,7 +15,8 @@ import redis.asyncio
 
 from presence import arguments
 from presence.errors import FAULTS, EventsLostError, explain
-from presence.operations import Position, parse_message, perform
+from presence.operations import perform
+from presence.replies import Position, parse_message
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

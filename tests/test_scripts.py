@@ -11,7 +11,7 @@ import pytest
 
 import presence
 import presence.sync
-from presence import operations, scripts
+from presence import operations, replies, scripts
 from presence.operations import CLEANUP_BATCH_SIZE, RETENTION_MS, Operation, Operations
 from presence.scripts import Script, ScriptError, splice
 
@@ -237,7 +237,7 @@ SAMPLES: dict[str, Any] = {
     "game_ids": ["game"],
     "server_id": "server",
     "metadata": b"metadata",
-    "position": operations.Position("7-0", 3),
+    "position": replies.Position("7-0", 3),
     "sid": "sid",
     "user_id": "user",
     "current_user_id": "user",

@@ -1,0 +1,249 @@
+"""How the replies of the scripts become types; no I/O. What the scripts reply is said in their headers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from presence.results import (
+    ConnectionInfo,
+    Event,
+    EventType,
+    HeartbeatStatus,
+    JoinResult,
+    Registration,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NOT_SEEN = {0: HeartbeatStatus.UNKNOWN, -1: HeartbeatStatus.EXPIRED, -2: HeartbeatStatus.DETACHED}
+"""Why a heartbeat of many was not counted, as the script answers it."""
+
+REFUSED, RESUMED, REPLACED = 0, 2, 4
+"""Parts of the outcome of a register, as its script answers them."""
+
+RESUMED_FROM = b"resumed_from"
+"""What the scripts publish right after ``resumed``: the connection whose seat was taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A position in the stream of events.
+
+    An entry of the stream holds all events of one change. This is the last entry before the position, how many entries
+    there were up to that one, and how many events of the next entry come before the position as well.
+    """
+
+    entry_id: str = "0-0"
+    number: int = 0
+    skip: int = 0
+
+    def text(self) -> str:
+        """Give it as the text that users keep."""
+        return f"{self.entry_id}/{self.number}" + (f"+{self.skip}" if self.skip else "")
+
+    @classmethod
+    def parse(cls, text: object) -> Position:
+        """Check a text and make it a position."""
+        if not isinstance(text, str):
+            raise TypeError(f"after must be a str, the position of an event or a snapshot, not {type(text).__name__}")
+        match = re.fullmatch(r"(\d{1,20}-\d{1,20})/(\d{1,15})(?:\+(\d{1,9}))?", text, re.ASCII)
+        if not match:
+            raise ValueError(f"after must be the position of an event or a snapshot, not {text!r:.80}")
+        return cls(match[1], int(match[2]), int(match[3] or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class EventsBatch:
+    """Events from the stream, and the position after them; or that some after the position asked for are lost."""
+
+    events: tuple[Event, ...]
+    position: Position
+    is_lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupBatch:
+    """What one run of the cleanup script removed, and whether it found fewer than it might have."""
+
+    removed: tuple[ConnectionInfo, ...]
+    is_last: bool
+    detached: tuple[ConnectionInfo, ...] = ()
+
+
+def to_time(milliseconds: int) -> datetime:
+    """Make an aware datetime of a time of the server."""
+    # Exact: a double holds the seconds of this century to a quarter of a microsecond, and that is rounded.
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def parse_body(sid: str, game_id: str | None, body: bytes, score: bytes | int, observed_at: datetime) -> ConnectionInfo:
+    """Parse the body of a record, see lua/include/split_body.lua, with the score, see lua/include/find_record.lua."""
+    head, _, payload = body.partition(b" ")
+    if b":" not in head:
+        epoch = int(head)
+        return ConnectionInfo(
+            sid, payload.decode(), game_id, to_time(epoch // 1000), to_time(int(score)), observed_at, epoch
+        )
+    number, connected_at, heartbeat_at, user, server = (head.split(b":") + [b""] * 3)[:5]
+    epoch = int(number)
+    user_end = int(user) if user else len(payload)
+    server_end = user_end + int(server or 0)
+    return ConnectionInfo(
+        sid,
+        payload[:user_end].decode(),
+        game_id,
+        to_time(int(connected_at or epoch // 1000)),
+        to_time(int(heartbeat_at or score)),
+        observed_at,
+        epoch,
+        to_time(-int(score)) if heartbeat_at else None,
+        payload[user_end:server_end].partition(b":")[2].decode() or None,
+        payload[server_end:],
+    )
+
+
+def parse_record(sid: str, record: bytes, score: bytes | int, observed_at: datetime) -> ConnectionInfo:
+    """Parse a record, see lua/include/split_record.lua."""
+    length, _, rest = record.partition(b":")
+    game_end = int(length)
+    return parse_body(sid, rest[:game_end].decode() or None, rest[game_end:], score, observed_at)
+
+
+def parse_records(fields: Sequence[Any], observed_at: datetime) -> tuple[ConnectionInfo, ...]:
+    """Parse connections as replies list them: sid, record and score of each."""
+    return tuple(
+        parse_record(sid.decode(), record, score, observed_at)
+        for sid, record, score in zip(fields[::3], fields[1::3], fields[2::3], strict=True)
+    )
+
+
+def parse_connection(sid: str, reply: list[Any]) -> ConnectionInfo | None:
+    """Parse the answer about one connection."""
+    return parse_record(sid, reply[1], reply[2], to_time(int(reply[0]))) if reply else None
+
+
+def parse_users(reply: list[Any]) -> list[ConnectionInfo | None]:
+    """Parse the active connections of several users."""
+    observed_at = to_time(int(reply[0]))
+    return [
+        parse_record(sid.decode(), record, score, observed_at) if sid else None
+        for sid, record, score in zip(reply[1::3], reply[2::3], reply[3::3], strict=True)
+    ]
+
+
+def parse_registration(
+    sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes | list[Any]
+) -> Registration:
+    """Parse the answer of a register; the usual one leaves out what the caller knows."""
+    first, *rest = (reply,) if isinstance(reply, bytes) else reply
+    if isinstance(first, bytes):
+        epoch = int(first)
+        now = to_time(epoch // 1000)
+        connection = ConnectionInfo(sid, user_id, None, now, now, now, epoch, None, server_id, metadata)
+        return Registration(connection, parse_records(rest, now))
+    connection, *others = parse_records(rest[1:], to_time(int(rest[0])))
+    replaced = others.pop(0) if first & REPLACED else None
+    resumed_from = others.pop(0) if first & RESUMED else None
+    return Registration(
+        connection,
+        tuple(others),
+        resumed=resumed_from is not None,
+        replaced=replaced,
+        resumed_from=resumed_from,
+        refused=first == REFUSED,
+    )
+
+
+def parse_join(reply: bytes | int) -> JoinResult:
+    """Parse the answer of a join."""
+    return JoinResult(True, text_or_none(reply)) if isinstance(reply, bytes) else JoinResult(False, is_full=reply == 1)
+
+
+def text_or_none(reply: bytes) -> str | None:
+    """Parse an id that is empty where there is none."""
+    return reply.decode() or None
+
+
+def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[ConnectionInfo]:
+    """Parse a snapshot: choose who is live, or detached and within the grace, in the order of registration."""
+    now, size = int(reply[-1]), len(reply) // 3
+    oldest_live, observed_at, time = now - conn_ttl_ms, to_time(now), datetime.fromtimestamp
+    connections = []
+    for sid, body, score in zip(reply[: 2 * size : 2], reply[1 : 2 * size : 2], reply[2 * size : -1], strict=True):
+        seen = int(score or 0)
+        if seen < oldest_live and -seen < now:
+            continue
+        head, _, user_id = body.partition(b" ")
+        if b":" in head:
+            connections.append(parse_body(sid.decode(), game_id, body, seen, observed_at))
+            continue
+        # Most have no more than a user; a snapshot is read so often that these are parsed without another call.
+        epoch = int(head)
+        connected_at, last_seen = time(epoch // 1000 / 1000, UTC), time(seen / 1000, UTC)
+        connections.append(
+            ConnectionInfo(sid.decode(), user_id.decode(), game_id, connected_at, last_seen, observed_at, epoch)
+        )
+    connections.sort(key=attrgetter("epoch"))
+    return connections
+
+
+def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
+    """Parse what was read from the stream of events after a position."""
+    is_lost, last_id, added = reply[:3]
+    end = Position(last_id.decode(), added)
+    if is_lost:
+        return EventsBatch((), end, is_lost=True)
+    events: list[Event] = []
+    skip = position.skip
+    for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), position.number + 1):
+        of_entry = parse_message(message)
+        before, position = position, Position(entry_id.decode(), number)
+        for index, event in enumerate(of_entry, 1):
+            if index > skip:
+                seen = position if index == len(of_entry) else Position(before.entry_id, before.number, index)
+                events.append(replace(event, position=seen.text()))
+        skip = 0
+    return EventsBatch(tuple(events), position)
+
+
+def parse_message(message: bytes) -> list[Event]:
+    """Parse the events of one change, see lua/include/publish.lua and lua/include/event.lua."""
+    now, _, rest = message.partition(b" ")
+    at = to_time(int(now))
+    events: list[Event] = []
+    while rest:
+        kind, sid_length, record_length, score, rest = rest.split(b" ", 4)
+        sid_end = int(sid_length)
+        record_end = sid_end + int(record_length)
+        connection = parse_record(rest[:sid_end].decode(), rest[sid_end:record_end], score, at)
+        rest = rest[record_end:]
+        if kind == RESUMED_FROM:
+            events[-1] = replace(events[-1], resumed_from=connection)
+        else:
+            events.append(Event(EventType(kind.decode()), connection, at))
+    return events
+
+
+def parse_heartbeats(count: int, reply: list[int]) -> list[HeartbeatStatus]:
+    """Parse the exceptions among many heartbeats."""
+    statuses = [HeartbeatStatus.SEEN] * count
+    for position, status in zip(reply[::2], reply[1::2], strict=True):
+        statuses[position - 1] = NOT_SEEN[status]
+    return statuses
+
+
+def parse_cleanup(batch_size: int, has_server_grace: bool, reply: list[Any]) -> CleanupBatch:
+    """Parse a batch of a cleanup; ``batch_size`` is what was asked for."""
+    now, examined, *fields = reply
+    ended = parse_records(fields, to_time(int(now)))
+    detached: tuple[ConnectionInfo, ...] = ()
+    if has_server_grace:
+        # One whose grace is over has been detached before; what is detached now has it still before it.
+        detached = tuple(gone for gone in ended if gone.detached_until and gone.detached_until > gone.observed_at)
+        ended = tuple(gone for gone in ended if not gone.detached_until or gone.detached_until <= gone.observed_at)
+    return CleanupBatch(ended, examined < batch_size, detached)
