@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from presence import Event
+    from presence.operations import EventsMode
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
     from tests.server import LocalServer
@@ -145,6 +146,11 @@ def twice(scene: Scene) -> None:
 def resting(scene: Scene) -> None:
     playing(scene)
     scene.forget("a")
+
+
+def resting_twice(scene: Scene) -> None:
+    twice(scene)
+    scene.forget("a", "b")
 
 
 CASES: dict[str, tuple[Any, Any, list[Told]]] = {
@@ -291,7 +297,7 @@ CASES_OF_TWO: dict[str, tuple[Any, Any, list[Told]]] = {
         [("displaced", "a", "g"), ("registered", "a", None), ("user_online", "a", None)],
     ),
     "cleanup of both": (
-        lambda scene: (twice(scene), scene.forget("a", "b")),
+        resting_twice,
         lambda scene: scene.cleanup_stale_connections(),
         [("expired", "a", "g"), ("expired", "b", None), ("user_offline", "b", None)],
     ),
@@ -469,7 +475,7 @@ class TestOff:
     def test_a_subscription_is_refused(self) -> None:
         for kind in (presence.ConnectionManager, presence.sync.ConnectionManager):
             with pytest.raises(ValueError, match='events="pubsub" or events="stream"'):
-                kind.from_url("redis://nowhere:1").subscribe()  # type: ignore[attr-defined]
+                kind.from_url("redis://nowhere:1").subscribe()
 
 
 @pytest.mark.parametrize("kind", [presence.ConnectionManager, presence.sync.ConnectionManager])
@@ -616,7 +622,9 @@ class TestTheStream:
 class TestAConnection:
     """Whose events are lost is told; who leaves, leaves nothing behind."""
 
-    def test_that_is_killed_is_told(self, make_manager: ManagerFactory, own_server: LocalServer, mode: str) -> None:
+    def test_that_is_killed_is_told(
+        self, make_manager: ManagerFactory, own_server: LocalServer, mode: EventsMode
+    ) -> None:
         manager = make_manager(own_server.url, events=mode)
         with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
             manager.register_connection("a", "alice")
@@ -632,7 +640,9 @@ class TestAConnection:
                     events.next()
                 assert isinstance(raised.value.__cause__, redis.ConnectionError)
 
-    def test_is_closed_at_the_end(self, make_manager: ManagerFactory, own_server: LocalServer, mode: str) -> None:
+    def test_is_closed_at_the_end(
+        self, make_manager: ManagerFactory, own_server: LocalServer, mode: EventsMode
+    ) -> None:
         manager = make_manager(own_server.url, events=mode)
         with redis.Redis.from_url(own_server.url) as client:
             with subscribed(manager) as events:
@@ -643,13 +653,12 @@ class TestAConnection:
             manager.close()
             assert [found["cmd"] for found in client.client_list()] == ["client|list"]
 
-    def test_is_refused_with_the_reason(self, make_manager: ManagerFactory, mode: str) -> None:
-        retry = {"retry_on_error": []}
-        manager = make_manager("redis://127.0.0.1:1", events=mode, socket_connect_timeout=1, **retry)
+    def test_is_refused_with_the_reason(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
+        manager = make_manager("redis://127.0.0.1:1", events=mode, socket_connect_timeout=1)
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs"), subscribed(manager):
             pass
 
-    def test_may_decode_and_speak_either_protocol(self, server_url: str, namespace: str, mode: str) -> None:
+    def test_may_decode_and_speak_either_protocol(self, server_url: str, namespace: str, mode: EventsMode) -> None:
         for protocol in (2, 3):
             for decode_responses in (False, True):
                 with redis.Redis.from_url(server_url, protocol=protocol, decode_responses=decode_responses) as client:
@@ -669,7 +678,7 @@ class TestAConnection:
 
                 asyncio.run(run())
 
-    def test_a_wait_that_is_cancelled_loses_nothing(self, server_url: str, namespace: str, mode: str) -> None:
+    def test_a_wait_that_is_cancelled_loses_nothing(self, server_url: str, namespace: str, mode: EventsMode) -> None:
         async def run() -> None:
             async with (
                 presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode) as manager,
@@ -688,7 +697,7 @@ class TestAConnection:
 
         asyncio.run(run())
 
-    def test_that_is_closed_elsewhere_ends_the_loop(self, make_manager: ManagerFactory, mode: str) -> None:
+    def test_that_is_closed_elsewhere_ends_the_loop(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
         manager = make_manager(events=mode)
         if isinstance(manager, Awaited):
 
