@@ -4,7 +4,9 @@ Remove one batch of the connections that were not seen for longer than the thres
 the detached ones whose grace is over, and of those of dead servers; or only of all those of one server.
 
 A server is dead when it was not seen for longer than the threshold, or another with its id has started since. With a
-server_grace_ms its connections are detached, not removed, so that their users can resume them elsewhere.
+server_grace_ms its connections are detached, not removed, so that their users can resume them elsewhere (not those that
+have expired). With a server its clients fall silent, some of them before it is taken for dead: so a stale one whose
+server has missed a heartbeat is detached as well.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. The batch bounds the time
@@ -13,8 +15,8 @@ that the script holds the server (guarantee 7); the caller repeats it until it e
 KEYS  last_seen, servers, reply
 ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at most 1000), server_threshold_ms,
       server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off)
-Reply {now ms, number examined, the connections: the removed ones, longest silent first, then those past their grace,
-      then those of dead servers, removed, or detached as they are now}
+Reply {now ms, number examined (batch_size when there may be more), the connections: the stale ones, longest silent
+      first, then those past their grace, then those of dead servers; as they were if removed, as they are if detached}
       a connection = sid, record (see split_record), score (see find_record)
 Cost  O(log N) for each connection that it removes, N = connections in the namespace; O(S) for the S dead servers, or
       with a server_id, all servers
@@ -22,6 +24,8 @@ Cost  O(log N) for each connection that it removes, N = connections in the names
 -- @include now_ms
 -- @include as_argument
 -- @include dead_servers
+-- @include split_record
+-- @include split_body
 -- @include detached_record
 -- @include detach_connection
 -- @include remove_connection
@@ -49,13 +53,28 @@ local function find_by_score(oldest, newest)
   end
 end
 
+local function server_of(record)
+  local _, body = split_record(record)
+  local _, _, _, _, server = split_body(body)
+  return server
+end
+
+local function is_to_detach(server, score, list)
+  if server_grace_ms == 0 or server == '' or tonumber(score) < math.max(0, now - conn_ttl_ms) then
+    return false
+  end
+  -- One and a half of the three heartbeats that make the threshold.
+  return list or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now - server_threshold_ms / 2
+end
+
 if server_id == '' then
   find_by_score('0', '(' .. as_argument(now - math.min(threshold_ms, conn_ttl_ms)))
   find_by_score('(-' .. now, '(0')
 end
-local of_servers = #found + 1
-local emptied = {}
-for _, server in ipairs(dead_servers(servers_key, server_id, now, server_threshold_ms)) do
+-- Whose list of connections each one of a dead server was found in, by its index in found.
+local lists, emptied = {}, {}
+local servers = dead_servers(servers_key, server_id, now, server_threshold_ms)
+for _, server in ipairs(servers) do
   local limit = batch_size - #found / 2
   if limit > 0 then
     local sids = redis.call('SRANDMEMBER', key_prefix .. 'server_conns:' .. server, limit)
@@ -63,6 +82,7 @@ for _, server in ipairs(dead_servers(servers_key, server_id, now, server_thresho
     for index, sid in ipairs(sids) do
       found[#found + 1] = sid
       found[#found + 1] = scores[index] or '0'
+      lists[#found - 1] = server
     end
     if #sids < limit then
       emptied[#emptied + 1] = server
@@ -73,20 +93,24 @@ if #found == 0 and #emptied == 0 then
   return earlier_answer(reply_key) or {now, 0}
 end
 
-local answer, ends, strays, conn_keys, taken = {now, #found / 2}, {}, {}, {}, {}
+-- It takes at most so many servers at once, and there may be more.
+local examined = #servers >= 10 and batch_size or #found / 2
+local answer, ends, strays, conn_keys, taken = {now, examined}, {}, {}, {}, {}
 for index = 1, #found, 2 do
   conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]
 end
 local records = #conn_keys > 0 and redis.call('MGET', unpack(conn_keys)) or {}
 for index = 1, #found, 2 do
   local sid, score, record = found[index], found[index + 1], records[(index + 1) / 2]
-  if not record then
-    strays[#strays + 1] = sid
+  local server = record and server_of(record)
+  if not record or (lists[index] and lists[index] ~= server) then
+    -- Where records are evicted, a sid may be left in a server's list that is another server's by now.
+    strays[#strays + 1] = index
   elseif not taken[sid] then
     -- A connection that is stale and of a dead server is found twice.
     taken[sid] = true
     local ended = {sid, record, score}
-    if index >= of_servers and server_grace_ms > 0 then
+    if is_to_detach(server, score, lists[index]) then
       ended = {sid, detached_record(record, score), as_argument(-now - server_grace_ms), record}
     end
     ends[#ends + 1] = ended
@@ -110,8 +134,13 @@ for _, ended in ipairs(ends) do
     publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, ended, was_attached)
   end
 end
-if #strays > 0 then
-  redis.call('ZREM', last_seen_key, unpack(strays))
+for _, index in ipairs(strays) do
+  if lists[index] then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. lists[index], found[index])
+  end
+  if not records[(index + 1) / 2] then
+    redis.call('ZREM', last_seen_key, found[index])
+  end
 end
 if #emptied > 0 then
   redis.call('ZREM', servers_key, unpack(emptied))

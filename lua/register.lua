@@ -34,6 +34,7 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include drop_connection
 -- @include drop_from_user
 -- @include has_attached
+-- @include is_replaced
 -- @include earlier_answer
 -- @include answer_once
 -- @include event
@@ -204,8 +205,11 @@ if server ~= '' then
   redis.call('SADD', server_conns_key, sid)
   redis.call('PEXPIRE', server_conns_key, key_lifetime_ms)
   -- One that was taken for dead is known again: otherwise nobody would find its connections when it dies.
-  redis.call('ZADD', key_prefix .. 'servers', 'NX', now, server)
-  redis.call('PEXPIRE', key_prefix .. 'servers', key_lifetime_ms)
+  local servers_key = key_prefix .. 'servers'
+  if redis.call('ZADD', servers_key, 'NX', now, server) == 1 and is_replaced(servers_key, server) then
+    redis.call('ZADD', servers_key, '0', server)
+  end
+  redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 end
 if resumed and resumed[1] ~= sid then
   drop_connection(key_prefix, last_seen_key, resumed[1], resumed[4], resumed[5])

@@ -14,7 +14,10 @@ from redis.exceptions import RedisClusterException, RedisError
 from presence import arguments, clients
 from presence.errors import PresenceError
 from presence.operations import (
+    ON_REMOVED_FAILED,
     SCRIPT_LOAD,
+    SERVER_HEARTBEAT_FAILED,
+    SERVER_REPLACED,
     CleanupBatch,
     Command,
     Exchange,
@@ -32,7 +35,7 @@ from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
     from types import TracebackType
     from uuid import UUID
 
@@ -61,8 +64,8 @@ class _OpenClient:
         self.first_call = asyncio.Lock()
 
 
-class _RunningCleanup:
-    """What ``aclose`` needs to end a ``run_cleanup`` in good order."""
+class _Repetition:
+    """What ``aclose`` needs to end a ``run_cleanup`` or ``run_server_heartbeat`` in good order."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -74,11 +77,11 @@ class _RunningCleanup:
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for asyncio code.
 
-    Every method but ``cleanup_stale_connections`` and ``run_cleanup`` is one atomic script and one round trip (two more
-    when the server has lost the script). All raise ``TypeError`` or ``ValueError`` for a bad argument, before anything
-    is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind except lone
-    surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only cleanup,
-    and a new registration of its user, still find it and report it.
+    Every method but the cleanups and those that run until the manager is closed is one atomic script and one round trip
+    (two more when the server has lost the script). All raise ``TypeError`` or ``ValueError`` for a bad argument, before
+    anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind except
+    lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only
+    cleanup, and a new registration of its user, still find it and report it.
 
     One manager serves any number of tasks: what those of one event loop await at once goes out together, on one
     connection. It connects on first use, on each event loop anew.
@@ -145,7 +148,7 @@ class ConnectionManager:
         self._client_options: dict[str, Any] = {}
         # A client's connections belong to the event loop that opened them, so each loop has its own.
         self._own_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
-        self._cleanups: set[_RunningCleanup] = set()
+        self._repetitions: set[_Repetition] = set()
         self._is_closed = False
 
     @classmethod
@@ -213,16 +216,16 @@ class ConnectionManager:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End every ``run_cleanup`` of this manager and close its own client; a client that was passed in stays open.
+        """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
-        Operations under way are waited for (those of this event loop).
+        A client that was passed in stays open. Operations under way are waited for (those of this event loop).
         A closed manager connects again when it is used again.
         """
         self._is_closed = True
         loop = asyncio.get_running_loop()
-        for running in tuple(self._cleanups):
+        for running in tuple(self._repetitions):
             running.loop.call_soon_threadsafe(running.stop.set)
-            # A callback of the cleanup itself may close the manager, and another loop's cleanup ends there.
+            # A callback of a cleanup itself may close the manager, and what another loop runs ends there.
             if running.loop is loop and asyncio.current_task() not in running.tasks:
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
@@ -633,8 +636,8 @@ class ConnectionManager:
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: awaited with each batch that removed something. What it raises is logged, and what it had not
-                dealt with is not reported again: catch errors for each connection inside.
+            on_removed: awaited with each batch that removed or detached something. What it raises is logged, and what
+                it had not dealt with is not reported again: catch errors for each connection inside.
 
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
@@ -642,49 +645,88 @@ class ConnectionManager:
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
         describe_batch()  # A bad threshold is refused here, not in the background.
+        await self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed))
+
+    async def run_server_heartbeat(self, interval_seconds: float | None = None) -> None:
+        """Beat for this game server at once and then again and again, until the manager is closed.
+
+        Run it in the background on every server that has a ``server_id``: one that has not beaten for three
+        ``heartbeat_seconds`` is dead to all cleanups, which take its connections. A fault is logged and does not end
+        it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
+
+        Args:
+            interval_seconds: seconds between two heartbeats; positive. None is ``heartbeat_seconds``.
+
+        Raises:
+            ValueError: the manager has no ``server_id``.
+
+        Cost: as :meth:`update_server_heartbeat`, each time.
+
+        """
+        self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
+        seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
+        interval = arguments.milliseconds("interval_seconds", seconds) / 1000
+        await self._repeat(lambda: self._beat_for_server(interval))
+
+    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, float | None]]) -> None:
+        """Do the step until the manager is closed; it answers how many seconds to pause, or None to end."""
         if self._is_closed:
             return
-        running = _RunningCleanup()
-        self._cleanups.add(running)
+        running = _Repetition()
+        self._repetitions.add(running)
         try:
             while not running.stop.is_set():
                 # What a batch removes only its answer reports, so its end is waited for, however often one cancels.
-                cleanup = asyncio.ensure_future(self._clean_up_batch(describe_batch(), interval, on_removed))
-                running.tasks.add(cleanup)
+                task = asyncio.ensure_future(step())
+                running.tasks.add(task)
                 try:
-                    is_last = await asyncio.shield(cleanup)
+                    pause = await asyncio.shield(task)
                 except asyncio.CancelledError:
-                    while not cleanup.done():
+                    while not task.done():
                         with suppress(asyncio.CancelledError):
-                            await asyncio.shield(cleanup)
+                            await asyncio.shield(task)
                     raise
                 finally:
-                    running.tasks.discard(cleanup)
-                if is_last:
+                    running.tasks.discard(task)
+                if pause is None:
+                    return
+                if pause:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(running.stop.wait(), interval)
+                        await asyncio.wait_for(running.stop.wait(), pause)
         finally:
-            self._cleanups.discard(running)
+            self._repetitions.discard(running)
             running.ended.set()
+
+    async def _beat_for_server(self, interval: float) -> float | None:
+        """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""
+        try:
+            is_known = await self.update_server_heartbeat()
+        except PresenceError as error:
+            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error)
+            return interval
+        if not is_known:
+            logger.error(SERVER_REPLACED, self.operations.server_id)
+            return None
+        return interval
 
     async def _clean_up_batch(
         self,
         batch: Operation[CleanupBatch],
         interval: float,
         on_removed: Callable[[CleanupResult], Awaitable[object]] | None,
-    ) -> bool:
-        """Remove and report one batch; tell whether it is time to pause."""
+    ) -> float:
+        """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
             done = await self._run(perform(batch))
         except PresenceError as error:
             logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
-            return True
-        if done.removed and on_removed is not None:
+            return interval
+        if on_removed is not None and (done.removed or done.detached):
             try:
-                await on_removed(CleanupResult(done.removed))
+                await on_removed(CleanupResult(done.removed, None, done.detached))
             except Exception:
-                logger.exception("on_removed failed for some of %d connections that were removed", len(done.removed))
-        return done.is_last
+                logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
+        return interval if done.is_last else 0
 
     async def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.

@@ -52,6 +52,12 @@ SCRIPT_LOADS = 2
 """Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
 
 HEARTBEATS_UNTIL_STALE = 3
+
+# What both managers log of what they run in the background.
+ON_REMOVED_FAILED = "on_removed failed for some of %d connections that were removed or detached"
+SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: %s"
+SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
+
 CLEANUP_BATCH_SIZE = 50
 """Connections that one cleanup script removes: under a millisecond of the server, with much room below 5 ms."""
 HEARTBEAT_BATCH_SIZE = 250
@@ -269,6 +275,7 @@ class Operations:
         self.namespace = arguments.check_namespace(namespace)
         self._conn_ttl_ms = arguments.milliseconds("conn_ttl_seconds", conn_ttl_seconds)
         self._stale_ms = HEARTBEATS_UNTIL_STALE * arguments.milliseconds("heartbeat_seconds", heartbeat_seconds)
+        self.heartbeat_seconds = heartbeat_seconds
         self._connections_per_user = arguments.check_count(
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )

@@ -13,7 +13,10 @@ from redis.exceptions import RedisClusterException, RedisError
 from presence import arguments, clients
 from presence.errors import PresenceError, explain
 from presence.operations import (
+    ON_REMOVED_FAILED,
     SCRIPT_LOAD,
+    SERVER_HEARTBEAT_FAILED,
+    SERVER_REPLACED,
     CleanupBatch,
     Command,
     Exchange,
@@ -53,11 +56,11 @@ class _OpenClient:
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for blocking code.
 
-    Every method but ``cleanup_stale_connections`` and ``run_cleanup`` is one atomic script and one round trip (two more
-    when the server has lost the script). All raise ``TypeError`` or ``ValueError`` for a bad argument, before anything
-    is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind except lone
-    surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only cleanup,
-    and a new registration of its user, still find it and report it.
+    Every method but the cleanups and those that run until the manager is closed is one atomic script and one round trip
+    (two more when the server has lost the script). All raise ``TypeError`` or ``ValueError`` for a bad argument, before
+    anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind except
+    lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only
+    cleanup, and a new registration of its user, still find it and report it.
 
     One manager serves any number of threads. It connects on first use.
 
@@ -122,7 +125,7 @@ class ConnectionManager:
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
         self._own_client: _OpenClient | None = None
-        self._cleanups: dict[threading.Event, threading.Thread] = {}
+        self._repetitions: dict[threading.Event, threading.Thread] = {}
         self._is_closed = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -192,18 +195,18 @@ class ConnectionManager:
         self.close()
 
     def close(self) -> None:
-        """End every ``run_cleanup`` of this manager and close its own client; a client that was passed in stays open.
+        """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
-        Operations under way are waited for (those of other threads).
+        A client that was passed in stays open. Operations under way are waited for (those of other threads).
         A closed manager connects again when it is used again.
         """
         with self._changed:
             self._is_closed = True
-            for stop in self._cleanups:
+            for stop in self._repetitions:
                 stop.set()
-            # A callback of a cleanup itself may close the manager; then nobody can wait for the cleanups.
-            if threading.current_thread() not in self._cleanups.values():
-                self._changed.wait_for(lambda: not self._cleanups)
+            # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
+            if threading.current_thread() not in self._repetitions.values():
+                self._changed.wait_for(lambda: not self._repetitions)
             own, self._own_client = self._own_client, None
             if own is None:
                 return
@@ -604,8 +607,8 @@ class ConnectionManager:
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: called with each batch that removed something. What it raises is logged, and what it had not
-                dealt with is not reported again: catch errors for each connection inside.
+            on_removed: called with each batch that removed or detached something. What it raises is logged, and what
+                it had not dealt with is not reported again: catch errors for each connection inside.
 
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
@@ -613,38 +616,77 @@ class ConnectionManager:
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
         describe_batch()  # A bad threshold is refused here, not in the background.
+        self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed))
+
+    def run_server_heartbeat(self, interval_seconds: float | None = None) -> None:
+        """Beat for this game server at once and then again and again, until the manager is closed.
+
+        Run it in the background on every server that has a ``server_id``: one that has not beaten for three
+        ``heartbeat_seconds`` is dead to all cleanups, which take its connections. A fault is logged and does not end
+        it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
+
+        Args:
+            interval_seconds: seconds between two heartbeats; positive. None is ``heartbeat_seconds``.
+
+        Raises:
+            ValueError: the manager has no ``server_id``.
+
+        Cost: as :meth:`update_server_heartbeat`, each time.
+
+        """
+        self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
+        seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
+        interval = arguments.milliseconds("interval_seconds", seconds) / 1000
+        self._repeat(lambda: self._beat_for_server(interval))
+
+    def _repeat(self, step: Callable[[], float | None]) -> None:
+        """Do the step until the manager is closed; it answers how many seconds to pause, or None to end."""
         stop = threading.Event()
         with self._lock:
             if self._is_closed:
                 return
-            self._cleanups[stop] = threading.current_thread()
+            self._repetitions[stop] = threading.current_thread()
         try:
             while not stop.is_set():
-                if self._clean_up_batch(describe_batch(), interval, on_removed):
-                    stop.wait(interval)
+                pause = step()
+                if pause is None:
+                    return
+                stop.wait(pause)
         finally:
             with self._changed:
-                del self._cleanups[stop]
+                del self._repetitions[stop]
                 self._changed.notify_all()
+
+    def _beat_for_server(self, interval: float) -> float | None:
+        """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""
+        try:
+            is_known = self.update_server_heartbeat()
+        except PresenceError as error:
+            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error)
+            return interval
+        if not is_known:
+            logger.error(SERVER_REPLACED, self.operations.server_id)
+            return None
+        return interval
 
     def _clean_up_batch(
         self,
         batch: Operation[CleanupBatch],
         interval: float,
         on_removed: Callable[[CleanupResult], object] | None,
-    ) -> bool:
-        """Remove and report one batch; tell whether it is time to pause."""
+    ) -> float:
+        """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
             done = self._run(perform(batch))
         except PresenceError as error:
             logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
-            return True
-        if done.removed and on_removed is not None:
+            return interval
+        if on_removed is not None and (done.removed or done.detached):
             try:
-                on_removed(CleanupResult(done.removed))
+                on_removed(CleanupResult(done.removed, None, done.detached))
             except Exception:
-                logger.exception("on_removed failed for some of %d connections that were removed", len(done.removed))
-        return done.is_last
+                logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
+        return interval if done.is_last else 0
 
     def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.
