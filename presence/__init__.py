@@ -7,6 +7,7 @@ Every operation is one Lua script, so it is atomic and takes one round trip. ``C
 from presence import sync
 from presence.errors import (
     AuthenticationFailedError,
+    EventsLostError,
     OutOfMemoryError,
     PermissionDeniedError,
     PipelineError,
@@ -36,6 +37,7 @@ __all__ = [
     "ConnectionManager",
     "Event",
     "EventType",
+    "EventsLostError",
     "GameSnapshot",
     "HeartbeatStatus",
     "JoinResult",

@@ -45,6 +45,17 @@ class UnexpectedReplyError(PresenceError):
     """The server refused the operation for a reason that has no error of its own; the message quotes it."""
 
 
+class EventsLostError(PresenceError):
+    """A subscription may have missed events: its connection broke, it was too slow, or the stream was trimmed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"events may be lost: {reason}; read a snapshot and subscribe again")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[EventsLostError], tuple[str]]:
+        return type(self), (self.reason,)
+
+
 class PipelineError(PresenceError):
     """Some operations of a pipeline failed.
 

@@ -33,6 +33,7 @@ from presence.operations import (
 )
 from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
+from presence.subscriptions import AsyncSubscription, Feed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -751,6 +752,39 @@ class ConnectionManager:
             return []
         return await self._run(perform_each(checked))
 
+    def subscribe(
+        self, *, game_id: str | None = None, user_id: str | UUID | None = None, after: str | None = None
+    ) -> AsyncSubscription:
+        """Iterate over what happens, as the scripts that make the changes publish it.
+
+        ``async with manager.subscribe(game_id="chess-7") as events:`` and then ``async for event in events:``. It is
+        subscribed when the block is entered, and one ``Event`` comes for each change of a connection, of all changes of
+        the namespace or of those in one game or of one user. What may be missing is never passed over in silence: the
+        iteration ends with ``EventsLostError``.
+
+        Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
+        too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
+        any operation, and the iteration may go on after it. It takes a connection of the client's pool.
+
+        Args:
+            game_id: only the events of connections in this game (those who leave it among them).
+            user_id: only the events of this user's connections.
+            after: begin after this position, ``Event.position`` or ``GameSnapshot.position``, instead of now; needs
+                ``events="stream"``.
+
+        Returns:
+            The subscription.
+
+        Raises:
+            ValueError: events are off, or arguments that exclude each other are given.
+
+        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace, and one each
+        second.
+
+        """
+        feed = Feed(self.operations, game_id, user_id, after)
+        return AsyncSubscription(feed, partial(self._run, alone=True), lambda: self._open_client().client)
+
     def _open_client(self) -> _OpenClient:
         loop = asyncio.get_running_loop()
         own = self._own_clients.get(loop)
@@ -767,11 +801,12 @@ class ConnectionManager:
             self._is_closed = False
         return own
 
-    async def _run(self, exchange: Exchange[Result]) -> Result:
+    async def _run(self, exchange: Exchange[Result], *, alone: bool = False) -> Result:
+        """Carry an exchange; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
         own = self._open_client()
         own.in_flight += 1
         try:
-            send = own.shared.send if own.shared is not None else partial(self._send, own.client)
+            send = own.shared.send if own.shared is not None and not alone else partial(self._send, own.client)
             request = next(exchange)
             while True:
                 request = exchange.send(await send(request))

@@ -366,6 +366,8 @@ def without_asyncio(text: str) -> str:
     """Say what a text for asyncio says in words of blocking code."""
     for word, replacement in {
         "async with": "with",
+        "async for": "for",
+        "AsyncSubscription": "Subscription",
         "await ": "",
         "awaited": "called",
         "aclose": "close",
@@ -396,7 +398,7 @@ class TestParity:
         assert without_asyncio(about) == twin
 
     def test_only_the_asyncio_manager_is_awaited(self, name: str) -> None:
-        assert inspect.iscoroutinefunction(ASYNCIO[name]) is (name not in ("__init__", "from_url"))
+        assert inspect.iscoroutinefunction(ASYNCIO[name]) is (name not in ("__init__", "from_url", "subscribe"))
         assert not inspect.iscoroutinefunction(BLOCKING[name])
 
 

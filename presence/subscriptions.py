@@ -1,0 +1,307 @@
+"""Subscriptions to events: what a feed of events is, without I/O, and the two kinds that carry it.
+
+Through pub/sub a subscription has a connection of its own, outside the client's pool. It is never opened again: what
+was published meanwhile would be missing, so its end is an :class:`presence.EventsLostError`. The stream is read with
+the client like any other operation, and a fault there loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, Self
+
+import redis
+import redis.asyncio
+
+from presence import arguments
+from presence.errors import FAULTS, EventsLostError, explain
+from presence.operations import Position, parse_message, perform
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
+    from uuid import UUID
+
+    from presence.operations import Exchange, Operations
+    from presence.results import Event
+
+MAX_BLOCK_MS = 1000
+"""How long the server holds a read of the stream for new events."""
+
+SILENCE_SECONDS = 10
+"""How long nothing may come through pub/sub before the server is asked whether it is there; then as long again."""
+
+_BEYOND = Position(number=10**15 - 1)
+"""No stream has come as far: to read after it tells where the stream ends."""
+
+_CONNECTION_LOST = "the connection broke, or the server ended it because its events were read too slowly"
+
+
+class Feed:
+    """What one subscription is about, how far it has come, and what it makes of what the server says."""
+
+    def __init__(
+        self, operations: Operations, game_id: str | None, user_id: str | UUID | None, after: str | None
+    ) -> None:
+        if operations.events_mode == "off":
+            raise ValueError(
+                'events are off: make the manager, and those of all servers, with events="pubsub" or events="stream"'
+            )
+        if game_id is not None and user_id is not None:
+            raise ValueError("at most one of game_id and user_id can be given; for both, subscribe twice")
+        self.is_stream = operations.events_mode == "stream"
+        if after is not None and not self.is_stream:
+            raise ValueError('after needs events="stream": pub/sub keeps nothing')
+        self._operations = operations
+        self._position = _BEYOND if after is None else Position.parse(after)
+        self._game_id = self._user_id = None
+        self._is_asked = False
+        self.key = self.channel = operations.events_key
+        if game_id is not None:
+            self._game_id = game_id
+            self.channel += b":game:" + arguments.encode("game_id", game_id)
+        elif user_id is not None:
+            user_bytes = arguments.encode_user_id("user_id", user_id)
+            self._user_id = user_bytes.decode()
+            self.channel += b":user:" + user_bytes
+
+    def _concerns(self, event: Event) -> bool:
+        if self._game_id is not None:
+            return event.connection.game_id == self._game_id
+        return self._user_id is None or event.connection.user_id == self._user_id
+
+    def start(self) -> Exchange[None]:
+        """Converse with the server to find where the stream ends.
+
+        Pub/sub needs it as well: an ordinary call meets a fault with the client's retries, and leads a cluster's client
+        to the node that has the namespace now.
+        """
+        batch = yield from perform(self._operations.read_events(_BEYOND))
+        if self._position is _BEYOND:
+            self._position = batch.position
+
+    def read(self, socket_timeout: float | None) -> Exchange[list[Event]]:
+        """Converse with the server to read on in the stream; where nothing is new, the server waits a moment."""
+        batch = yield from perform(self._operations.read_events(self._position))
+        if batch.is_lost:
+            raise EventsLostError("the stream was trimmed beyond the position, or is another one now")
+        if batch.position == self._position:
+            # Well under the client's own timeout, which would take a wait for a fault.
+            block_ms = MAX_BLOCK_MS if socket_timeout is None else max(1, min(MAX_BLOCK_MS, int(socket_timeout * 500)))
+            last = self._position.entry_id
+            (reply,) = yield [("XREAD", "BLOCK", block_ms, "COUNT", 1, "STREAMS", self.key, last)]
+            if isinstance(reply, Exception):
+                raise explain(reply)
+        self._position = batch.position
+        return [event for event in batch.events if self._concerns(event)]
+
+    def take(self, reply: Any) -> list[Event]:
+        """Give the events in what came through pub/sub."""
+        self._is_asked = False
+        kind, *rest = reply if isinstance(reply, list) else (reply,)
+        if kind == b"sunsubscribe":
+            raise EventsLostError("the namespace's slot has moved to another node of the cluster")
+        return [event for event in parse_message(rest[1]) if self._concerns(event)] if kind == b"smessage" else []
+
+    def ask(self) -> None:
+        """Note that nothing came for a while, and that the server is asked now; the second time it is gone."""
+        if self._is_asked:
+            raise EventsLostError("the server does not answer on the connection any more")
+        self._is_asked = True
+
+
+class _State:
+    """What both kinds of a subscription know."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.events: deque[Event] = deque()
+        self.is_open = False
+        self.lost: EventsLostError | None = None
+
+    def next_event(self) -> Event | None:
+        """Give an event that has been received; None when one must be waited for."""
+        if self.events:
+            return self.events.popleft()
+        if self.lost is not None:
+            raise self.lost
+        return None
+
+    def lose(self, error: Exception) -> None:
+        """Note that events are lost: whoever iterates is told, each time."""
+        if not isinstance(error, EventsLostError):
+            lost = EventsLostError(_CONNECTION_LOST)
+            lost.__cause__ = error
+            error = lost
+        self.lost = error
+
+
+class AsyncSubscription:
+    """The events that ``ConnectionManager.subscribe`` was asked for; ``async with`` it, then ``async for`` over it.
+
+    A wait for the next event may be cancelled, as by ``asyncio.wait_for``, and loses none.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        run: Callable[[Exchange[Any]], Awaitable[Any]],
+        client: Callable[[], redis.asyncio.Redis | redis.asyncio.RedisCluster],
+    ) -> None:
+        self._state = _State(feed)
+        self._run = run
+        self._client = client
+        self._connection: Any = None
+        self._socket_timeout: float | None = None
+
+    async def __aenter__(self) -> Self:
+        feed = self._state.feed
+        await self._run(feed.start())
+        client = self._client()
+        source: Any = (
+            client.get_node_from_key(feed.key.decode())
+            if isinstance(client, redis.asyncio.RedisCluster)
+            else client.connection_pool
+        )
+        self._socket_timeout = source.connection_kwargs.get("socket_timeout")
+        if not feed.is_stream:
+            self._connection = source.connection_class(**source.connection_kwargs)
+            try:
+                await self._connection.connect()
+                await self._connection.send_command("SSUBSCRIBE", feed.channel)
+                await self._connection.read_response(disable_decoding=True, push_request=True)
+            except BaseException as error:
+                await self.aclose()
+                if isinstance(error, FAULTS):
+                    raise explain(error) from error
+                raise
+        self._state.is_open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End the subscription; an ``async for`` that waits in another task ends."""
+        self._state.is_open = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        state = self._state
+        while state.is_open:
+            event = state.next_event()
+            if event is not None:
+                return event
+            if state.feed.is_stream:
+                state.events.extend(await self._run(state.feed.read(self._socket_timeout)))
+            else:
+                await self._receive()
+        raise StopAsyncIteration
+
+    async def _receive(self) -> None:
+        connection, feed = self._connection, self._state.feed
+        try:
+            # What is not all there when the wait ends, or is cancelled, stays in the connection's buffer.
+            reply = await connection.read_response(
+                disable_decoding=True, timeout=SILENCE_SECONDS, disconnect_on_error=False, push_request=True
+            )
+            if reply is None:
+                feed.ask()
+                await connection.send_command("PING", check_health=False)
+            else:
+                self._state.events.extend(feed.take(reply))
+        except (*FAULTS, EventsLostError) as error:
+            if self._state.is_open:
+                self._state.lose(error)
+
+
+class Subscription:
+    """The events that ``ConnectionManager.subscribe`` was asked for; ``with`` it, then ``for`` over it, in one thread.
+
+    ``close()`` in another thread ends the loop.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        run: Callable[[Exchange[Any]], Any],
+        client: Callable[[], redis.Redis | redis.RedisCluster],
+    ) -> None:
+        self._state = _State(feed)
+        self._run = run
+        self._client = client
+        self._connection: Any = None
+        self._socket_timeout: float | None = None
+
+    def __enter__(self) -> Self:
+        feed = self._state.feed
+        self._run(feed.start())
+        client: Any = self._client()
+        if isinstance(client, redis.RedisCluster):
+            client = client.get_redis_connection(client.get_node_from_key(feed.key.decode()))
+        source = client.connection_pool
+        self._socket_timeout = source.connection_kwargs.get("socket_timeout")
+        if not feed.is_stream:
+            self._connection = source.connection_class(**source.connection_kwargs)
+            try:
+                self._connection.connect()
+                self._connection.send_command("SSUBSCRIBE", feed.channel)
+                self._connection.read_response(disable_decoding=True, push_request=True)
+            except BaseException as error:
+                self.close()
+                if isinstance(error, FAULTS):
+                    raise explain(error) from error
+                raise
+        self._state.is_open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subscription; a ``for`` that waits in another thread ends."""
+        self._state.is_open = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        state = self._state
+        while state.is_open:
+            event = state.next_event()
+            if event is not None:
+                return event
+            if state.feed.is_stream:
+                state.events.extend(self._run(state.feed.read(self._socket_timeout)))
+            else:
+                self._receive()
+        raise StopIteration
+
+    def _receive(self) -> None:
+        connection, feed = self._connection, self._state.feed
+        try:
+            if connection.can_read(timeout=SILENCE_SECONDS):
+                reply = connection.read_response(disable_decoding=True, disconnect_on_error=False, push_request=True)
+                self._state.events.extend(feed.take(reply))
+            else:
+                feed.ask()
+                connection.send_command("PING", check_health=False)
+        except (*FAULTS, EventsLostError) as error:
+            if self._state.is_open:
+                self._state.lose(error)
+        except Exception:
+            # A socket that another thread closes under a read fails in more ways.
+            if self._state.is_open:
+                raise
