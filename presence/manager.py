@@ -80,9 +80,9 @@ class ConnectionManager:
 
     Every method but the cleanups and those that run until the manager is closed is one atomic script and one round trip
     (two more when the server has lost the script). All raise ``TypeError`` or ``ValueError`` for a bad argument, before
-    anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind except
-    lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them; only
-    cleanup, and a new registration of its user, still find it and report it.
+    anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind
+    except lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them;
+    only cleanup, and a new registration of its user, still find it and report it.
 
     One manager serves any number of tasks: what those of one event loop await at once goes out together, on one
     connection. It connects on first use, on each event loop anew.

@@ -1,0 +1,625 @@
+"""Game servers: one that dies is found by any other's cleanup, and each of its connections is reported once."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import presence
+import presence.sync
+from presence import PresenceError
+from presence.operations import CLEANUP_BATCH_SIZE
+from tests.fault_calls import one_attempt
+from tests.server import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from presence import CleanupResult
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+
+PROCESSES = 4
+BOUND_SECONDS = 30
+
+# A forked child would share the parent's sockets.
+spawn = multiprocessing.get_context("spawn")
+
+
+def sids(connections: Any) -> list[str]:
+    return sorted(connection.sid for connection in connections)
+
+
+def register_many(manager: ConnectionManager, count: int, name: str = "sid") -> list[str]:
+    manager.start_server()
+    names = [f"{name}-{number:03}" for number in range(count)]
+    manager.pipeline([manager.operations.register_connection(sid, f"user of {sid}") for sid in names])
+    return names
+
+
+def evalsha_calls(client: redis.Redis) -> int:
+    stats: Any = client.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until another thread or process has brought it about."""
+    deadline = time.monotonic() + BOUND_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def beats(keys: Keys) -> None:
+    """Wait for the next heartbeat of a server."""
+    known = keys().known_servers
+    eventually(lambda: keys().known_servers != known)
+
+
+class TestADeadServer:
+    """Not seen for three heartbeats, it is dead to the cleanup of any other."""
+
+    def test_its_connections_are_removed_although_their_clients_beat(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        dead, other = make_manager(server_id="dead"), make_manager(server_id="other")
+        mine = dead.register_connection("mine", "user-1").connection
+        other.register_connection("another's", "user-2")
+        make_manager().register_connection("nobody's", "user-3")
+        dead.join_game("mine", "game")
+        wait(91)
+        assert all(dead.update_heartbeats(["mine", "another's", "nobody's"]).values())
+        assert other.update_server_heartbeat()
+
+        removed = other.cleanup_stale_connections().removed
+
+        assert [(gone.sid, gone.server_id, gone.game_id) for gone in removed] == [("mine", "dead", "game")]
+        assert mine.server_id == "dead"
+        assert other.cleanup_stale_connections() == presence.CleanupResult()
+        assert set(keys().records) == {"another's", "nobody's"}
+        assert len(keys().known_servers) == 1
+
+    def test_it_lives_for_three_heartbeats(self, make_manager: ManagerFactory, wait: Callable[[float], None]) -> None:
+        silent, other = make_manager(server_id="silent"), make_manager()
+        silent.register_connection("sid", "user")
+        wait(89)
+        other.update_heartbeat("sid")
+        assert not other.cleanup_stale_connections()
+        wait(2)
+        assert sids(other.cleanup_stale_connections()) == ["sid"]
+
+    def test_one_that_beats_keeps_its_connections(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        beating, other = make_manager(server_id="beating"), make_manager()
+        beating.register_connection("sid", "user")
+        for _ in range(10):
+            wait(60)
+            assert beating.update_server_heartbeat()
+            assert beating.update_heartbeat("sid")
+            assert not other.cleanup_stale_connections()
+        assert other.is_user_online("user")
+
+    def test_with_a_grace_its_seats_are_kept_and_resumed_on_another_server(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        dead = make_manager(server_id="dead", server_grace_seconds=60)
+        other = make_manager(server_id="other", server_grace_seconds=60)
+        dead.register_connection("old", "user", metadata="kept")
+        dead.join_game("old", "game")
+        wait(91)
+        other.update_heartbeat("old")
+
+        result = other.cleanup_stale_connections()
+
+        assert (result.removed, sids(result.detached)) == ((), ["old"])
+        seat = other.get_connection("old")
+        assert result.detached == (seat,)
+        assert seat is not None
+        assert (seat.is_detached, seat.server_id, seat.game_id, seat.metadata) == (True, None, "game", b"kept")
+        assert keys().servers == {}
+        assert keys().known_servers == {}
+        assert not other.is_user_online("user")
+
+        registration = other.register_connection("new", "user")
+
+        assert registration.resumed
+        assert registration.resumed_from == seat
+        connection = registration.connection
+        assert (connection.game_id, connection.server_id, connection.metadata) == ("game", "other", b"kept")
+        assert other.get_connection("new") == connection
+
+    def test_a_seat_of_a_dead_server_that_nobody_resumes_is_removed_and_reported_once_more(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        make_manager(server_id="dead").register_connection("sid", "user")
+        other = make_manager(server_grace_seconds=60)
+        wait(91)
+        assert sids(other.cleanup_stale_connections().detached) == ["sid"]
+        wait(59)
+        assert other.cleanup_stale_connections() == presence.CleanupResult()
+        wait(2)
+        result = other.cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid"], ())
+        assert keys().ttls_ms == {}
+
+    @pytest.mark.parametrize("missed_seconds", [46, 91])
+    def test_clients_that_fall_silent_with_their_server_are_detached_however_early_they_are_stale(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], missed_seconds: float
+    ) -> None:
+        """Their last heartbeats came up to thirty seconds before their server's last one."""
+        dead, other = make_manager(server_id="dead"), make_manager(server_grace_seconds=60)
+        dead.register_connection("sid", "user")
+        wait(91 - min(missed_seconds, 91))
+        dead.update_server_heartbeat()
+        wait(missed_seconds)
+        result = other.cleanup_stale_connections()
+        assert (result.removed, sids(result.detached)) == ((), ["sid"])
+
+    def test_a_client_that_falls_silent_alone_is_removed_at_once(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(server_id="beating", server_grace_seconds=60)
+        manager.register_connection("sid", "user")
+        wait(91)
+        manager.update_server_heartbeat()
+        wait(44)
+        result = manager.cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid"], ())
+
+    def test_an_expired_connection_of_it_is_removed_and_not_brought_back_as_a_seat(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        dead = make_manager(server_id="dead", server_grace_seconds=60)
+        dead.register_connection("sid-1", "user-1")
+        wait(3601)
+        assert dead.get_connection("sid-1") is None
+        result = dead.cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid-1"], ())
+
+        dead.register_connection("sid-2", "user-2")
+        wait(3601)
+        result = dead.cleanup_server("dead", grace_seconds=60)
+        assert (sids(result.removed), result.detached) == (["sid-2"], ())
+
+    def test_many_dead_servers_are_taken_by_one_cleanup(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        for number in range(25):
+            make_manager(server_id=f"dead {number}").start_server()
+        expected = []
+        for number in range(25, 37):
+            make_manager(server_id=f"dead {number}").register_connection(f"sid-{number}", f"user-{number}")
+            expected.append(f"sid-{number}")
+        other = make_manager()
+        wait(91)
+        other.update_heartbeats(expected)
+        assert sids(other.cleanup_stale_connections()) == expected
+        assert (keys().servers, keys().known_servers) == ({}, {})
+
+    def test_one_taken_for_dead_that_still_registers_is_known_again(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        late, other = make_manager(server_id="late"), make_manager()
+        late.register_connection("old", "user")
+        wait(91)
+        assert sids(other.cleanup_stale_connections()) == ["old"]
+        assert keys().known_servers == {}
+
+        late.register_connection("new", "user")
+
+        assert not other.cleanup_stale_connections()
+        assert late.update_server_heartbeat()
+        wait(91)
+        other.update_heartbeat("new")
+        assert sids(other.cleanup_stale_connections()) == ["new"]
+
+    def test_one_taken_for_dead_that_beats_is_known_again(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        late = make_manager(server_id="late")
+        epoch = late.start_server()
+        wait(91)
+        make_manager().cleanup_stale_connections()
+        assert keys().known_servers == {}
+        assert late.update_server_heartbeat()
+        assert list(keys().known_servers) == [f"{epoch}:late"]
+
+    def test_a_connection_that_moved_to_another_server_is_not_taken_with_the_first(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        first, second = make_manager(server_id="first"), make_manager(server_id="second")
+        first.register_connection("sid", "user")
+        moved = second.register_connection("sid", "user").connection
+        assert moved.server_id == "second"
+        assert {server.partition(":")[2]: members for server, members in keys().servers.items()} == {"second": {"sid"}}
+        wait(91)
+        second.update_server_heartbeat()
+        second.update_heartbeat("sid")
+        assert not second.cleanup_stale_connections()
+
+        unnamed = make_manager()
+        assert unnamed.register_connection("sid", "user").connection.server_id is None
+        assert keys().servers == {}
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_what_eviction_left_in_its_list_ends_no_connection_of_another_and_stays_nowhere(
+        self,
+        make_manager: ManagerFactory,
+        client: redis.Redis,
+        namespace: str,
+        wait: Callable[[float], None],
+        keys: Keys,
+        is_there: bool,
+    ) -> None:
+        dead, other = make_manager(server_id="dead"), make_manager(server_id="other")
+        names = register_many(dead, CLEANUP_BATCH_SIZE + 1)
+        client.delete(*[f"{{{namespace}}}:conn:{sid}" for sid in names])
+        client.delete(*[f"{{{namespace}}}:user_conns:user of {sid}" for sid in names])
+        if is_there:
+            other.register_connection(names[0], "its next user")
+        wait(91)
+        other.update_server_heartbeat()
+        if is_there:
+            assert other.update_heartbeat(names[0])
+
+        assert other.cleanup_stale_connections() == presence.CleanupResult()
+
+        assert list(keys().records) == names[:is_there]
+        assert set().union(*keys().servers.values()) == set(names[:is_there])
+
+
+class TestARestart:
+    """Each start has its own boot epoch, and inherits nothing from the one before."""
+
+    def test_boot_epochs_grow_with_those_of_registrations(self, make_manager: ManagerFactory) -> None:
+        epochs = []
+        for number in range(3):
+            manager = make_manager(server_id="server")
+            epochs.append(manager.start_server())
+            epochs.append(manager.register_connection(f"sid-{number}", f"user-{number}").connection.epoch)
+        assert epochs == sorted(set(epochs))
+
+    def test_the_new_start_leaves_the_old_ones_to_the_next_cleanup_and_keeps_its_own(
+        self, make_manager: ManagerFactory, keys: Keys
+    ) -> None:
+        make_manager(server_id="server").register_connection("old", "user-1")
+        make_manager(server_id="server 2").register_connection("another's", "user-2")
+
+        new = make_manager(server_id="server")
+        new.register_connection("new", "user-3")
+
+        assert sids(new.cleanup_stale_connections()) == ["old"]
+        assert not new.cleanup_stale_connections()
+        assert set(keys().records) == {"another's", "new"}
+        assert new.update_server_heartbeat()
+
+    def test_a_start_that_was_replaced_never_revives(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        first = make_manager(server_id="server")
+        first.register_connection("sid-1", "user-1")
+        assert first.update_server_heartbeat()
+        second = make_manager(server_id="server")
+        epoch = second.start_server()
+        assert not first.update_server_heartbeat()
+        assert sids(second.cleanup_stale_connections()) == ["sid-1"]
+
+        # Cleanup has forgotten it by now.
+        assert not first.update_server_heartbeat()
+        assert list(keys().known_servers) == [f"{epoch}:server"]
+        first.register_connection("sid-2", "user-2")
+        assert not first.update_server_heartbeat()
+        assert sids(second.cleanup_stale_connections()) == ["sid-2"]
+        assert second.update_server_heartbeat()
+
+    def test_however_often_it_restarts_no_start_is_missed(self, make_manager: ManagerFactory, keys: Keys) -> None:
+        count = 25
+        for number in range(count):
+            make_manager(server_id="server").register_connection(f"sid-{number:02}", f"user-{number}")
+        removed = make_manager().cleanup_stale_connections()
+        assert sids(removed) == [f"sid-{number:02}" for number in range(count - 1)]
+        assert list(keys().records) == [f"sid-{count - 1}"]
+
+    def test_two_first_registrations_at_once_start_it_once(self, make_manager: ManagerFactory, keys: Keys) -> None:
+        manager = make_manager(server_id="server")
+        if isinstance(manager, presence.sync.ConnectionManager):
+            with ThreadPoolExecutor(8) as threads:
+                list(threads.map(lambda number: manager.register_connection(f"{number}", f"{number}"), range(8)))
+        else:
+            asynchronous: Any = manager
+
+            async def register_all() -> None:
+                register = asynchronous._manager.register_connection
+                await asyncio.gather(*(register(f"{number}", f"{number}") for number in range(8)))
+
+            asynchronous._runner.run(register_all())
+        assert len(keys().servers) == 1
+        assert list(keys().servers) == list(keys().known_servers) == [f"{manager.operations.boot_epoch}:server"]
+
+    def test_a_start_of_another_id_that_ends_alike_replaces_nothing(self, make_manager: ManagerFactory) -> None:
+        names = ["1:server", "server", "r", "1", ":", "a b", "é"]
+        managers = [make_manager(server_id=name) for name in names]
+        for number, manager in enumerate(managers):
+            manager.register_connection(f"sid-{number}", f"user-{number}")
+        assert not managers[0].cleanup_stale_connections()
+        assert all(manager.update_server_heartbeat() for manager in managers)
+        for number, name in enumerate(names):
+            assert [(gone.sid, gone.server_id) for gone in managers[0].cleanup_server(name)] == [
+                (f"sid-{number}", name)
+            ]
+
+
+class TestCleanupServer:
+    """cleanup_server takes all connections of one server, whether it is dead or not."""
+
+    @pytest.mark.parametrize("grace_seconds", [None, 30])
+    def test_it_goes_on_in_bounded_batches_until_nothing_of_that_server_is_left(
+        self, make_manager: ManagerFactory, client: redis.Redis, keys: Keys, grace_seconds: float | None
+    ) -> None:
+        count = 2 * CLEANUP_BATCH_SIZE + 1
+        manager, other = make_manager(server_id="server"), make_manager(server_id="other")
+        names = register_many(manager, count)
+        register_many(other, 3, "other")
+        other.cleanup_server("unknown")
+        calls = evalsha_calls(client)
+
+        result = other.cleanup_server("server", grace_seconds=grace_seconds)
+
+        assert evalsha_calls(client) - calls == 3
+        assert sids(result.detached if grace_seconds else result.removed) == names
+        assert not (result.removed if grace_seconds else result.detached)
+        assert [len(members) for members in keys().servers.values()] == [3]
+        assert all(other.update_heartbeats(["other-000", "other-001", "other-002"]).values())
+        assert other.cleanup_server("server", grace_seconds=grace_seconds) == presence.CleanupResult()
+
+    def test_the_grace_is_the_managers_unless_one_is_given(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(server_id="server", server_grace_seconds=30)
+        manager.register_connection("sid-1", "user-1")
+        assert sids(manager.cleanup_server("server").detached) == ["sid-1"]
+        manager.register_connection("sid-2", "user-2")
+        assert sids(manager.cleanup_server("server", grace_seconds=0).removed) == ["sid-2"]
+
+    def test_a_detached_connection_belongs_to_no_server(self, make_manager: ManagerFactory, keys: Keys) -> None:
+        manager = make_manager(server_id="server")
+        manager.register_connection("sid", "user")
+        detached = manager.unregister_connection("sid", grace_seconds=30)
+        assert detached is not None
+        assert detached.server_id is None
+        assert keys().servers == {}
+        assert manager.cleanup_server("server") == presence.CleanupResult()
+        assert manager.get_connection("sid") == detached
+
+    @pytest.mark.parametrize(
+        ("arguments", "named", "error"),
+        [
+            (("",), {}, ValueError),
+            ((None,), {}, TypeError),
+            ((b"server",), {}, TypeError),
+            (("\ud800",), {}, ValueError),
+            (("x" * 1025,), {}, ValueError),
+            (("server",), {"grace_seconds": -1}, ValueError),
+            (("server",), {"grace_seconds": 3601}, ValueError),
+            (("server",), {"grace_seconds": "1"}, TypeError),
+        ],
+    )
+    def test_bad_arguments_are_refused(
+        self, manager: ConnectionManager, arguments: Any, named: Any, error: type[Exception]
+    ) -> None:
+        with pytest.raises(error, match="grace_seconds" if named else "server_id"):
+            manager.cleanup_server(*arguments, **named)
+
+    @pytest.mark.parametrize("server_id", ["", 1, b"server", "\ud800", "x" * 1025])
+    def test_a_bad_server_id_of_a_manager_is_refused(self, make_manager: ManagerFactory, server_id: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="server_id"):
+            make_manager(server_id=server_id)
+
+    @pytest.mark.parametrize("grace", [-1, 3601, None, "1"])
+    def test_a_bad_grace_of_a_manager_is_refused(self, make_manager: ManagerFactory, grace: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="server_grace_seconds"):
+            make_manager(server_grace_seconds=grace)
+
+    @pytest.mark.parametrize("method", ["start_server", "update_server_heartbeat", "run_server_heartbeat"])
+    def test_a_manager_without_a_server_id_has_no_server(self, manager: ConnectionManager, method: str) -> None:
+        with pytest.raises(ValueError, match="server_id is None"):
+            getattr(manager, method)()
+
+
+class TestRunServerHeartbeat:
+    """It beats at once and then again and again, and ends with its manager or when it was replaced."""
+
+    @pytest.mark.parametrize("interval", [0, -1, float("nan"), "1"])
+    def test_an_interval_that_would_spin_is_refused(self, make_manager: ManagerFactory, interval: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="interval_seconds"):
+            make_manager(server_id="server").run_server_heartbeat(interval)
+
+    def test_it_beats_at_once_and_then_each_interval_until_the_manager_is_closed(
+        self, server_url: str, namespace: str, keys: Keys, wait: Callable[[float], None]
+    ) -> None:
+        async def run() -> None:
+            manager = presence.ConnectionManager.from_url(server_url, namespace=namespace, server_id="server")
+            other = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+            async with other, manager:
+                task = asyncio.create_task(manager.run_server_heartbeat(0.01))
+                for _ in range(3):
+                    await asyncio.to_thread(beats, keys)
+                    wait(91)
+            await asyncio.wait_for(task, BOUND_SECONDS)
+
+        asyncio.run(run())
+
+    def test_of_the_blocking_manager_it_ends_with_it(
+        self, server_url: str, namespace: str, keys: Keys, wait: Callable[[float], None]
+    ) -> None:
+        with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, server_id="server") as manager:
+            thread = threading.Thread(target=manager.run_server_heartbeat, args=(0.01,), daemon=True)
+            thread.start()
+            for _ in range(3):
+                beats(keys)
+                wait(91)
+        thread.join(BOUND_SECONDS)
+        assert not thread.is_alive()
+
+    def test_a_cancellation_ends_it(self, server_url: str, namespace: str) -> None:
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(
+                server_url, namespace=namespace, server_id="server"
+            ) as manager:
+                task = asyncio.create_task(manager.run_server_heartbeat())
+                await asyncio.to_thread(eventually, lambda: manager.operations.boot_epoch is not None)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+        asyncio.run(run())
+
+    def test_it_logs_that_it_was_replaced_and_ends(
+        self, make_manager: ManagerFactory, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first = make_manager(server_id="server")
+        first.start_server()
+        make_manager(server_id="server").start_server()
+
+        first.run_server_heartbeat()
+
+        assert [(record.levelname, record.args) for record in caplog.records] == [("ERROR", ("server",))]
+
+    def test_a_fault_is_logged_and_does_not_end_it(self, namespace: str, caplog: pytest.LogCaptureFixture) -> None:
+        url = f"redis://127.0.0.1:{free_port()}/0"
+        with presence.sync.ConnectionManager.from_url(
+            url, namespace=namespace, server_id="server", **one_attempt("blocking")
+        ) as manager:
+            thread = threading.Thread(target=manager.run_server_heartbeat, args=(0.01,), daemon=True)
+            thread.start()
+            eventually(lambda: len(caplog.records) >= 3)
+        thread.join(BOUND_SECONDS)
+        assert not thread.is_alive()
+        assert len(caplog.records) >= 3
+        assert {record.levelname for record in caplog.records} == {"WARNING"}
+        assert all(
+            isinstance(record.args, tuple) and isinstance(record.args[1], PresenceError) for record in caplog.records
+        )
+
+    def test_a_fault_does_not_end_that_of_asyncio(self, namespace: str, caplog: pytest.LogCaptureFixture) -> None:
+        async def run() -> None:
+            url = f"redis://127.0.0.1:{free_port()}/0"
+            async with presence.ConnectionManager.from_url(
+                url, namespace=namespace, server_id="server", **one_attempt("asyncio")
+            ) as manager:
+                task = asyncio.create_task(manager.run_server_heartbeat(0.01))
+                await asyncio.to_thread(eventually, lambda: len(caplog.records) >= 3)
+            await asyncio.wait_for(task, BOUND_SECONDS)
+
+        asyncio.run(run())
+        assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+    def test_run_cleanup_reports_what_it_detached(
+        self, make_manager: ManagerFactory, server_url: str, namespace: str
+    ) -> None:
+        make_manager(server_id="server").register_connection("sid", "user")
+        make_manager(server_id="server").start_server()
+        reported: list[CleanupResult] = []
+        if isinstance(make_manager(), presence.sync.ConnectionManager):
+            with presence.sync.ConnectionManager.from_url(
+                server_url, namespace=namespace, server_grace_seconds=60
+            ) as manager:
+
+                def on_removed(result: CleanupResult) -> None:
+                    reported.append(result)
+                    manager.close()
+
+                manager.run_cleanup(0.01, on_removed=on_removed)
+        else:
+
+            async def run() -> None:
+                async with presence.ConnectionManager.from_url(
+                    server_url, namespace=namespace, server_grace_seconds=60
+                ) as manager:
+
+                    async def on_removed(result: CleanupResult) -> None:
+                        reported.append(result)
+                        await manager.aclose()
+
+                    await asyncio.wait_for(manager.run_cleanup(0.01, on_removed=on_removed), BOUND_SECONDS)
+
+            asyncio.run(run())
+        assert [(result.removed, sids(result.detached)) for result in reported] == [((), ["sid"])]
+
+
+def clean_up(start: float, url: str, namespace: str, grace_seconds: float) -> list[str]:
+    time.sleep(max(0, start - time.time()))
+    with presence.sync.ConnectionManager.from_url(
+        url, namespace=namespace, server_grace_seconds=grace_seconds
+    ) as manager:
+        result = manager.cleanup_stale_connections()
+        return sids(result.detached if grace_seconds else result.removed)
+
+
+@pytest.mark.parametrize("grace_seconds", [0, 60])
+def test_of_many_cleanups_exactly_one_reports_each_connection_of_dead_servers(
+    server_url: str, namespace: str, wait: Callable[[float], None], keys: Keys, grace_seconds: float
+) -> None:
+    names = []
+    for number in range(5):
+        with presence.sync.ConnectionManager.from_url(
+            server_url, namespace=namespace, server_id=f"dead-{number}"
+        ) as manager:
+            names += register_many(manager, 400, f"sid-{number}")
+    wait(91)
+    with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+        assert all(manager.update_heartbeats(names).values())
+    with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as processes:
+        list(processes.map(time.sleep, [0.2] * PROCESSES))
+        start = time.time() + 0.1
+        futures = [processes.submit(clean_up, start, server_url, namespace, grace_seconds) for _ in range(PROCESSES)]
+        reports = [future.result(timeout=120) for future in futures]
+
+    assert Counter(sid for report in reports for sid in report) == Counter(names)
+    keyspace = keys()
+    assert (keyspace.servers, keyspace.known_servers) == ({}, {})
+    assert len(keyspace.records) == (len(names) if grace_seconds else 0)
+
+
+def serve(url: str, namespace: str) -> None:
+    """Be a game server with some connections that beats until it is killed."""
+    with presence.sync.ConnectionManager.from_url(url, namespace=namespace, server_id="killed") as manager:
+        for sid in register_many(manager, 3):
+            manager.join_game(sid, "game")
+        manager.run_server_heartbeat(0.01)
+
+
+def test_the_players_of_a_server_that_is_killed_are_taken_and_resumed_by_another(
+    make_manager: ManagerFactory, server_url: str, namespace: str, wait: Callable[[float], None], keys: Keys
+) -> None:
+    survivor = make_manager(server_id="survivor", server_grace_seconds=60)
+    killed = spawn.Process(target=serve, args=(server_url, namespace))
+    killed.start()
+    try:
+        eventually(lambda: len(survivor.get_game_connections("game")) == 3)
+        # As long as it beats it is alive, whatever time passes.
+        wait(91)
+        survivor.update_heartbeats(["sid-000", "sid-001", "sid-002"])
+        beats(keys)
+        assert survivor.cleanup_stale_connections() == presence.CleanupResult()
+    finally:
+        killed.kill()
+        killed.join(BOUND_SECONDS)
+    wait(91)
+
+    result = survivor.cleanup_stale_connections()
+
+    assert (result.removed, sids(result.detached)) == ((), ["sid-000", "sid-001", "sid-002"])
+    for number in range(3):
+        registration = survivor.register_connection(f"new-{number}", f"user of sid-00{number}")
+        assert registration.resumed
+        assert (registration.connection.game_id, registration.connection.server_id) == ("game", "survivor")
+    assert len(survivor.get_game_user_sids("game")) == 3
