@@ -1,6 +1,7 @@
 -- Publish the events of one change as one message: '<now ms> ' and then each event, see event.
--- events is 'pubsub', or the length of the stream; channels are the 'user:<id>' and 'game:<id>' that it concerns. What
--- one channel is told once must be told in one message, so that nobody sees half a change.
+-- events is 'pubsub', or the length of the stream; channels are the 'user:<id>' and 'game:<id>' that it concerns,
+-- where one may be named twice. What one channel is told once must be told in one message, so that nobody sees half a
+-- change.
 local function publish(key_prefix, events, key_lifetime_ms, now, channels, message)
   local key = key_prefix .. 'events'
   message = now .. ' ' .. message
@@ -10,7 +11,11 @@ local function publish(key_prefix, events, key_lifetime_ms, now, channels, messa
     return
   end
   redis.call('SPUBLISH', key, message)
+  local is_told = {}
   for _, channel in ipairs(channels) do
-    redis.call('SPUBLISH', key .. ':' .. channel, message)
+    if not is_told[channel] then
+      redis.call('SPUBLISH', key .. ':' .. channel, message)
+      is_told[channel] = true
+    end
   end
 end
