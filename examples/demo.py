@@ -21,7 +21,7 @@ from typing import Any
 
 import redis
 
-from examples.demo_cast import WAIT_SECONDS, Device, ServerProcess, StuckError, Timeline
+from examples.demo_cast import Device, ServerProcess, StuckError, Timeline
 from presence import ConnectionManager, PresenceError
 from tests.invariants import read_keyspace, violations
 from tests.server import NoServerError, Server, running_server
@@ -308,10 +308,11 @@ async def leave(stage: Stage, alice: Device, bob: Device, carol: Device) -> None
 
 async def close(stage: Stage, device: Device, game_id: str | None) -> None:
     """Let a player disconnect on purpose: no seat is kept."""
-    await device.close()
+    await device.leave()
     removed = (await stage.timeline.answer("unregister_connection", device.sid)).value
     found = removed and (removed["sid"], removed["game_id"], removed["detached_until"])
     stage.timeline.expect(f"removed by {device.user_id}'s disconnect", found, (device.sid, game_id, None))
+    await device.close()
 
 
 def reported_by_cleanup(stage: Stage, what: str) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
     PRESENCE_REDIS_URL=redis://localhost:6379/0 python examples/socketio_server.py --port 8001
 
 A client connects with ``auth={"user_id": ...}``, calls ``join_game``, ``leave_game`` and, every 30 seconds,
-``heartbeat``. It is told ``opponent_joined``, ``opponent_left``, ``opponent_away`` (the network failed, the seat is kept)
-and ``opponent_back``; and ``resumed``, when it is back itself. A call that fails is answered ``{"error": ...}``.
+``heartbeat``. It is told ``opponent_joined`` and ``opponent_left``, ``opponent_away`` (the network failed, the seat is
+kept) and ``opponent_back``, and ``resumed`` when it is back itself. A call that fails is answered ``{"error": ...}``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GameServer:
         self.manager = manager
         self.cleanup_seconds = cleanup_seconds
         self.grace_seconds = grace_seconds
-        self.is_subscribed = asyncio.Event()
+        self.is_ready = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
         self.sio = socketio.AsyncServer(async_mode="asgi")
         self.sio.on("connect", self.connect)
@@ -66,7 +66,7 @@ class GameServer:
             self.follow_events(),
         )
         self.tasks = [asyncio.create_task(part) for part in work]
-        await self.is_subscribed.wait()
+        await self.is_ready.wait()
 
     async def stop(self) -> None:
         """End what runs in the background."""
@@ -76,7 +76,7 @@ class GameServer:
         await self.manager.aclose()
 
     async def connect(self, sid: str, _environ: dict[str, Any], auth: Any) -> None:
-        """Register the connection; the user who is back within the grace, from whichever server, is back in the game."""
+        """Register the connection; a user who is back within the grace, from whichever server, is back in the game."""
         try:
             registration = await self.manager.register_connection(sid, verified_user_id(auth))
         except ValueError as error:
@@ -125,7 +125,7 @@ class GameServer:
         while True:
             try:
                 async with self.manager.subscribe(after=position) as events:
-                    self.is_subscribed.set()
+                    self.is_ready.set()
                     async for event in events:
                         position = event.position
                         await self.act_on(event)
@@ -133,6 +133,7 @@ class GameServer:
                 logger.exception("following the events failed")
                 if isinstance(error, EventsLostError):
                     position = None  # From now on; a socket that should have been closed is so at its next heartbeat.
+                self.is_ready.set()  # Those who connect meanwhile are asked to try again.
                 await asyncio.sleep(1)
 
     async def act_on(self, event: Event) -> None:
