@@ -129,6 +129,7 @@ async def come_back_within_the_grace(stage: Stage, old: Device, opponent: Device
     new = stage.device("alice", stage.two)
     await resume(stage, new, old, GAME)
     await stage.told(opponent, ("opponent_back", "alice"))
+    await leave_and_join(stage, opponent, new)
     await stage.ask({"alice": new.sid, "bob": opponent.sid}, "get_game_user_sids", GAME)
     await stage.ask(False, "update_heartbeat", old.sid)
     await stage.check_keys(users=["alice", "bob"])
@@ -146,6 +147,14 @@ async def resume(stage: Stage, new: Device, old: Device, game_id: str) -> None:
     )
     await stage.told(new, ("resumed", new.user_id))
     new.beat(BEAT_SECONDS)
+
+
+async def leave_and_join(stage: Stage, player: Device, opponent: Device) -> None:
+    """Let a player leave the game and join again: a resumed opponent is told, so the resume put back into the room."""
+    left = await player.call("leave_game")
+    stage.timeline.expect(f"the game that {player.user_id} leaves", left, {"left_game_id": GAME})
+    stage.timeline.expect(f"{player.user_id} joins again", await player.call("join_game", GAME), {"joined": True})
+    await stage.told(opponent, ("opponent_left", player.user_id), ("opponent_joined", player.user_id))
 
 
 async def come_back_before_the_disconnect(stage: Stage, old: Device, opponent: Device) -> Device:
@@ -276,6 +285,7 @@ async def lose_a_server(stage: Stage, alice: Device, carol: Device) -> tuple[Dev
         back[player.user_id] = stage.device(player.user_id, stage.two)
         await resume(stage, back[player.user_id], player, game_id)
     await stage.told(bob, ("opponent_back", "alice"))
+    await leave_and_join(stage, bob, back["alice"])
     await stage.ask({"alice": back["alice"].sid, "bob": bob.sid}, "get_game_user_sids", GAME)
     await stage.ask({"carol": back["carol"].sid}, "get_game_user_sids", OTHER_GAME)
     await stage.ask(3, "get_connection_count")
