@@ -19,7 +19,8 @@ Reply the epoch, when nothing was displaced, and {epoch, the displaced connectio
       resumed one if outcome has it, the displaced connections, oldest first}
       outcome = 0 refused, or 1 registered + 2 if one was resumed + 4 if one was replaced
       a connection = sid, record (see split_record), score (see find_record)
-Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces
+Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces;
+      O(S) once, S = servers, where its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us

@@ -16,16 +16,28 @@ class ModelConnection:
     last_seen: int
     epoch: int = 0
     detached_until: int | None = None
+    server: str | None = None
+    """The start of the game server that it is registered for: '<boot epoch>:<server_id>'."""
+    metadata: bytes = b""
 
 
 @dataclass(frozen=True)
 class ModelRegistration:
-    """What a register answers."""
+    """What a register answers; of one that was refused, the connection that is alive."""
 
     connection: ModelConnection
     displaced: list[ModelConnection]
     replaced: ModelConnection | None
     resumed_from: ModelConnection | None
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class ModelCleanup:
+    """What a cleanup answers, in no particular order."""
+
+    removed: list[ModelConnection]
+    detached: list[ModelConnection]
 
 
 @dataclass
@@ -39,6 +51,9 @@ class Model:
     """All records by sid, those that have expired and were not cleaned up among them."""
     registered: list[str] = field(default_factory=list)
     """Their sids in the order of registration."""
+    reject_while_alive: bool = False
+    servers: dict[str, int] = field(default_factory=dict)
+    """The known starts of game servers, and when each was seen; 0 of one that a later start has replaced."""
 
     def is_live(self, connection: ModelConnection, now: int) -> bool:
         return connection.detached_until is None and connection.last_seen >= now - self.conn_ttl_ms
@@ -67,28 +82,49 @@ class Model:
         self.registered.remove(sid)
         return self.connections.pop(sid)
 
-    def register(self, sid: str, user_id: str, now: int, epoch: int) -> ModelRegistration:
+    def register(
+        self, sid: str, user_id: str, now: int, epoch: int, *, server: str | None = None, metadata: bytes = b""
+    ) -> ModelRegistration:
+        refusing = self.refusing(sid, user_id, now)
+        if refusing:
+            return ModelRegistration(refusing, [], None, None, refused=True)
         own = self._remove(sid) if sid in self.connections else None
         kept = own if own and own.user_id == user_id and self.holds(own, now) else None
-        connection = ModelConnection(sid, user_id, None, now, now, epoch)
+        connection = ModelConnection(sid, user_id, None, now, now, epoch, None, server, metadata)
         resumed_from = None
         if kept:
-            connection = replace(kept, last_seen=now, epoch=epoch, detached_until=None)
+            connection = replace(connection, game_id=kept.game_id, connected_at=kept.connected_at)
+            connection = replace(connection, metadata=metadata or kept.metadata)
             resumed_from = kept if self.is_seat(kept, now) else None
         others = self.of_user(user_id)
         seats = [other for other in others if self.is_seat(other, now)]
         if seats and not kept:
             resumed_from = seats[-1]
-            connection = replace(connection, game_id=resumed_from.game_id)
+            connection = replace(connection, game_id=resumed_from.game_id, metadata=metadata or resumed_from.metadata)
             self._remove(resumed_from.sid)
             others.remove(resumed_from)
         gone = [other for other in others if not self.holds(other, now)]
         holding = [other for other in others if self.holds(other, now)]
-        gone += holding[: max(0, len(holding) + 1 - self.connections_per_user)]
+        excess = max(0, len(holding) + 1 - self.connections_per_user)
+        gone += [other for other in holding if not self.is_alive(other, now)][:excess]
         displaced = [self._remove(other.sid) for other in others if other in gone]
         self.connections[sid] = connection
         self.registered.append(sid)
+        if server:
+            self.servers.setdefault(server, 0 if self._is_replaced(server) else now)
         return ModelRegistration(connection, displaced, None if kept else own, resumed_from)
+
+    def is_alive(self, connection: ModelConnection, now: int) -> bool:
+        """Whether it displaces rather than gives way; none is where the newest wins."""
+        return self.reject_while_alive and self.is_live(connection, now) and connection.last_seen >= now - self.stale_ms
+
+    def refusing(self, sid: str, user_id: str, now: int) -> ModelConnection | None:
+        """Give the connection that is alive and for which a register is refused, if it is."""
+        own = self.live(sid, now)
+        if own and own.user_id == user_id:
+            return None
+        alive = [other for other in self.of_user(user_id) if other.sid != sid and self.is_alive(other, now)]
+        return alive[-1] if len(alive) >= self.connections_per_user else None
 
     def unregister(self, sid: str, now: int) -> ModelConnection | None:
         return self._remove(sid) if self.known(sid, now) else None
@@ -96,8 +132,12 @@ class Model:
     def detach(self, sid: str, now: int, until: int) -> ModelConnection | None:
         connection = self.known(sid, now)
         if connection and self.is_live(connection, now):
-            connection = self.connections[sid] = replace(connection, detached_until=until)
+            connection = self._detach(connection, until)
         return connection
+
+    def _detach(self, connection: ModelConnection, until: int) -> ModelConnection:
+        detached = self.connections[connection.sid] = replace(connection, detached_until=until, server=None)
+        return detached
 
     def join(self, sid: str, game_id: str, now: int, capacity: int | None = None) -> tuple[bool, str | None, bool]:
         """Tell whether it joined, the game that it left, and whether the other one was full."""
@@ -123,14 +163,65 @@ class Model:
         self.connections[sid] = replace(connection, last_seen=now)
         return True
 
+    def update_metadata(self, sid: str, metadata: bytes, now: int) -> bool:
+        connection = self.live(sid, now)
+        if not connection:
+            return False
+        self.connections[sid] = replace(connection, metadata=metadata)
+        return True
+
     def cleanup(self, threshold_ms: int, now: int) -> list[ModelConnection]:
+        """Remove what is stale, and the connections of dead servers."""
+        return self.clean_up(threshold_ms, now).removed
+
+    def clean_up(self, threshold_ms: int, now: int, grace_ms: int = 0) -> ModelCleanup:
+        """Do the same; with a grace, detach those of servers that are dead or have missed a heartbeat."""
         oldest_kept = now - min(threshold_ms, self.conn_ttl_ms)
-        stale = [
+        dead = [server for server, seen in self.servers.items() if seen < now - self.stale_ms]
+        ended = [
             connection
             for connection in self.connections.values()
-            if (connection.detached_until or connection.last_seen) < (now if connection.detached_until else oldest_kept)
+            if connection.server in dead
+            or (connection.detached_until or connection.last_seen) < (now if connection.detached_until else oldest_kept)
         ]
-        return [self._remove(connection.sid) for connection in stale]
+        beating = {server for server, seen in self.servers.items() if seen >= now - self.stale_ms / 2}
+        seats = [one for one in ended if one.server and one.server not in beating and self.is_live(one, now)]
+        return self._end(ended, seats, dead, now, grace_ms)
+
+    def clean_up_server(self, server_id: str, now: int, grace_ms: int = 0) -> ModelCleanup:
+        starts = [server for server in self.servers if server.partition(":")[2] == server_id]
+        ended = [connection for connection in self.connections.values() if connection.server in starts]
+        return self._end(ended, [one for one in ended if self.is_live(one, now)], starts, now, grace_ms)
+
+    def _end(
+        self, ended: list[ModelConnection], seats: list[ModelConnection], servers: list[str], now: int, grace_ms: int
+    ) -> ModelCleanup:
+        for server in servers:
+            del self.servers[server]
+        detached = seats if grace_ms else []
+        return ModelCleanup(
+            [self._remove(one.sid) for one in ended if one not in detached],
+            [self._detach(one, now + grace_ms) for one in detached],
+        )
+
+    def start_server(self, server: str, now: int) -> None:
+        server_id = server.partition(":")[2]
+        for earlier in self.servers:
+            if earlier.partition(":")[2] == server_id:
+                self.servers[earlier] = 0
+        self.servers[server] = now
+
+    def _is_replaced(self, server: str) -> bool:
+        epoch, _, server_id = server.partition(":")
+        others = (other.partition(":") for other in self.servers)
+        return any(other_id == server_id and int(other) > int(epoch) for other, _, other_id in others)
+
+    def beat(self, server: str, now: int) -> bool:
+        """Mark a start of a game server as seen now, unless it was replaced."""
+        if self._is_replaced(server) or self.servers.get(server) == 0:
+            return False
+        self.servers[server] = now
+        return True
 
     def user_connection(self, user_id: str, now: int) -> ModelConnection | None:
         live = [connection for connection in self.of_user(user_id) if self.is_live(connection, now)]
@@ -170,3 +261,4 @@ class Model:
                 epoch=connection.epoch - 1000 * milliseconds,
                 detached_until=connection.detached_until and connection.detached_until - milliseconds,
             )
+        self.servers = {server: seen and seen - milliseconds for server, seen in self.servers.items()}

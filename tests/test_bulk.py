@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import pytest
 
 from presence import HeartbeatStatus
-from presence.operations import HEARTBEAT_BATCH_SIZE
+from presence.operations import HEARTBEAT_BATCH_SIZE, perform_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
     from tests.conftest import Keys, ManagerFactory
 
 MANY = 2 * HEARTBEAT_BATCH_SIZE + 1
+
+
+class Read(NamedTuple):
+    """A read of many: the read of one, and how many ids one script takes."""
+
+    of_one: str
+    batch_size: int
+
+
+READS = {
+    "are_users_online": Read("is_user_online", 100),
+    "get_users_connections": Read("get_user_connection", 100),
+    "get_games_connections": Read("get_game_connections", 50),
+}
+every_read = pytest.mark.parametrize("read", READS)
 
 
 def evalsha_calls(client: redis.Redis) -> int:
@@ -132,11 +148,83 @@ class TestReads:
             "empty": [],
         }
 
-    @pytest.mark.parametrize("read", ["are_users_online", "get_users_connections", "get_games_connections"])
-    def test_none_are_no_round_trip(self, manager: ConnectionManager, read: str) -> None:
-        assert getattr(manager, read)([]) == {}
+    @every_read
+    @pytest.mark.parametrize("share", [0.02, 1, 1.02, 10])
+    def test_a_bounded_script_serves_so_many_ids(
+        self, manager: ConnectionManager, client: redis.Redis, read: str, share: float
+    ) -> None:
+        ids = [f"id-{number}" for number in range(round(share * READS[read].batch_size))]
+        getattr(manager, read)(["load the script"])
+        calls = evalsha_calls(client)
 
-    @pytest.mark.parametrize("read", ["are_users_online", "get_users_connections", "get_games_connections"])
-    def test_one_id_in_place_of_several_is_refused(self, manager: ConnectionManager, read: str) -> None:
+        answers = getattr(manager, read)([*ids, ids[0], ids[-1]])
+
+        assert list(answers) == ids
+        assert evalsha_calls(client) - calls == math.ceil(share)
+
+    @every_read
+    def test_a_thousand_are_one_round_trip(self, make_manager: ManagerFactory, client: redis.Redis, read: str) -> None:
+        manager = make_manager()
+        ids = [f"id-{number}" for number in range(1000)]
+        batches = {
+            "are_users_online": manager.operations.users_online_batches,
+            "get_users_connections": manager.operations.users_connections_batches,
+            "get_games_connections": manager.operations.games_connections_batches,
+        }[read](ids)
+        exchange = perform_batches(batches)
+
+        sent = next(exchange)
+
+        evalsha = [command for command in sent if command[0] == "EVALSHA"]
+        assert len(evalsha) == 1000 / READS[read].batch_size
+        client.script_load(batches.operations[0].script.source)
+        replies = [client.execute_command(*command, NEVER_DECODE=True) for command in sent if command in evalsha]
+        # What is answered to that one message is all that it needs.
+        with pytest.raises(StopIteration) as finished:
+            exchange.send(replies)
+        assert finished.value.value == getattr(manager, read)(ids)
+
+    @every_read
+    def test_each_id_is_answered_as_the_read_of_one_answers(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], read: str
+    ) -> None:
+        manager = make_manager(server_id="server", connections_per_user=2)
+        for number, seconds in enumerate((3600, 91, 30, 10, 1, 0)):
+            wait(seconds)
+            for sid, user in ((f"a-{number}", f"user-{number}"), (f"b-{number}", f"user-{(number + 1) % 4}")):
+                manager.register_connection(sid, user, metadata=sid)
+                manager.join_game(sid, f"game-{number % 4}")
+        manager.unregister_connection("a-4", grace_seconds=30)
+        kind = "game" if "games" in read else "user"
+        ids = [f"{kind}-{number}" for number in (5, 3, 1, 0, 2, 4, 3, 9)]
+
+        answers = getattr(manager, read)(ids)
+
+        assert list(answers) == list(dict.fromkeys(ids))
+        assert answers == {name: getattr(manager, READS[read].of_one)(name) for name in ids}
+        assert any(answers.values())
+        assert not all(answers.values())
+
+    @every_read
+    def test_none_are_no_round_trip(self, make_manager: ManagerFactory, read: str) -> None:
+        assert getattr(make_manager("redis://127.0.0.1:1/0"), read)([]) == {}
+
+    @every_read
+    def test_any_iterable_will_do(self, manager: ConnectionManager, read: str) -> None:
+        assert list(getattr(manager, read)(name for name in ("one", "two"))) == ["one", "two"]
+
+    @every_read
+    @pytest.mark.parametrize("bad", ["user", b"user", None, 1])
+    def test_one_id_in_place_of_several_is_refused(self, make_manager: ManagerFactory, read: str, bad: Any) -> None:
         with pytest.raises(TypeError, match="several ids"):
-            getattr(manager, read)("user")
+            getattr(make_manager("redis://127.0.0.1:1/0"), read)(bad)
+
+    @every_read
+    @pytest.mark.parametrize(
+        ("bad", "error"), [("", ValueError), ("\ud800", ValueError), ("x" * 1025, ValueError), (1, TypeError)]
+    )
+    def test_a_bad_id_among_them_is_refused_before_anything_is_sent(
+        self, make_manager: ManagerFactory, read: str, bad: Any, error: type[Exception]
+    ) -> None:
+        with pytest.raises(error, match="game_ids must" if "games" in read else "user_ids must"):
+            getattr(make_manager("redis://127.0.0.1:1/0"), read)(["good", bad])

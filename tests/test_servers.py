@@ -331,18 +331,17 @@ class TestARestart:
         assert list(keys().records) == [f"sid-{count - 1}"]
 
     def test_two_first_registrations_at_once_start_it_once(self, make_manager: ManagerFactory, keys: Keys) -> None:
-        manager = make_manager(server_id="server")
+        manager: Any = make_manager(server_id="server")
         if isinstance(manager, presence.sync.ConnectionManager):
             with ThreadPoolExecutor(8) as threads:
                 list(threads.map(lambda number: manager.register_connection(f"{number}", f"{number}"), range(8)))
         else:
-            asynchronous: Any = manager
 
             async def register_all() -> None:
-                register = asynchronous._manager.register_connection
+                register = manager._manager.register_connection
                 await asyncio.gather(*(register(f"{number}", f"{number}") for number in range(8)))
 
-            asynchronous._runner.run(register_all())
+            manager._runner.run(register_all())
         assert len(keys().servers) == 1
         assert list(keys().servers) == list(keys().known_servers) == [f"{manager.operations.boot_epoch}:server"]
 

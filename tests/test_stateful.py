@@ -6,6 +6,7 @@ import asyncio
 import os
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ import presence.sync
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.invariants import read_keyspace, violations
-from tests.model import Model, ModelConnection
+from tests.model import Model, ModelCleanup, ModelConnection
 
 if TYPE_CHECKING:
     from presence import ConnectionInfo
@@ -38,6 +39,8 @@ USERS = st.sampled_from(["user-1", "user-2", "user-3"])
 GAMES = st.sampled_from(["game-1", "game-2"])
 # Time moves in steps of ten seconds and every limit lies at five, so the few real seconds of a run cannot matter.
 STEPS = st.sampled_from([10, 30, 70, 100, 250, 310])
+METADATA = st.sampled_from([b"", b"1:2 3", b"\x00\xff"])
+SERVER_IDS = st.sampled_from(["server-1", "server-2"])
 GRACES = st.sampled_from([5, 45, 105, 255])
 CAPACITIES = st.sampled_from([1, 2, None])
 THRESHOLDS = st.sampled_from([5, 45, 95, 1005])
@@ -46,10 +49,12 @@ HEARTBEAT_SECONDS = 95 / 3
 
 
 class Sequences(RuleBasedStateMachine):
-    """Every operation through one of the two managers, at random."""
+    """Every operation through an asyncio and a blocking manager of no game server and of two, at random."""
 
     url: str
     connections_per_user = 1
+    displacement = "newest_wins"
+    server_grace_seconds = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,15 +65,33 @@ class Sequences(RuleBasedStateMachine):
             "conn_ttl_seconds": CONN_TTL_SECONDS,
             "heartbeat_seconds": HEARTBEAT_SECONDS,
             "connections_per_user": self.connections_per_user,
+            "displacement": self.displacement,
+            "server_grace_seconds": self.server_grace_seconds,
         }
+        self.options = options
         self.client = self.stack.enter_context(redis.Redis.from_url(self.url))
-        runner = self.stack.enter_context(asyncio.Runner())
-        awaited = Awaited(presence.ConnectionManager.from_url(self.url, **options), runner)
-        self.stack.callback(awaited.close)
-        blocking = self.stack.enter_context(presence.sync.ConnectionManager.from_url(self.url, **options))
-        self.managers: list[Any] = [awaited, blocking]
-        self.model = Model(CONN_TTL_SECONDS * 1000, 95_000, self.connections_per_user)
+        self.runner = self.stack.enter_context(asyncio.Runner())
+        self.managers: list[Any] = [self.new_manager(None, is_blocking=is_blocking) for is_blocking in (False, True)]
+        self.servers: dict[str, Any] = {
+            "server-1": self.new_manager("server-1", is_blocking=False),
+            "server-2": self.new_manager("server-2", is_blocking=True),
+        }
+        self.replaced: dict[str, Any] = {}
+        self.model = Model(
+            CONN_TTL_SECONDS * 1000,
+            95_000,
+            self.connections_per_user,
+            reject_while_alive=self.displacement == "reject_while_alive",
+        )
         self.calls = 0
+
+    def new_manager(self, server_id: str | None, *, is_blocking: bool) -> Any:
+        options = self.options | {"server_id": server_id}
+        if is_blocking:
+            return self.stack.enter_context(presence.sync.ConnectionManager.from_url(self.url, **options))
+        awaited = Awaited(presence.ConnectionManager.from_url(self.url, **options), self.runner)
+        self.stack.callback(awaited.close)
+        return awaited
 
     def teardown(self) -> None:
         keyspace = read_keyspace(self.client, self.namespace)
@@ -105,6 +128,8 @@ class Sequences(RuleBasedStateMachine):
             time(connection.last_seen),
             epoch=connection.epoch,
             detached_until=time(connection.detached_until) if connection.detached_until else None,
+            server_id=connection.server.partition(":")[2] if connection.server else None,
+            metadata=connection.metadata,
         )
 
     def written_at(self, sid: str, before: int) -> int:
@@ -117,20 +142,123 @@ class Sequences(RuleBasedStateMachine):
     def start_empty(self) -> None:
         assert self.manager.get_connection_count() == 0
 
-    @rule(sid=SIDS, user_id=USERS)
-    def register(self, sid: str, user_id: str) -> None:
+    @rule(sid=SIDS, user_id=USERS, metadata=METADATA)
+    def register(self, sid: str, user_id: str, metadata: bytes) -> None:
+        self.register_through(self.manager, None, sid, user_id, metadata)
+
+    @rule(sid=SIDS, user_id=USERS, metadata=METADATA, server_id=SERVER_IDS)
+    def register_on_a_server(self, sid: str, user_id: str, metadata: bytes, server_id: str) -> None:
+        manager = self.servers[server_id]
+        if manager.operations.boot_epoch is None:
+            self.start(manager)
+        self.register_through(manager, self.start_of(manager), sid, user_id, metadata)
+
+    @precondition(lambda self: self.replaced)
+    @rule(sid=SIDS, user_id=USERS, server_id=SERVER_IDS)
+    def register_on_a_server_that_was_replaced(self, sid: str, user_id: str, server_id: str) -> None:
+        manager = self.replaced.get(server_id)
+        if manager:
+            self.register_through(manager, self.start_of(manager), sid, user_id, b"")
+
+    def register_through(self, manager: Any, server: str | None, sid: str, user_id: str, metadata: bytes) -> None:
         before = self.now()
-        registration = self.manager.register_connection(sid, user_id)
+        registration = manager.register_connection(sid, user_id, metadata=metadata)
+        if registration.refused:
+            refused = self.model.register(sid, user_id, before, 0)
+            assert refused.refused
+            self.same(registration.connection, refused.connection)
+            return
         # The epoch is the one thing besides the time that the model cannot know: it must be the largest.
         epoch = registration.connection.epoch
         assert epoch > max((connection.epoch for connection in self.model.connections.values()), default=0)
-        expected = self.model.register(sid, user_id, self.written_at(sid, before), epoch)
+        now = self.written_at(sid, before)
+        expected = self.model.register(sid, user_id, now, epoch, server=server, metadata=metadata)
+        assert not expected.refused
         self.same(registration.connection, expected.connection)
         assert registration.displaced == tuple(map(self.typed, expected.displaced))
         self.same(registration.replaced, expected.replaced)
         self.same(registration.resumed_from, expected.resumed_from)
         assert registration.resumed is (expected.resumed_from is not None)
         assert registration
+
+    @staticmethod
+    def start_of(manager: Any) -> str:
+        return f"{manager.operations.boot_epoch}:{manager.operations.server_id}"
+
+    def start(self, manager: Any) -> None:
+        epochs = [int(server.partition(":")[0]) for server in self.model.servers]
+        epoch = manager.start_server()
+        assert epoch > max(epochs + [connection.epoch for connection in self.model.connections.values()], default=0)
+        server = self.start_of(manager)
+        self.model.start_server(server, self.beaten_at(server))
+
+    def beaten_at(self, server: str) -> int:
+        """Read when the server wrote a game server's heartbeat; the model cannot know it itself."""
+        return read_keyspace(self.client, self.namespace).known_servers[server]
+
+    @rule(server_id=SERVER_IDS)
+    def restart(self, server_id: str) -> None:
+        before = self.servers[server_id]
+        manager = self.new_manager(server_id, is_blocking=isinstance(before, Awaited))
+        if before.operations.boot_epoch is not None:
+            self.replaced[server_id] = before
+        self.servers[server_id] = manager
+        self.start(manager)
+
+    @rule(server_id=SERVER_IDS)
+    def beat_for_a_server(self, server_id: str) -> None:
+        manager = self.servers[server_id]
+        if manager.operations.boot_epoch is None:
+            self.start(manager)
+        server = self.start_of(manager)
+        assert manager.update_server_heartbeat()
+        assert self.model.beat(server, self.beaten_at(server))
+
+    @precondition(lambda self: self.replaced)
+    @rule(server_id=SERVER_IDS)
+    def beat_for_a_server_that_was_replaced(self, server_id: str) -> None:
+        manager = self.replaced.get(server_id)
+        if manager:
+            server = self.start_of(manager)
+            is_known = manager.update_server_heartbeat()
+            # Once cleanup has taken its successor as well, nothing tells that there was one.
+            assert is_known is self.model.beat(server, self.beaten_at(server) if is_known else self.now())
+
+    @rule(sid=SIDS, metadata=METADATA)
+    def update_metadata(self, sid: str, metadata: bytes) -> None:
+        assert self.manager.update_metadata(sid, metadata) is self.model.update_metadata(sid, metadata, self.now())
+
+    @rule()
+    def beat_in_bulk(self) -> None:
+        before = self.now()
+        live = {sid: bool(self.model.live(sid, before)) for sid in ("sid-5", "sid-1", "sid-2", "unknown")}
+        statuses = self.manager.update_heartbeats(live)
+        assert {sid: bool(status) for sid, status in statuses.items()} == live
+        for sid, is_live in live.items():
+            if is_live:
+                self.model.heartbeat(sid, self.written_at(sid, before))
+
+    @rule(server_id=SERVER_IDS, grace_seconds=st.sampled_from([None, 0, 45]))
+    def clean_up_a_server(self, server_id: str, grace_seconds: int | None) -> None:
+        result = self.manager.cleanup_server(server_id, grace_seconds=grace_seconds)
+        grace = self.server_grace_seconds if grace_seconds is None else grace_seconds
+        self.same_cleanup(result, self.model.clean_up_server(server_id, self.now(), grace * 1000))
+
+    def same_cleanup(self, result: presence.CleanupResult, expected: ModelCleanup) -> None:
+        for detached in result.detached:
+            # When a grace ends depends on the server's time, which the model cannot know.
+            assert detached.detached_until is not None
+            until = round(detached.detached_until.timestamp() * 1000)
+            guessed = self.model.connections[detached.sid]
+            assert guessed.detached_until is not None
+            assert 0 <= guessed.detached_until - until < 5_000
+            self.model.connections[detached.sid] = replace(guessed, detached_until=until)
+        assert len(result.removed) == len(expected.removed)
+        assert set(result.removed) == set(map(self.typed, expected.removed))
+        assert len(result.detached) == len(expected.detached)
+        assert set(result.detached) == {
+            self.typed(self.model.connections[detached.sid]) for detached in expected.detached
+        }
 
     @rule(sid=SIDS)
     def unregister(self, sid: str) -> None:
@@ -176,21 +304,20 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(threshold_seconds=THRESHOLDS)
     def cleanup(self, threshold_seconds: int) -> None:
-        removed = self.manager.cleanup_stale_connections(threshold_seconds).removed
-        expected = self.model.cleanup(threshold_seconds * 1000, self.now())
-        stale = sorted(
-            (gone for gone in expected if not gone.detached_until), key=lambda gone: (gone.last_seen, gone.sid)
-        )
-        past_grace = sorted(
-            (gone for gone in expected if gone.detached_until), key=lambda gone: (gone.detached_until, gone.sid)
-        )
-        assert list(removed)[: len(stale)] == list(map(self.typed, stale))
-        assert set(removed[len(stale) :]) == set(map(self.typed, past_grace))
+        result = self.manager.cleanup_stale_connections(threshold_seconds)
+        now = self.now()
+        expected = self.model.clean_up(threshold_seconds * 1000, now, self.server_grace_seconds * 1000)
+        self.same_cleanup(result, expected)
+        # The stale ones come first, longest silent first; then those past their grace, then those of dead servers.
+        oldest_kept = now - min(threshold_seconds, CONN_TTL_SECONDS) * 1000
+        stale = [gone for gone in expected.removed if not gone.detached_until and gone.last_seen < oldest_kept]
+        stale.sort(key=lambda gone: (gone.last_seen, gone.sid))
+        assert list(result.removed[: len(stale)]) == list(map(self.typed, stale))
 
     @rule()
     def cleanup_by_default_threshold(self) -> None:
-        removed = self.manager.cleanup_stale_connections().removed
-        assert set(removed) == set(map(self.typed, self.model.cleanup(95_000, self.now())))
+        result = self.manager.cleanup_stale_connections()
+        self.same_cleanup(result, self.model.clean_up(95_000, self.now(), self.server_grace_seconds * 1000))
 
     @precondition(lambda self: self.model.connections)
     @rule(seconds=STEPS)
@@ -215,6 +342,12 @@ class Sequences(RuleBasedStateMachine):
             assert manager.get_opponent_sid(game_id, "user-1") == model.opponent(game_id, "user-1", now)
             assert manager.get_game_connection_count(game_id) == model.game_count(game_id, now)
         assert manager.get_connection_count() == model.count(now)
+        users, games = ["user-3", "user-1", "user-2", "unknown"], ["game-2", "unknown", "game-1"]
+        assert manager.are_users_online(users) == {user: model.is_online(user, now) for user in users}
+        active = {user: model.user_connection(user, now) for user in users}
+        assert manager.get_users_connections(users) == {user: one and self.typed(one) for user, one in active.items()}
+        members = {game: list(map(self.typed, model.game(game, now))) for game in games}
+        assert manager.get_games_connections(games) == members
 
     @invariant()
     def every_key_holds_what_the_model_holds(self) -> None:
@@ -222,12 +355,14 @@ class Sequences(RuleBasedStateMachine):
         assert violations(keyspace, self.connections_per_user) == []
         connections = self.model.connections
         assert {
-            sid: {"user_id": record["user_id"], "game_id": record["game_id"]}
+            sid: {name: record[name] for name in ("user_id", "game_id", "server", "metadata")}
             for sid, record in keyspace.records.items()
         } == {
             sid: {
                 "user_id": connection.user_id,
                 "game_id": connection.game_id or "",
+                "server": connection.server or "",
+                "metadata": connection.metadata.decode("latin-1"),
             }
             for sid, connection in connections.items()
         }
@@ -237,6 +372,12 @@ class Sequences(RuleBasedStateMachine):
         assert {game: set(members) for game, members in keyspace.games.items()} == {
             game: {sid for sid, connection in connections.items() if connection.game_id == game} for game in games
         }
+        of_servers = [connection for connection in connections.values() if connection.server]
+        assert keyspace.servers == {
+            server: {one.sid for one in of_servers if one.server == server}
+            for server in {one.server for one in of_servers}
+        }
+        assert keyspace.known_servers == self.model.servers
         assert keyspace.last_seen == {
             sid: -connection.detached_until if connection.detached_until else connection.last_seen
             for sid, connection in connections.items()
@@ -252,18 +393,28 @@ class Sequences(RuleBasedStateMachine):
             keys = [f"conn:{sid}", f"user_conns:{connection.user_id}", "last_seen"]
             if connection.game_id:
                 keys.append(f"game_conns:{connection.game_id}")
+            if connection.server:
+                keys.append(f"server_conns:{connection.server}")
             for key in keys:
                 assert keyspace.ttls_ms[prefix + key] >= remaining
 
 
 class SequencesWithTwoConnectionsPerUser(Sequences):
-    """The same where a user may have two."""
+    """The same where a user may have two, and the seats of a dead server's connections are kept."""
 
     connections_per_user = 2
+    server_grace_seconds = 105
+
+
+class SequencesThatRejectWhileAlive(Sequences):
+    """The same where the connections that are alive win."""
+
+    displacement = "reject_while_alive"
+    server_grace_seconds = 45
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("machine", [Sequences, SequencesWithTwoConnectionsPerUser])
+@pytest.mark.parametrize("machine", [Sequences, SequencesWithTwoConnectionsPerUser, SequencesThatRejectWhileAlive])
 def test_any_sequence_answers_and_stores_what_the_model_does(machine: type[Sequences], server_url: str) -> None:
     class OnThisServer(machine):  # type: ignore[misc, valid-type]
         url = server_url
