@@ -13,7 +13,7 @@ from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
 from bench.measure import MeasurementError, Spread, ratios, send, server_time, server_times
 from bench.progress import Progress
 from bench.report import Row
-from presence.operations import HEARTBEAT_BATCH_SIZE
+from presence.operations import HEARTBEAT_BATCH_SIZE, Operations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +40,9 @@ ZADD_MANY = "ZADD XX, 250 members"
 MANY_HEARTBEATS = "250 heartbeats in one script"
 BATCHES = 4
 HSET = "HSET, 4 fields, new key"
+REGISTER = "register, first of its user"
+REGISTER_PUBSUB = "the same with events in pub/sub, no subscriber"
+REGISTER_STREAM = "the same with events in the stream"
 
 REFRESHING = "heartbeat that refreshes TTLs"
 """With the default TTL of an hour, one in 15 minutes."""
@@ -49,7 +52,9 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     ("heartbeat", ZADD, 3.5),
     (REFRESHING, ZADD_LATE, None),
     (MANY_HEARTBEATS, ZADD_MANY, 2),
-    ("register, first of its user", HSET, 9),
+    (REGISTER, HSET, 9),
+    (REGISTER_PUBSUB, REGISTER, 1.25),
+    (REGISTER_STREAM, REGISTER, None),
     ("register, displacing one in a game", HSET, 13),
     ("snapshot of a two-player game", NOTHING, 10),
     ("join a game", HSET, None),
@@ -165,13 +170,19 @@ class Rounds:
         finally:
             send(self._client, [("DEL", record) for record in records])
 
-        sids = [new_sid() for _ in users]
-        self._time(
-            "register, first of its user",
-            [self._operations.register_connection(sid, user) for sid, user in zip(sids, users, strict=True)],
-            lambda registration: not registration.displaced,
-        )
-        send(self._client, [self._operations.unregister_connection(sid).command() for sid in sids])
+        for name, operations in (
+            (REGISTER, self._operations),
+            (REGISTER_PUBSUB, Operations(NAMESPACE, events="pubsub")),
+            (REGISTER_STREAM, Operations(NAMESPACE, events="stream")),
+        ):
+            sids = [new_sid() for _ in users]
+            self._time(
+                name,
+                [operations.register_connection(sid, user) for sid, user in zip(sids, users, strict=True)],
+                lambda registration: not registration.displaced,
+            )
+            send(self._client, [self._operations.unregister_connection(sid).command() for sid in sids])
+        self._client.delete(self._operations.events_key)
 
         returning = self._sample()
         for index in returning:

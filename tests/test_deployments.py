@@ -22,6 +22,7 @@ from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_sc
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
+from tests.test_events import subscribed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,6 +71,9 @@ def rights(pattern: str) -> list[str]:
 
 
 LEAST_RIGHTS = rights(r"^ACL SETUSER game-server on >password (.*)$")
+MORE_TO_SUBSCRIBE = {
+    mode: rights(rf"^To subscribe.*?`([^`]*)` with `events=\"{mode}\"`") for mode in ("pubsub", "stream")
+}
 MORE_ON_A_CLUSTER = rights(r"^On a cluster, the same and `([^`]*)`")
 
 
@@ -93,6 +97,19 @@ class TestAnACLUserWithTheLeastRights:
         called = {name for file in files for name in re.findall(r"redis\.call\(\s*'(\w+)'", file.read_text())}
         commands = [f"+{name.lower()}" for name in sorted(called)]
         assert ["~{presence}:*", "&{presence}:*", "+evalsha", "+script|load", *commands] == LEAST_RIGHTS
+
+    @pytest.mark.parametrize("mode", MORE_TO_SUBSCRIBE)
+    def test_can_subscribe_with_the_rights_listed_for_that(
+        self, make_manager: ManagerFactory, user_url: str, own_server: LocalServer, at_once: dict[str, Any], mode: str
+    ) -> None:
+        manager = make_manager(user_url, namespace="presence", events=mode, **at_once)
+        with pytest.raises(presence.PermissionDeniedError), subscribed(manager) as events:
+            events.next()
+        with admin(own_server) as client:
+            client.execute_command("ACL", "SETUSER", "game-server", *MORE_TO_SUBSCRIBE[mode])
+        with subscribed(manager) as events:
+            manager.register_connection("sid-1", "user-1")
+            assert events.next().connection.sid == "sid-1"
 
     def test_cannot_touch_another_namespace(
         self, make_manager: ManagerFactory, user_url: str, at_once: dict[str, Any]
@@ -460,6 +477,17 @@ class TestCluster:
                 cluster.clients[1].flushall()
         finally:
             cluster.move(slot, node=0)
+
+    @pytest.mark.parametrize("mode", ["pubsub", "stream"])
+    def test_events_arrive_from_the_node_of_their_namespace(
+        self, make_manager: ManagerFactory, cluster: Cluster, mode: str
+    ) -> None:
+        for namespace in cluster.namespaces():
+            manager = make_manager(cluster.url, namespace=namespace, events=mode)
+            with subscribed(manager) as events, subscribed(manager, game_id="game") as of_game:
+                set_the_scene(manager)
+                assert [event.connection.sid for event in events.take(6)] == ["sid-1"] * 3 + ["sid-2"] * 3
+                assert [event.connection.sid for event in of_game.take(2)] == ["sid-1", "sid-2"]
 
     def test_many_calls_at_once_work_from_the_first_on(self, cluster: Cluster) -> None:
         async def run() -> None:

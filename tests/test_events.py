@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
+import signal
 import threading
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,14 +19,15 @@ import presence.sync
 from presence import EventsLostError, EventType
 from presence.operations import Position
 from tests.conftest import Awaited
-from tests.server import LocalServer, program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from presence import Event
+    from presence.operations import EventsMode
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
+    from tests.server import LocalServer
 
 MODES = ("pubsub", "stream")
 
@@ -89,7 +91,8 @@ def until_the_end(manager: Any, events: Subscribed) -> list[Event]:
     found: list[Event] = []
     while (event := events.next()).connection.user_id != END:
         found.append(event)
-    assert events.next().type is EventType.USER_ONLINE  # It is one change with the registration.
+    manager.unregister_connection(END)
+    assert [event.type.value for event in events.take(3)] == ["user_online", "unregistered", "user_offline"]
     return found
 
 
@@ -143,6 +146,11 @@ def twice(scene: Scene) -> None:
 def resting(scene: Scene) -> None:
     playing(scene)
     scene.forget("a")
+
+
+def resting_twice(scene: Scene) -> None:
+    twice(scene)
+    scene.forget("a", "b")
 
 
 CASES: dict[str, tuple[Any, Any, list[Told]]] = {
@@ -289,7 +297,7 @@ CASES_OF_TWO: dict[str, tuple[Any, Any, list[Told]]] = {
         [("displaced", "a", "g"), ("registered", "a", None), ("user_online", "a", None)],
     ),
     "cleanup of both": (
-        lambda scene: (twice(scene), scene.forget("a", "b")),
+        resting_twice,
         lambda scene: scene.cleanup_stale_connections(),
         [("expired", "a", "g"), ("expired", "b", None), ("user_offline", "b", None)],
     ),
@@ -356,27 +364,39 @@ def test_an_event_carries_what_the_reads_say(make_manager: ManagerFactory, mode:
         assert (event.connection, event.resumed_from) == (resumed.connection, removed)
 
 
+AGAIN: dict[str, tuple[Any, Any]] = {
+    "register": (lambda make: make.register_connection("a", "bob"), lambda make: make.register_connection("b", "bob")),
+    "join": (lambda make: make.join_game("a", "g"), lambda make: make.leave_game("a")),
+    "leave": (lambda make: make.leave_game("a"), lambda make: make.join_game("a", "f")),
+    "update": (lambda make: make.update_metadata("a", "new"), lambda make: make.update_metadata("a", "newer")),
+    "detach": (
+        lambda make: make.unregister_connection("a", grace_seconds=5),
+        lambda make: make.register_connection("a", "alice"),
+    ),
+    "unregister": (
+        lambda make: make.unregister_connection("a"),
+        lambda make: make.register_connection("a", "alice"),
+    ),
+}
+"""A call, and another after which the first would change something again."""
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("operation", ["register", "join", "leave", "update", "detach", "unregister"])
-def test_a_call_that_is_sent_again_publishes_once(make_manager: ManagerFactory, mode: str, operation: str) -> None:
+@pytest.mark.parametrize("case", AGAIN)
+def test_a_call_that_is_sent_again_publishes_once(make_manager: ManagerFactory, mode: str, case: str) -> None:
     manager = make_manager(events=mode)
     manager.register_connection("a", "alice")
-    if operation == "leave":
-        manager.join_game("a", "g")
-    describe = manager.operations
-    call: presence.Operation[Any] = {
-        "register": lambda: describe.register_connection("a", "bob"),
-        "join": lambda: describe.join_game("a", "g"),
-        "leave": lambda: describe.leave_game("a"),
-        "update": lambda: describe.update_metadata("a", "new"),
-        "detach": lambda: describe.unregister_connection("a", grace_seconds=5),
-        "unregister": lambda: describe.unregister_connection("a"),
-    }[operation]()
+    manager.join_game("a", "f")
+    call, other = (describe(manager.operations) for describe in AGAIN[case])
     with subscribed(manager) as events:
-        manager.pipeline([call, call, call])
-        kinds = [event.type for event in until_the_end(manager, events)]
-    assert kinds
-    assert len(kinds) == len(set(kinds))
+        manager.pipeline([call])
+        assert until_the_end(manager, events) != []
+        manager.pipeline([call])
+        assert until_the_end(manager, events) == []
+        manager.pipeline([other])
+        assert until_the_end(manager, events) != []
+        manager.pipeline([call])
+        assert until_the_end(manager, events) == []
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -455,7 +475,7 @@ class TestOff:
     def test_a_subscription_is_refused(self) -> None:
         for kind in (presence.ConnectionManager, presence.sync.ConnectionManager):
             with pytest.raises(ValueError, match='events="pubsub" or events="stream"'):
-                kind.from_url("redis://nowhere:1").subscribe()  # type: ignore[attr-defined]
+                kind.from_url("redis://nowhere:1").subscribe()
 
 
 @pytest.mark.parametrize("kind", [presence.ConnectionManager, presence.sync.ConnectionManager])
@@ -475,3 +495,359 @@ def test_bad_arguments_are_refused_before_the_network(
 ) -> None:
     with pytest.raises(error, match=match):
         kind.from_url("redis://nowhere:1", events=mode).subscribe(**about)
+
+
+def events_key(namespace: str) -> str:
+    return f"{{{namespace}}}:events"
+
+
+class TestTheStream:
+    """It goes on after a position: nothing twice, nothing missed, and what is lost is told."""
+
+    def act(self, manager: Any) -> None:
+        """Make changes of which some publish several events."""
+        for turn in range(3):
+            manager.register_connection(f"a{turn}", "alice")
+            manager.join_game(f"a{turn}", "g")
+            manager.join_game(f"a{turn}", "h")
+        manager.unregister_connection("a2")
+
+    def test_goes_on_after_the_position_of_any_event(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(15)
+        positions = [event.position for event in everything]
+        assert len(set(positions)) == len(positions)
+        assert any("+" in position for position in positions if position), "no position within a change"
+        for index, position in enumerate(positions[:-1], 1):
+            with subscribed(manager, after=position) as events:
+                assert events.take(len(everything) - index) == everything[index:]
+        with subscribed(manager, after=positions[-1]) as events:
+            assert until_the_end(manager, events) == []
+
+    def test_is_read_in_batches(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        sids = [f"sid-{number:03}" for number in range(250)]
+        manager.pipeline([manager.operations.register_connection(sid, sid) for sid in sids])
+        with subscribed(manager, after=start) as events:
+            assert [event.connection.sid for event in events.take(500)[::2]] == sids
+            assert until_the_end(manager, events) == []
+
+    def test_a_filter_may_go_on_after_the_position_of_any_event(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(15)
+        for index, event in enumerate(everything[:-4], 1):
+            expected = [later for later in everything[index:] if later.connection.game_id == "h"]
+            with subscribed(manager, game_id="h", after=event.position) as of_game:
+                assert of_game.take(len(expected)) == expected
+
+    def test_begins_when_it_is_entered(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        self.act(manager)
+        with subscribed(manager) as events:
+            assert until_the_end(manager, events) == []
+
+    def test_waits_for_what_comes_later(self, make_manager: ManagerFactory, client: redis.Redis) -> None:
+        manager = make_manager(events="stream")
+        with subscribed(manager) as events:
+            writer = presence.sync.ConnectionManager(client, namespace=manager.operations.namespace, events="stream")
+            later = threading.Timer(1.5, writer.register_connection, ("a", "alice"))  # Longer than one wait.
+            later.start()
+            assert told(events.next()) == ("registered", "a", None)
+            later.join()
+
+    def lost(self, manager: Any, position: str | None) -> None:
+        with subscribed(manager, after=position) as events:
+            for _ in range(2):  # Whoever goes on is told again.
+                with pytest.raises(EventsLostError, match="read a snapshot and subscribe again"):
+                    events.next()
+
+    def test_that_was_trimmed_says_so(self, make_manager: ManagerFactory, client: redis.Redis, namespace: str) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(15)
+        client.xtrim(events_key(namespace), maxlen=5, approximate=False)
+        kept = [event for event in everything if event.position is not None]
+        numbers = [Position.parse(event.position).number for event in kept]
+        for index, (event, number) in enumerate(zip(kept, numbers, strict=True), 1):
+            if number < 5:
+                self.lost(manager, event.position)
+            else:
+                with subscribed(manager, after=event.position) as events:
+                    assert events.take(15 - index) == everything[index:]
+        self.lost(manager, start)
+
+    def test_that_is_trimmed_under_a_subscriber_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        with subscribed(manager) as events:
+            self.act(manager)
+            client.xtrim(events_key(namespace), maxlen=1, approximate=False)
+            with pytest.raises(EventsLostError, match="trimmed"):
+                events.next()
+
+    @pytest.mark.parametrize("turns", [0, 1, 2])
+    def test_that_is_another_one_now_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, turns: int
+    ) -> None:
+        manager = make_manager(events="stream")
+        self.act(manager)
+        position = manager.get_game_snapshot("g").position
+        client.delete(events_key(namespace))
+        for _ in range(turns):
+            self.act(manager)
+        self.lost(manager, position)
+
+    def test_keeps_about_as_many_as_it_was_told(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream", events_max_length=10)
+        position = manager.get_game_snapshot("g").position
+        register = manager.operations.register_connection
+        manager.pipeline([register(f"sid-{number % 3}", "alice") for number in range(500)])
+        assert 10 <= client.xlen(events_key(namespace)) < 250
+        self.lost(manager, position)
+
+
+@pytest.mark.parametrize("mode", MODES)
+class TestAConnection:
+    """Whose events are lost is told; who leaves, leaves nothing behind."""
+
+    def test_that_is_killed_is_told(
+        self, make_manager: ManagerFactory, own_server: LocalServer, mode: EventsMode
+    ) -> None:
+        manager = make_manager(own_server.url, events=mode)
+        with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
+            manager.register_connection("a", "alice")
+            events.take(2)
+            client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            manager.register_connection("b", "alice")
+            if mode == "stream":
+                assert [told(event)[0] for event in events.take(2)] == ["displaced", "registered"]
+                return
+            for _ in range(2):
+                with pytest.raises(EventsLostError, match="the connection broke") as raised:
+                    events.next()
+                assert isinstance(raised.value.__cause__, redis.ConnectionError)
+
+    def test_is_closed_at_the_end(
+        self, make_manager: ManagerFactory, own_server: LocalServer, mode: EventsMode
+    ) -> None:
+        manager = make_manager(own_server.url, events=mode)
+        with redis.Redis.from_url(own_server.url) as client:
+            with subscribed(manager) as events:
+                manager.register_connection("a", "alice")
+                events.take(2)
+                if mode == "pubsub":
+                    assert len(client.execute_command("PUBSUB", "SHARDCHANNELS")) == 1
+            manager.close()
+            assert [found["cmd"] for found in client.client_list()] == ["client|list"]
+
+    def test_is_refused_with_the_reason(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
+        manager = make_manager("redis://127.0.0.1:1", events=mode, socket_connect_timeout=1)
+        with pytest.raises(presence.ServerUnreachableError, match="check that it runs"), subscribed(manager):
+            pass
+
+    def test_may_decode_and_speak_either_protocol(self, server_url: str, namespace: str, mode: EventsMode) -> None:
+        for protocol in (2, 3):
+            for decode_responses in (False, True):
+                with redis.Redis.from_url(server_url, protocol=protocol, decode_responses=decode_responses) as client:
+                    manager = presence.sync.ConnectionManager(client, namespace=namespace, events=mode)
+                    with manager.subscribe() as events:
+                        manager.register_connection("a", "alice", metadata=b"\xff\x00")
+                        assert next(events).connection.metadata == b"\xff\x00"
+
+                async def run(protocol: int = protocol, decode_responses: bool = decode_responses) -> None:
+                    client = redis.asyncio.Redis.from_url(
+                        server_url, protocol=protocol, decode_responses=decode_responses
+                    )
+                    manager = presence.ConnectionManager(client, namespace=namespace, events=mode)
+                    async with client, manager, manager.subscribe() as events:
+                        await manager.register_connection("a", "alice", metadata=b"\xfe\x00")
+                        assert (await anext(events)).connection.metadata == b"\xfe\x00"
+
+                asyncio.run(run())
+
+    def test_a_wait_that_is_cancelled_loses_nothing(self, server_url: str, namespace: str, mode: EventsMode) -> None:
+        async def run() -> None:
+            async with (
+                presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode) as manager,
+                manager.subscribe() as events,
+            ):
+                found = []
+                for number in range(50):
+                    waiting = asyncio.ensure_future(anext(events))
+                    for _ in range(number % 7):
+                        await asyncio.sleep(0)
+                    await manager.register_connection(f"sid-{number}", f"user-{number}")
+                    waiting.cancel()
+                    found += [waiting.result()] if (await asyncio.wait([waiting])) and not waiting.cancelled() else []
+                found += [await anext(events) for _ in range(100 - len(found))]
+                assert [event.connection.sid for event in found[::2]] == [f"sid-{number}" for number in range(50)]
+
+        asyncio.run(run())
+
+    def test_that_is_closed_elsewhere_ends_the_loop(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
+        manager = make_manager(events=mode)
+        if isinstance(manager, Awaited):
+
+            async def run() -> None:
+                async with manager._manager.subscribe() as events:
+
+                    async def read() -> list[Event]:
+                        return [event async for event in events]
+
+                    reading = asyncio.ensure_future(read())
+                    await asyncio.sleep(0.05)
+                    await events.aclose()
+                    async with asyncio.timeout(BOUND_SECONDS):
+                        assert await reading == []
+
+            manager._runner.run(run())
+            return
+        with manager.subscribe() as events:
+            closing = threading.Timer(0.05, events.close)
+            closing.start()
+            assert list(events) == []
+            closing.join()
+
+
+def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own_server: LocalServer) -> None:
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
+    with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
+        client.config_set("client-output-buffer-limit", "pubsub 32kb 32kb 0")
+        writer = presence.sync.ConnectionManager(client, namespace="presence", events="pubsub")
+        update = writer.operations.update_metadata
+        writer.register_connection("a", "alice")
+        number = 0
+        while client.execute_command("PUBSUB", "SHARDNUMSUB", "{presence}:events")[1]:
+            assert number < 1_000_000
+            writer.pipeline([update("a", f"{number + more}".rjust(4000)) for more in range(100)])
+            number += 100
+        seen = [event.connection.metadata for event in events.take(2)]
+        with pytest.raises(EventsLostError, match="too slowly"):
+            seen.extend(event.connection.metadata for event in iter(events.next, None))
+        numbers = [int(metadata) for metadata in seen[2:]]
+        assert numbers == list(range(len(numbers))), "what came before the loss is whole"
+
+
+def test_a_server_that_falls_silent_is_told(
+    monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer
+) -> None:
+    monkeypatch.setattr("presence.subscriptions.SILENCE_SECONDS", 0.2)
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
+    with subscribed(manager) as events:
+        with redis.Redis.from_url(own_server.url) as client:
+            writer = presence.sync.ConnectionManager(client, namespace="presence", events="pubsub")
+            later = threading.Timer(1, writer.register_connection, ("a", "alice"))
+            later.start()
+            assert told(events.next()) == ("registered", "a", None), "silence alone is no loss"
+            later.join()
+        events.next()
+        os.kill(own_server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EventsLostError, match="does not answer"):
+                events.next()
+        finally:
+            os.kill(own_server.pid, signal.SIGCONT)
+
+
+def play_at_full_speed(url: str, namespace: str, writer: int) -> None:
+    """Join, leave, drop and come back at random, in a process of its own."""
+    chance = random.Random(writer)
+    with presence.sync.ConnectionManager.from_url(url, namespace=namespace, events="stream") as manager:
+        for _ in range(400):
+            number = chance.randrange(6)
+            sid, user = f"sid-{number}-{chance.randrange(2)}", f"user-{number}"
+            match chance.randrange(7):
+                case 0 | 1:
+                    manager.register_connection(sid, user)
+                case 2 | 3:
+                    manager.join_game(sid, chance.choice(["game", "other"]))
+                case 4:
+                    manager.leave_game(sid)
+                case 5:
+                    manager.update_metadata(sid, str(chance.random()))
+                case 6:
+                    manager.unregister_connection(sid, grace_seconds=chance.choice([0, 60]))
+
+
+GONE = (EventType.LEFT, EventType.DISPLACED, EventType.UNREGISTERED, EventType.EXPIRED)
+
+
+def fold(seats: dict[str, presence.ConnectionInfo], event: Event) -> None:
+    """Apply an event of a game to a snapshot of it."""
+    if event.resumed_from is not None:
+        seats.pop(event.resumed_from.sid, None)
+    if event.type in GONE:
+        seats.pop(event.connection.sid, None)
+    elif event.type not in (EventType.USER_ONLINE, EventType.USER_OFFLINE):
+        seats[event.connection.sid] = event.connection
+
+
+def seats_of(snapshot: presence.GameSnapshot) -> dict[str, presence.ConnectionInfo]:
+    return {connection.sid: connection for connection in snapshot.connections}
+
+
+def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_url: str, namespace: str) -> None:
+    """However fast others write: a snapshot, folded with the events up to a later one, equals that."""
+    spawn = multiprocessing.get_context("spawn")
+    writers = [
+        spawn.Process(target=play_at_full_speed, args=(server_url, namespace, number), daemon=True)
+        for number in range(2)
+    ]
+
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace, events="stream") as manager:
+            for writer in writers:
+                writer.start()
+            snapshots = [await manager.get_game_snapshot("game")]
+            while any(writer.is_alive() for writer in writers):
+                snapshots.append(await manager.get_game_snapshot("game"))
+                await asyncio.sleep(random.random() / 100)
+            await manager.register_connection(END, END)
+            await manager.join_game(END, "game")
+            snapshots.append(await manager.get_game_snapshot("game"))
+            assert len({snapshot.position for snapshot in snapshots}) > 10, "they were taken while others wrote"
+
+            async def check(start: int) -> int:
+                """Fold from one snapshot on, and compare with each later one."""
+                seats = seats_of(snapshots[start])
+                later = [(Position.parse(snapshot.position).number, snapshot) for snapshot in snapshots[start + 1 :]]
+                compared = 0
+                about = {"game_id": "game", "after": snapshots[start].position}
+                async with manager.subscribe(**about) as events:
+                    async for event in events:
+                        assert event.position is not None
+                        position = Position.parse(event.position)
+                        number = position.number + (position.skip > 0)
+                        while later[0][0] < number:
+                            assert seats == seats_of(later.pop(0)[1])
+                            compared += 1
+                        fold(seats, event)
+                        if event.connection.sid == END:
+                            break
+                assert seats == seats_of(snapshots[-1])
+                return compared
+
+            chosen = range(0, len(snapshots) - 1, max(1, len(snapshots) // 12))
+            compared = await asyncio.gather(*(check(start) for start in chosen))
+            assert sum(compared) > len(chosen)
+
+    try:
+        asyncio.run(run())
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
