@@ -76,17 +76,14 @@ class GameServer:
         await self.manager.aclose()
 
     async def connect(self, sid: str, _environ: dict[str, Any], auth: Any) -> None:
-        """Register the connection; a user who is back within the grace, from whichever server, is back in the game."""
+        """Register the connection; of what that displaces or resumes, the events tell."""
         try:
-            registration = await self.manager.register_connection(sid, verified_user_id(auth))
+            await self.manager.register_connection(sid, verified_user_id(auth))
         except ValueError as error:
             raise socketio.exceptions.ConnectionRefusedError(str(error)) from error
         except PresenceError as error:
             logger.exception("connect failed")
             raise socketio.exceptions.ConnectionRefusedError("try again") from error
-        if registration.resumed and registration.connection.game_id:
-            await self.sio.enter_room(sid, room_of(registration.connection.game_id))
-            await self.sio.emit("resumed", {"game_id": registration.connection.game_id}, to=sid)
 
     async def disconnect(self, sid: str, reason: str) -> None:
         """Forget the connection of a user who left; keep the seat of one whose network failed.
@@ -99,18 +96,11 @@ class GameServer:
     async def join_game(self, sid: str, game_id: str) -> dict[str, Any]:
         """Join a game, leaving the one before."""
         result = await self.manager.join_game(sid, game_id)
-        if result.left_game_id:
-            await self.sio.leave_room(sid, room_of(result.left_game_id))
-        if result.joined:
-            await self.sio.enter_room(sid, room_of(game_id))
         return {"joined": result.joined}
 
     async def leave_game(self, sid: str) -> dict[str, Any]:
         """Leave the game."""
-        game_id = await self.manager.leave_game(sid)
-        if game_id:
-            await self.sio.leave_room(sid, room_of(game_id))
-        return {"left_game_id": game_id}
+        return {"left_game_id": await self.manager.leave_game(sid)}
 
     async def heartbeat(self, sid: str) -> dict[str, Any]:
         """Keep the connection alive; close the socket of one that was displaced or removed."""
@@ -132,19 +122,38 @@ class GameServer:
             except PresenceError as error:
                 logger.exception("following the events failed")
                 if isinstance(error, EventsLostError):
-                    position = None  # From now on; a socket that should have been closed is so at its next heartbeat.
+                    position = None
+                    # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
+                    for sid, _ in list(self.sio.manager.get_participants("/", None)):
+                        await self.sio.disconnect(sid)
                 self.is_ready.set()  # Those who connect meanwhile are asked to try again.
                 await asyncio.sleep(1)
 
     async def act_on(self, event: Event) -> None:
-        """Tell the players of the game who are on this server, and close the socket of a connection that is gone."""
+        """Tell the players of the game who are on this server; keep the rooms and sockets as the connections are.
+
+        A player enters the room as the event of the join or the resume comes by, so what the room is told is just what
+        happened since.
+        """
         sid, game_id = event.connection.sid, event.connection.game_id
         if event.type in NEWS and game_id:
             news = {"game_id": game_id, "user_id": event.connection.user_id}
             await self.sio.emit(NEWS[event.type], news, to=room_of(game_id), skip_sid=sid)
-        if event.type in (EventType.DISPLACED, EventType.EXPIRED):
+        if not self.is_here(sid):
+            return
+        if event.type in (EventType.JOINED, EventType.RESUMED) and game_id:
+            await self.sio.enter_room(sid, room_of(game_id))
+            if event.type is EventType.RESUMED:
+                await self.sio.emit("resumed", {"game_id": game_id}, to=sid)
+        elif event.type is EventType.LEFT and game_id:
+            await self.sio.leave_room(sid, room_of(game_id))
+        elif event.type in (EventType.DISPLACED, EventType.EXPIRED):
             # In vain for a socket whose own connect() is still under way; that one learns it from its first heartbeat.
             await self.sio.disconnect(sid)
+
+    def is_here(self, sid: str) -> bool:
+        """Tell whether this server has the socket."""
+        return any(known == sid for known, _ in self.sio.manager.get_participants("/", sid))
 
 
 def room_of(game_id: str) -> str:
