@@ -21,7 +21,7 @@ from typing import Any
 
 import redis
 
-from examples.demo_cast import WAIT_SECONDS, Device, ServerProcess, StuckError, Timeline
+from examples.demo_cast import Device, ServerProcess, StuckError, Timeline
 from presence import ConnectionManager, PresenceError
 from tests.invariants import read_keyspace, violations
 from tests.server import NoServerError, Server, running_server
@@ -31,6 +31,8 @@ STALE_SECONDS = 3 * HEARTBEAT_SECONDS
 BEAT_SECONDS = 0.4
 """Twice as often as need be, so that a machine with other things to do does not make anyone stale."""
 CLEANUP_SECONDS = 0.5
+GRACE_SECONDS = 30.0
+"""How long a seat is kept; nobody here stays away for so long, however busy the machine."""
 WHOLE_DEMO_SECONDS = 90
 
 GAME, OTHER_GAME = "chess-1", "chess-2"
@@ -54,15 +56,14 @@ class Stage:
         self.devices.append(device)
         return device
 
-    async def both_servers_listen(self) -> None:
-        """Wait until both hear each other: python-socketio subscribes only when it gets its first client."""
-        channel = f"socketio:{self.namespace}"
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                while self.client.pubsub_numsub(channel)[0][1] < 2:  # noqa: ASYNC110, no event says so
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            raise StuckError(f"the servers did not both subscribe to {channel}") from None
+    async def told(self, device: Device, *expected: tuple[str, str]) -> None:
+        """Wait until a player has been told so much since this was last asked, and check that it was just this."""
+        await self.timeline.until(
+            lambda: len(device.told) >= device.told_before + len(expected), f"{device.user_id} is told {expected}"
+        )
+        news = device.told[device.told_before :]
+        device.told_before = len(device.told)
+        self.timeline.expect(f"news to {device.user_id}", news, list(expected))
 
     async def ask(self, expected: Any, operation: str, *arguments: str) -> None:
         """Call an operation from here, a third place beside the two servers, and check the answer."""
@@ -73,7 +74,7 @@ class Stage:
         self.timeline.expect(call, answer, expected)
 
     async def check_keys(self, *, users: list[str]) -> None:
-        """Check that every invariant holds, and that just these users have a connection."""
+        """Check that every invariant holds, and that just these users have a connection, or a seat that is kept."""
         try:
             keyspace = await asyncio.to_thread(read_keyspace, self.client, self.namespace)
         except AssertionError as error:
@@ -83,11 +84,11 @@ class Stage:
         for violation in broken:
             self.timeline.differ(self.timeline.words_in(violation))
         self.timeline.checks += 1
-        self.timeline.expect("users with a connection", sorted(keyspace.users), users)
+        self.timeline.expect("users with a connection or a seat", sorted(keyspace.users), users)
         if not users:
-            self.timeline.expect("keys that are left", sorted(keyspace.ttls_ms), [])
+            self.timeline.expect("keys of connections that are left", sorted(keyspace.ttls_ms), [])
         verdict = f"{len(broken)} invariants are broken" if broken else "every invariant holds"
-        self.timeline.say("demo", f"read all {len(keyspace.ttls_ms)} keys: {verdict}")
+        self.timeline.say("demo", f"read all {len(keyspace.ttls_ms)} keys of connections: {verdict}")
 
 
 async def meet(stage: Stage) -> tuple[Device, Device]:
@@ -97,10 +98,9 @@ async def meet(stage: Stage) -> tuple[Device, Device]:
     for player in (alice, bob):
         registration = await player.connect()
         stage.timeline.expect(f"displaced by {player.user_id}'s first connection", displaced_by(registration), [])
-    await stage.both_servers_listen()
     for player in (alice, bob):
         stage.timeline.expect(f"{player.user_id} joins", await player.call("join_game", GAME), {"joined": True})
-    await stage.timeline.until(lambda: ("opponent_joined", "bob") in alice.told, "alice hears that bob joined")
+    await stage.told(alice, ("opponent_joined", "bob"))
     for player in (alice, bob):
         player.beat(BEAT_SECONDS)
         beat = await stage.timeline.answer("update_heartbeat", player.sid)
@@ -112,34 +112,77 @@ async def meet(stage: Stage) -> tuple[Device, Device]:
     return alice, bob
 
 
+async def come_back_within_the_grace(stage: Stage, old: Device, opponent: Device) -> Device:
+    """Drop a player, whose seat is kept, and who takes it again through the other server."""
+    stage.timeline.chapter("alice's network fails; her seat is kept, and she takes it again through server two")
+    stage.timeline.say(old.user_id, "loses the network")
+    old.cut()
+    detached = (await stage.timeline.answer("unregister_connection", old.sid)).value
+    stage.timeline.expect("the game of the seat that is kept", detached and detached["game_id"], GAME)
+    # Server one detached her, bob is on server two: only the event tells that server.
+    await stage.told(opponent, ("opponent_away", "alice"))
+    await stage.ask(False, "is_user_online", "alice")
+    await stage.ask(None, "get_opponent_sid", GAME, "bob")
+    await stage.ask(1, "get_connection_count")
+    await stage.check_keys(users=["alice", "bob"])
+
+    new = stage.device("alice", stage.two)
+    await resume(stage, new, old, GAME)
+    await stage.told(opponent, ("opponent_back", "alice"))
+    await leave_and_join(stage, opponent, new)
+    await stage.ask({"alice": new.sid, "bob": opponent.sid}, "get_game_user_sids", GAME)
+    await stage.ask(False, "update_heartbeat", old.sid)
+    await stage.check_keys(users=["alice", "bob"])
+    return new
+
+
+async def resume(stage: Stage, new: Device, old: Device, game_id: str) -> None:
+    """Connect a player whose seat is kept: the register that resumes it names the game."""
+    registration = await new.connect()
+    stage.timeline.expect(f"displaced by {new.user_id}'s return", displaced_by(registration), [])
+    resumed_from = registration["resumed_from"]
+    found = (registration["resumed"], resumed_from and resumed_from["sid"], registration["connection"]["game_id"])
+    stage.timeline.expect(
+        f"resumed by {new.user_id}'s return, from what, in which game", found, (True, old.sid, game_id)
+    )
+    await stage.told(new, ("resumed", new.user_id))
+    new.beat(BEAT_SECONDS)
+
+
+async def leave_and_join(stage: Stage, player: Device, opponent: Device) -> None:
+    """Let a player leave the game and join again: a resumed opponent is told, so the resume put back into the room."""
+    left = await player.call("leave_game")
+    stage.timeline.expect(f"the game that {player.user_id} leaves", left, {"left_game_id": GAME})
+    stage.timeline.expect(f"{player.user_id} joins again", await player.call("join_game", GAME), {"joined": True})
+    await stage.told(opponent, ("opponent_left", player.user_id), ("opponent_joined", player.user_id))
+
+
 async def come_back_before_the_disconnect(stage: Stage, old: Device, opponent: Device) -> Device:
     """Drop a player, who is back on the other server before the first one has handled the disconnect."""
-    stage.timeline.chapter("alice drops; while server one still handles that, she comes back through server two")
+    stage.timeline.chapter("alice drops; while server two still handles that, she comes back through server one")
     await old.server.tell("hold")
     stage.timeline.say(old.user_id, "loses the network")
     old.cut()
-    await stage.timeline.until(lambda: old.sid in stage.timeline.held, "the disconnect is under way on server one")
+    await stage.timeline.until(lambda: old.sid in stage.timeline.held, "the disconnect is under way on server two")
     await stage.ask(True, "is_user_online", "alice")
 
-    new = stage.device("alice", stage.two)
+    new = stage.device("alice", stage.one)
     stage.timeline.expect("displaced by alice's return", displaced_by(await new.connect()), [old.sid])
     stage.timeline.expect("alice joins again", await new.call("join_game", GAME), {"joined": True})
     new.beat(BEAT_SECONDS)
-    await stage.timeline.until(
-        lambda: opponent.told.count(("opponent_joined", "alice")) == 1, "bob hears that alice is back"
-    )
+    await stage.told(opponent, ("opponent_left", "alice"), ("opponent_joined", "alice"))
 
     # The old disconnect has still not run, and nothing is in disorder because of that.
     await stage.check_keys(users=["alice", "bob"])
 
-    stage.timeline.say("demo", "lets server one finish the old disconnect")
+    stage.timeline.say("demo", "lets server two finish the old disconnect")
     await old.server.tell("release")
     late = await stage.timeline.answer("unregister_connection", old.sid)
     stage.timeline.expect("the late disconnect removes", late.value, None)
     await stage.ask(True, "is_user_online", "alice")
     await stage.ask(False, "update_heartbeat", old.sid)
     await stage.ask({"alice": new.sid, "bob": opponent.sid}, "get_game_user_sids", GAME)
-    stage.timeline.expect("news to bob that alice left", ("opponent_left", "alice") in opponent.told, False)
+    await stage.told(opponent)
     await stage.check_keys(users=["alice", "bob"])
     return new
 
@@ -149,10 +192,11 @@ async def change_devices(stage: Stage, old: Device, opponent: Device) -> Device:
     stage.timeline.chapter("bob takes up his phone, through server one; his laptop still beats, through server two")
     new = stage.device("bob", stage.one)
     stage.timeline.expect("displaced by bob's phone", displaced_by(await new.connect()), [old.sid])
-    await stage.timeline.until(lambda: old.closed, "server two closes bob's displaced socket at server one's word")
+    await stage.timeline.until(lambda: old.closed, "server two closes bob's displaced socket, as it sees the event")
     late = await stage.timeline.answer("unregister_connection", old.sid)
     stage.timeline.expect("the disconnect of bob's displaced socket removes", late.value, None)
     stage.timeline.expect("bob joins again", await new.call("join_game", GAME), {"joined": True})
+    await stage.told(opponent, ("opponent_left", "bob"), ("opponent_joined", "bob"))
     new.beat(BEAT_SECONDS)
     await stage.ask(new.sid, "get_opponent_sid", GAME, "alice")
     await stage.ask(opponent.sid, "get_opponent_sid", GAME, "bob")
@@ -195,17 +239,12 @@ async def fall_silent(stage: Stage, silent: Device, opponent: Device) -> None:
     silent.fall_silent()
     stage.timeline.say(silent.user_id, "sends no more heartbeats")
 
-    def removals() -> list[dict[str, Any]]:
-        cleanups = [it.value for it in stage.timeline.answers if it.operation == "run_cleanup"]
-        return [connection for cleanup in cleanups for connection in cleanup["removed"]]
-
-    await stage.timeline.until(removals, "a cleanup removes bob")
-    removed = removals()[0]
+    (removed,) = await stage.timeline.until(lambda: reported_by_cleanup(stage, "removed"), "a cleanup removes bob")
     stage.timeline.expect("removed by cleanup", (removed["sid"], removed["game_id"]), (silent.sid, GAME))
     seconds = (instant(removed["observed_at"]) - instant(removed["last_seen"])).total_seconds()
     stage.timeline.say("demo", f"by Redis's clock that was {seconds:.2f} s after his last heartbeat")
     stage.timeline.expect("silent for longer than three heartbeats", seconds > STALE_SECONDS, True)
-    await stage.timeline.until(lambda: ("opponent_left", "bob") in opponent.told, "alice hears that bob is gone")
+    await stage.told(opponent, ("opponent_left", "bob"))
     await stage.timeline.until(lambda: silent.closed, "bob's socket is closed")
     late = await stage.timeline.answer("unregister_connection", silent.sid)
     stage.timeline.expect("the disconnect of a removed socket removes", late.value, None)
@@ -213,33 +252,83 @@ async def fall_silent(stage: Stage, silent: Device, opponent: Device) -> None:
     await stage.ask(None, "get_opponent_sid", GAME, "alice")
     await stage.check_keys(users=["alice", "carol"])
     # Both servers clean up at once, all the time: whoever was removed, and that was one, was reported by one of them.
-    stage.timeline.expect("removed by all cleanups together", len(removals()), 1)
+    stage.timeline.expect("removed by all cleanups together", len(reported_by_cleanup(stage, "removed")), 1)
 
 
-async def leave(stage: Stage, alice: Device, carol: Device) -> None:
-    """Let everyone leave in good order, one in the middle of a game: no key is left."""
-    stage.timeline.chapter("carol takes bob's place, and everyone leaves")
-    for game_id in (OTHER_GAME, GAME):
-        stage.timeline.expect("carol joins", await carol.call("join_game", game_id), {"joined": True})
-    await stage.ask(0, "get_game_connection_count", OTHER_GAME)
-    await stage.ask({"alice": alice.sid, "carol": carol.sid}, "get_game_user_sids", GAME)
+async def lose_a_server(stage: Stage, alice: Device, carol: Device) -> tuple[Device, Device, Device]:
+    """Kill a game server: the other one finds it dead, keeps the seats of its players, and they take them again."""
+    stage.timeline.chapter("bob is back, through server two; server one dies, and its players go on through server two")
+    bob = stage.device("bob", stage.two)
+    stage.timeline.expect("displaced by bob's return", displaced_by(await bob.connect()), [])
+    bob.beat(BEAT_SECONDS)
+    for player, game_id in ((bob, GAME), (carol, OTHER_GAME)):
+        stage.timeline.expect(f"{player.user_id} joins", await player.call("join_game", game_id), {"joined": True})
+    await stage.told(alice, ("opponent_joined", "bob"))
 
-    await alice.close()
-    removed = (await stage.timeline.answer("unregister_connection", alice.sid)).value
-    found = removed and (removed["sid"], removed["game_id"])
-    stage.timeline.expect("removed by alice's disconnect", found, (alice.sid, GAME))
-    await stage.timeline.until(lambda: ("opponent_left", "alice") in carol.told, "carol hears that alice left")
+    # Where carol is, her race has decided.
+    lost = [(player, game) for player, game in ((alice, GAME), (carol, OTHER_GAME)) if player.server is stage.one]
+    await stage.one.kill()
+    for player, _ in lost:
+        await stage.timeline.until(lambda player=player: player.closed, "the sockets to server one end")  # type: ignore[misc]
+
+    sids = sorted(player.sid for player, _ in lost)
+    await stage.timeline.until(lambda: len(reported_by_cleanup(stage, "detached")) >= len(sids), "the seats are kept")
+    detached = reported_by_cleanup(stage, "detached")
+    stage.timeline.expect("detached by cleanup, each once", sorted(it["sid"] for it in detached), sids)
+    await stage.told(bob, ("opponent_away", "alice"))
+    await stage.ask(False, "is_user_online", "alice")
+    await stage.ask(3 - len(lost), "get_connection_count")
+    await stage.check_keys(users=["alice", "bob", "carol"])
+
+    back = {player.user_id: player for player in (alice, carol)}
+    for player, game_id in lost:
+        back[player.user_id] = stage.device(player.user_id, stage.two)
+        await resume(stage, back[player.user_id], player, game_id)
+    await stage.told(bob, ("opponent_back", "alice"))
+    await leave_and_join(stage, bob, back["alice"])
+    await stage.ask({"alice": back["alice"].sid, "bob": bob.sid}, "get_game_user_sids", GAME)
+    await stage.ask({"carol": back["carol"].sid}, "get_game_user_sids", OTHER_GAME)
+    await stage.ask(3, "get_connection_count")
+    await stage.check_keys(users=["alice", "bob", "carol"])
+    stage.timeline.expect("detached by all cleanups", len(reported_by_cleanup(stage, "detached")), len(sids))
+    return back["alice"], bob, back["carol"]
+
+
+async def leave(stage: Stage, alice: Device, bob: Device, carol: Device) -> None:
+    """Let everyone leave in good order, one in the middle of a game: no key of a connection is left."""
+    stage.timeline.chapter("alice leaves, carol takes her place, and everyone leaves")
+    await close(stage, alice, GAME)
+    await stage.told(bob, ("opponent_left", "alice"))
     await stage.ask(1, "get_game_connection_count", GAME)
 
-    stage.timeline.expect("the game that carol leaves", await carol.call("leave_game"), {"left_game_id": GAME})
-    await stage.ask(0, "get_game_connection_count", GAME)
-    await carol.close()
-    removed = (await stage.timeline.answer("unregister_connection", carol.sid)).value
-    found = removed and (removed["sid"], removed["game_id"])
-    stage.timeline.expect("removed by carol's disconnect", found, (carol.sid, None))
+    stage.timeline.expect("carol joins", await carol.call("join_game", GAME), {"joined": True})
+    await stage.told(bob, ("opponent_joined", "carol"))
+    await stage.ask(0, "get_game_connection_count", OTHER_GAME)
+    await stage.ask({"bob": bob.sid, "carol": carol.sid}, "get_game_user_sids", GAME)
+
+    stage.timeline.expect("the game that bob leaves", await bob.call("leave_game"), {"left_game_id": GAME})
+    await stage.told(carol, ("opponent_left", "bob"))
+    await close(stage, bob, None)
+    await close(stage, carol, GAME)
     await stage.ask(0, "get_connection_count")
     await stage.check_keys(users=[])
     check_that_each_connection_went_once(stage)
+    await check_the_events(stage)
+
+
+async def close(stage: Stage, device: Device, game_id: str | None) -> None:
+    """Let a player disconnect on purpose: no seat is kept."""
+    await device.leave()
+    removed = (await stage.timeline.answer("unregister_connection", device.sid)).value
+    found = removed and (removed["sid"], removed["game_id"], removed["detached_until"])
+    stage.timeline.expect(f"removed by {device.user_id}'s disconnect", found, (device.sid, game_id, None))
+    await device.close()
+
+
+def reported_by_cleanup(stage: Stage, what: str) -> list[dict[str, Any]]:
+    """Give the connections that all cleanups on both servers have reported as removed, or as detached."""
+    cleanups = [answer.value for answer in stage.timeline.answers if answer.operation == "run_cleanup"]
+    return [connection for cleanup in cleanups for connection in cleanup[what]]
 
 
 def check_that_each_connection_went_once(stage: Stage) -> None:
@@ -250,12 +339,34 @@ def check_that_each_connection_went_once(stage: Stage) -> None:
             case {"type": "Registration"}:
                 registered.append(answer.value["connection"]["sid"])
                 gone += displaced_by(answer.value)
+                if answer.value["resumed"]:
+                    gone.append(answer.value["resumed_from"]["sid"])
             case {"type": "CleanupResult"}:
                 gone += [connection["sid"] for connection in answer.value["removed"]]
-            case {"type": "ConnectionInfo"} if answer.operation == "unregister_connection":
+            case {"type": "ConnectionInfo", "detached_until": None} if answer.operation == "unregister_connection":
                 gone.append(answer.value["sid"])
     stage.timeline.say("demo", f"{len(registered)} connections were registered, {len(gone)} were reported as gone")
     stage.timeline.expect("connections reported as gone, each once", sorted(gone), sorted(registered))
+
+
+async def check_the_events(stage: Stage) -> None:
+    """Check that both servers saw the same events, while they lived, and in them each connection come and go once."""
+    one, two = (stage.timeline.events.setdefault(server.name, []) for server in (stage.one, stage.two))
+    came: list[str] = []
+    gone: list[str] = []
+
+    def all_are_gone() -> bool:
+        came[:] = [it["connection"]["sid"] for it in two if it["type"] in ("registered", "resumed")]
+        gone[:] = [it["connection"]["sid"] for it in two if it["type"] in ("displaced", "unregistered", "expired")]
+        gone.extend(it["resumed_from"]["sid"] for it in two if it["type"] == "resumed")
+        return len(gone) >= len(stage.devices)
+
+    await stage.timeline.until(all_are_gone, "server two sees all events")
+    stage.timeline.expect("connections that came and went in the events", sorted(gone), sorted(came))
+    stage.timeline.expect("connections that came in the events", sorted(came), sorted(it.sid for it in stage.devices))
+    stage.timeline.expect("the events that server two saw while server one lived", two[: len(one)], one)
+    saw = f"{stage.one.name} saw {len(one)} events, {stage.two.name} the same and {len(two) - len(one)} more"
+    stage.timeline.say("demo", saw)
 
 
 def displaced_by(registration: dict[str, Any]) -> list[str]:
@@ -272,20 +383,28 @@ async def tell_the_story(stage: Stage) -> None:
     """Play all chapters in their order."""
     stage.timeline.chapter("two game servers start")
     await asyncio.gather(stage.one.start(), stage.two.start())
+    for server in (stage.one, stage.two):
+        beat = await stage.timeline.answer("update_server_heartbeat", server.server_id)
+        stage.timeline.expect(f"{server.name}'s own heartbeat", beat.value, True)
     alice, bob = await meet(stage)
+    alice = await come_back_within_the_grace(stage, alice, bob)
     alice = await come_back_before_the_disconnect(stage, alice, bob)
     bob = await change_devices(stage, bob, alice)
     carol = await race(stage)
     await fall_silent(stage, bob, alice)
-    await leave(stage, alice, carol)
+    alice, bob, carol = await lose_a_server(stage, alice, carol)
+    await leave(stage, alice, bob, carol)
 
 
 def remove_leftovers(timeline: Timeline, client: redis.Redis, namespace: str) -> None:
-    """Look once more for keys, now that the servers have ended; after a failure, take away what is there."""
+    """Look once more for keys, now that the servers have ended, and take away what is there."""
     keyspace = read_keyspace(client, namespace)
-    keys = [*keyspace.ttls_ms, *keyspace.other_ttls_ms]
     if not timeline.differences:
-        timeline.expect("keys that are left after the servers have ended", list(keyspace.ttls_ms), [])
+        timeline.expect("keys of connections after the servers have ended", list(keyspace.ttls_ms), [])
+        timeline.expect("keys without a TTL", [key for key, ttl in keyspace.other_ttls_ms.items() if ttl < 0], [])
+        kinds = sorted({key.removeprefix(f"{{{namespace}}}:").partition(":")[0] for key in keyspace.other_ttls_ms})
+        timeline.say("demo", f"what is left expires by itself, and is removed now: {', '.join(kinds)}")
+    keys = [*keyspace.ttls_ms, *keyspace.other_ttls_ms]
     if keys:
         client.delete(*keys)
 
@@ -296,7 +415,7 @@ async def run(server: Server) -> Timeline:
     # A namespace of its own: the server may be one that PRESENCE_REDIS_URL names and others use.
     namespace = f"demo-{secrets.token_hex(4)}"
     options = [f"--namespace={namespace}", f"--heartbeat-seconds={HEARTBEAT_SECONDS}"]
-    options.append(f"--cleanup-seconds={CLEANUP_SECONDS}")
+    options += [f"--cleanup-seconds={CLEANUP_SECONDS}", f"--grace-seconds={GRACE_SECONDS}"]
     one, two = (ServerProcess(timeline, name, server.url, *options) for name in ("one", "two"))
     async with AsyncExitStack() as ends:
         client = ends.enter_context(redis.Redis.from_url(server.url))
@@ -339,7 +458,8 @@ def main() -> int:
         for difference in timeline.differences:
             print(f"  - {difference}")
         return 1
-    print(f"\ndemo: all {timeline.checks} checks passed, no key of a connection is left; {timeline.seconds():.1f} s")
+    passed = f"all {timeline.checks} checks passed in {timeline.seconds():.1f} s"
+    print(f"\ndemo: {passed}; no key of a connection is left, what else was left had a TTL")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import socketio
+from socketio.packet import DISCONNECT, Packet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +50,8 @@ class Timeline:
         self.started = time.monotonic()
         self.answers: list[Answer] = []
         self.held: set[str] = set()
+        self.events: dict[str, list[dict[str, Any]]] = {}
+        """What each server saw, in its order."""
         self.differences: list[str] = []
         self.checks = 0
         self.changed = asyncio.Event()
@@ -109,7 +113,16 @@ class Timeline:
             self.say(server, f"unregister_connection({self.words(line['held'])}) is held up")
         elif "operation" in line:
             self._hear_answer(server, line)
+        elif "event" in line:
+            self._hear_event(server, line["event"])
         self.changed.set()
+
+    def _hear_event(self, server: str, event: dict[str, Any]) -> None:
+        self.events.setdefault(server, []).append(event)
+        self._give_name(event["connection"]["sid"], event["connection"]["user_id"])
+        # All servers see all events: these two kinds are the ones that only events tell.
+        if event["type"] in ("detached", "resumed"):
+            self.say(server, f"sees the event: {event['type']} {self.words(event['connection'])}")
 
     def _hear_answer(self, server: str, line: dict[str, Any]) -> None:
         operation, arguments = line["operation"], line["arguments"]
@@ -123,7 +136,7 @@ class Timeline:
             return
         answer = Answer(server, operation, arguments, line["answer"])
         self.answers.append(answer)
-        if operation == "update_heartbeat" and answer.value:
+        if operation in ("update_heartbeat", "update_server_heartbeat") and answer.value:
             # They go on all the time: one line for each connection is enough.
             if arguments[0] in self._beaten:
                 return
@@ -140,14 +153,18 @@ class Timeline:
         """Put an answer into words; a connection is called by its user and a number instead of by its sid."""
         match value:
             case {"type": "ConnectionInfo"}:
-                return f"{self.words(value['sid'])} ({'in ' + value['game_id'] if value['game_id'] else 'in no game'})"
+                place = f"in {value['game_id']}" if value["game_id"] else "in no game"
+                return f"{self.words(value['sid'])} ({place}{', detached' if value['detached_until'] else ''})"
+            case {"type": "Registration", "resumed": True}:
+                return f"registered {self.words(value['connection'])}, resumed {self.words(value['resumed_from'])}"
             case {"type": "Registration"}:
                 return f"registered {self.words(value['connection'])}, displaced {self.words(value['displaced'])}"
             case {"type": "JoinResult"}:
                 left = f", left {value['left_game_id']}" if value["left_game_id"] else ""
                 return ("joined" if value["joined"] else "not joined, no such connection") + left
             case {"type": "CleanupResult"}:
-                return f"removed {self.words(value['removed'])}"
+                parts = [name for name in ("removed", "detached") if value[name]]
+                return "; ".join(f"{name} {self.words(value[name])}" for name in parts)
             case dict():
                 return "{" + ", ".join(f"{self.words(key)}: {self.words(it)}" for key, it in value.items()) + "}"
             case list() | tuple() | set():
@@ -169,11 +186,13 @@ class ServerProcess:
     def __init__(self, timeline: Timeline, name: str, redis_url: str, *options: str) -> None:
         self.timeline = timeline
         self.name = f"server {name}"
+        self.server_id = f"server-{name}"
         self.port = 0
         self._redis_url = redis_url
         self._options = options
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, stop() closes it
         self._obeyed: list[str] = []
+        self._exit_status = 0
         self._process: asyncio.subprocess.Process | None = None
         self._listening: asyncio.Task[None] | None = None
 
@@ -181,7 +200,7 @@ class ServerProcess:
         """Start it, and wait until it serves."""
         # A session of its own: at Ctrl-C the demo ends it, in good order, and not the terminal.
         process = self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "examples.demo_server", *self._options),
+            *(sys.executable, "-m", "examples.demo_server", f"--server-id={self.server_id}", *self._options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=self._errors,
@@ -219,6 +238,14 @@ class ServerProcess:
         self._process.stdin.write(f"{command}\n".encode())
         await self.timeline.until(lambda: len(self._obeyed) > before, f"{self.name} obeys {command!r}")
 
+    async def kill(self) -> None:
+        """End it by its process id with SIGKILL, as a crash does: it does nothing any more."""
+        assert self._process is not None
+        self.timeline.say("demo", f"kills {self.name}, process {self._process.pid}, with SIGKILL")
+        self._exit_status = -signal.SIGKILL
+        self._process.kill()
+        await self._process.wait()
+
     async def stop(self) -> None:
         """End it by the end of its stdin, or by its process id if it does not heed that; then show its stderr."""
         process = self._process
@@ -233,7 +260,7 @@ class ServerProcess:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
-            self.timeline.expect(f"exit status of {self.name}", process.returncode, 0)
+            self.timeline.expect(f"exit status of {self.name}", process.returncode, self._exit_status)
         if self._listening is not None:
             await self._listening
         self._errors.seek(0)
@@ -255,11 +282,12 @@ class Device:
         self.sid = ""
         self.closed = ""
         self.told: list[tuple[str, str]] = []
+        self.told_before = 0
         self._beating: asyncio.Task[None] | None = None
         self._client = socketio.AsyncClient(reconnection=False, handle_sigint=False)
         self._client.on("connect", self._on_connect)
         self._client.on("disconnect", self._on_disconnect)
-        for event in ("opponent_joined", "opponent_left"):
+        for event in ("opponent_joined", "opponent_left", "opponent_away", "opponent_back", "resumed"):
             self._client.on(event, self._make_listener(event))
 
     async def connect(self) -> dict[str, Any]:
@@ -301,8 +329,17 @@ class Device:
         self.fall_silent()
         self._client.eio.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
+    async def leave(self) -> None:
+        """Tell the server that it leaves on purpose; to be closed when the server knows.
+
+        Other clients do so when they disconnect; this one closes the socket before the packet is on its way.
+        """
+        self.fall_silent()
+        self.timeline.say(self.user_id, "disconnects on purpose")
+        await self._client.eio.send(Packet(DISCONNECT).encode())
+
     async def close(self) -> None:
-        """Disconnect in good order."""
+        """End the socket, if it is still open."""
         self.fall_silent()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._client.disconnect(), WAIT_SECONDS)
@@ -319,8 +356,9 @@ class Device:
 
     def _make_listener(self, event: str) -> Callable[[dict[str, str]], None]:
         def listen(news: dict[str, str]) -> None:
-            self.told.append((event, news["user_id"]))
-            self.timeline.say(self.user_id, f"is told: {event}, {news['user_id']} in {news['game_id']}")
+            user_id = news.get("user_id", self.user_id)
+            self.told.append((event, user_id))
+            self.timeline.say(self.user_id, f"is told: {event}, {user_id} in {news['game_id']}")
             self.timeline.changed.set()
 
         return listen

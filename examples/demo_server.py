@@ -15,12 +15,13 @@ import json
 import os
 import sys
 from datetime import datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import uvicorn
 
 from examples.socketio_server import GameServer
-from presence import CleanupResult, ConnectionInfo, ConnectionManager
+from presence import CleanupResult, ConnectionInfo, ConnectionManager, Event
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -38,6 +39,8 @@ def plain(answer: Any) -> Any:
     """Turn a result of presence into what JSON can carry, named by its type."""
     if isinstance(answer, datetime):
         return answer.isoformat()
+    if isinstance(answer, Enum):
+        return answer.value
     if isinstance(answer, bytes):
         return answer.decode()
     fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
@@ -71,7 +74,6 @@ class ReportingManager(ConnectionManager):
     join_game = reported(ConnectionManager.join_game)
     leave_game = reported(ConnectionManager.leave_game)
     update_heartbeat = reported(ConnectionManager.update_heartbeat)
-    get_opponent_sid = reported(ConnectionManager.get_opponent_sid)
     report_unregister = reported(ConnectionManager.unregister_connection)
 
     async def unregister_connection(
@@ -83,6 +85,13 @@ class ReportingManager(ConnectionManager):
             await self.may_unregister.wait()
         return await self.report_unregister(sid, grace_seconds=grace_seconds, epoch=epoch)
 
+    async def update_server_heartbeat(self) -> bool:
+        """Beat for the server as ever, and report its boot epoch."""
+        is_known = await super().update_server_heartbeat()
+        start = (self.operations.server_id, self.operations.boot_epoch)
+        report(operation="update_server_heartbeat", arguments=start, answer=is_known)
+        return is_known
+
     async def run_cleanup(
         self,
         interval_seconds: float = 30,
@@ -90,7 +99,7 @@ class ReportingManager(ConnectionManager):
         threshold_seconds: float | None = None,
         on_removed: Callable[[CleanupResult], Awaitable[object]] | None = None,
     ) -> None:
-        """Clean up as ever, and report what that removes."""
+        """Clean up as ever, and report what that removes and detaches."""
 
         async def report_and_pass_on(result: CleanupResult) -> None:
             report(operation="run_cleanup", arguments=(), answer=result)
@@ -98,6 +107,15 @@ class ReportingManager(ConnectionManager):
                 await on_removed(result)
 
         await super().run_cleanup(interval_seconds, threshold_seconds=threshold_seconds, on_removed=report_and_pass_on)
+
+
+class ReportingGameServer(GameServer):
+    """A game server that reports the events that it sees."""
+
+    async def act_on(self, event: Event) -> None:
+        """Act on it as ever."""
+        report(event=event)
+        await super().act_on(event)
 
 
 async def obey(manager: ReportingManager, server: uvicorn.Server) -> None:
@@ -114,11 +132,18 @@ async def obey(manager: ReportingManager, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-async def serve(url: str, namespace: str, heartbeat_seconds: float, cleanup_seconds: float) -> None:
+async def serve(url: str, options: argparse.Namespace) -> None:
     """Serve on a free port of the loopback, and report the port."""
-    manager = ReportingManager.from_url(url, namespace=namespace, heartbeat_seconds=heartbeat_seconds)
+    manager = ReportingManager.from_url(
+        url,
+        namespace=options.namespace,
+        heartbeat_seconds=options.heartbeat_seconds,
+        server_id=options.server_id,
+        server_grace_seconds=options.grace_seconds,
+        events="stream",
+    )
     manager.may_unregister.set()
-    app = GameServer(manager, url, cleanup_seconds=cleanup_seconds).app
+    app = ReportingGameServer(manager, cleanup_seconds=options.cleanup_seconds, grace_seconds=options.grace_seconds).app
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     serving = asyncio.create_task(server.serve())
     while not server.started and not serving.done():  # noqa: ASYNC110, uvicorn has no event for it
@@ -133,12 +158,11 @@ async def serve(url: str, namespace: str, heartbeat_seconds: float, cleanup_seco
 def main() -> None:
     """Take the arguments from the demo, and the URL, which may hold a password, from the environment; serve."""
     parser = argparse.ArgumentParser(description="One game server of the demo.")
-    parser.add_argument("--namespace", required=True)
-    parser.add_argument("--heartbeat-seconds", type=float, required=True)
-    parser.add_argument("--cleanup-seconds", type=float, required=True)
-    options = parser.parse_args()
-    url = os.environ["PRESENCE_REDIS_URL"]
-    asyncio.run(serve(url, options.namespace, options.heartbeat_seconds, options.cleanup_seconds))
+    for name in ("--namespace", "--server-id"):
+        parser.add_argument(name, required=True)
+    for name in ("--heartbeat-seconds", "--cleanup-seconds", "--grace-seconds"):
+        parser.add_argument(name, type=float, required=True)
+    asyncio.run(serve(os.environ["PRESENCE_REDIS_URL"], parser.parse_args()))
 
 
 if __name__ == "__main__":

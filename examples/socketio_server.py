@@ -3,7 +3,8 @@
     PRESENCE_REDIS_URL=redis://localhost:6379/0 python examples/socketio_server.py --port 8001
 
 A client connects with ``auth={"user_id": ...}``, calls ``join_game``, ``leave_game`` and, every 30 seconds,
-``heartbeat``, and is told ``opponent_joined`` and ``opponent_left``. A call that fails is answered ``{"error": ...}``.
+``heartbeat``. It is told ``opponent_joined`` and ``opponent_left``, ``opponent_away`` (the network failed, the seat is
+kept) and ``opponent_back``, and ``resumed`` when it is back itself. A call that fails is answered ``{"error": ...}``.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import asyncio
 import logging
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 import socketio
 import uvicorn
 
-from presence import CleanupResult, ConnectionManager, PresenceError
+from presence import ConnectionManager, Event, EventsLostError, EventType, PresenceError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -25,69 +27,80 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GameServer:
-    """The Socket.IO handlers of one process; who is online and in which game, only ``manager`` knows."""
+NEWS = {
+    EventType.JOINED: "opponent_joined",
+    EventType.DETACHED: "opponent_away",
+    EventType.RESUMED: "opponent_back",
+    EventType.LEFT: "opponent_left",
+    EventType.DISPLACED: "opponent_left",
+    EventType.UNREGISTERED: "opponent_left",
+    EventType.EXPIRED: "opponent_left",
+}
+"""What players are told of what happens in their game."""
 
-    def __init__(self, manager: ConnectionManager, redis_url: str, *, cleanup_seconds: float = 30) -> None:
+
+class GameServer:
+    """The Socket.IO handlers of one process; who is online and in which game, only ``manager`` knows.
+
+    Every server hears of every change and acts on it for its own sockets, so Socket.IO needs no message queue.
+    """
+
+    def __init__(self, manager: ConnectionManager, *, cleanup_seconds: float = 30, grace_seconds: float = 30) -> None:
         self.manager = manager
         self.cleanup_seconds = cleanup_seconds
-        # Through this, emit() and disconnect() reach a socket on whichever server it is. It keeps no keys.
-        channel = f"socketio:{manager.operations.namespace}"
-        self.sio = socketio.AsyncServer(
-            async_mode="asgi", client_manager=socketio.AsyncRedisManager(redis_url, channel=channel)
-        )
+        self.grace_seconds = grace_seconds
+        self.is_ready = asyncio.Event()
+        self.tasks: list[asyncio.Task[None]] = []
+        self.sio = socketio.AsyncServer(async_mode="asgi")
         self.sio.on("connect", self.connect)
         self.sio.on("disconnect", self.disconnect)
         for handler in (self.join_game, self.leave_game, self.heartbeat):
             self.sio.on(handler.__name__, answering_errors(handler))
-        self.app = socketio.ASGIApp(self.sio, on_startup=self.start, on_shutdown=manager.aclose)
+        self.app = socketio.ASGIApp(self.sio, on_startup=self.start, on_shutdown=self.stop)
 
     async def start(self) -> None:
-        """Clean up in the background, as every server of the fleet does; closing the manager ends it."""
-        cleanup = self.manager.run_cleanup(self.cleanup_seconds, on_removed=self.connections_removed)
-        self.cleanup_task = asyncio.create_task(cleanup)
+        """Beat, clean up and follow the events in the background, as every server of the fleet does."""
+        work = (
+            self.manager.run_server_heartbeat(),
+            self.manager.run_cleanup(self.cleanup_seconds),
+            self.follow_events(),
+        )
+        self.tasks = [asyncio.create_task(part) for part in work]
+        await self.is_ready.wait()
+
+    async def stop(self) -> None:
+        """End what runs in the background."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.manager.aclose()
 
     async def connect(self, sid: str, _environ: dict[str, Any], auth: Any) -> None:
-        """Register the connection, and close the sockets of those that it displaced."""
-        user_id = verified_user_id(auth)
+        """Register the connection; of what that displaces or resumes, the events tell."""
         try:
-            registration = await self.manager.register_connection(sid, user_id)
+            await self.manager.register_connection(sid, verified_user_id(auth))
         except ValueError as error:
             raise socketio.exceptions.ConnectionRefusedError(str(error)) from error
         except PresenceError as error:
             logger.exception("connect failed")
             raise socketio.exceptions.ConnectionRefusedError("try again") from error
-        await self.sio.save_session(sid, {"user_id": user_id})
-        for displaced in registration.displaced:
-            # In vain for a socket whose own connect() is still under way; that one learns it from its first heartbeat.
-            await self.sio.disconnect(displaced.sid)
 
-    async def disconnect(self, sid: str, _reason: str) -> None:
-        """Forget the connection, and tell the opponent.
+    async def disconnect(self, sid: str, reason: str) -> None:
+        """Forget the connection of a user who left; keep the seat of one whose network failed.
 
-        This may run late, when the user is back on another server, or after cleanup: then it finds nothing to remove.
+        This may run late, when the user is back on another server, or after cleanup: then it finds nothing.
         """
-        connection = await self.manager.unregister_connection(sid)
-        if connection and connection.game_id:
-            await self.tell_opponent("opponent_left", connection.game_id, connection.user_id)
+        has_left = reason == self.sio.reason.CLIENT_DISCONNECT
+        await self.manager.unregister_connection(sid, grace_seconds=None if has_left else self.grace_seconds)
 
     async def join_game(self, sid: str, game_id: str) -> dict[str, Any]:
-        """Join a game, leaving the one before, and tell the opponents in both."""
-        user_id = (await self.sio.get_session(sid))["user_id"]
+        """Join a game, leaving the one before."""
         result = await self.manager.join_game(sid, game_id)
-        if result.left_game_id:
-            await self.tell_opponent("opponent_left", result.left_game_id, user_id)
-        if result.joined:
-            await self.tell_opponent("opponent_joined", game_id, user_id)
         return {"joined": result.joined}
 
     async def leave_game(self, sid: str) -> dict[str, Any]:
-        """Leave the game, and tell the opponent."""
-        user_id = (await self.sio.get_session(sid))["user_id"]
-        game_id = await self.manager.leave_game(sid)
-        if game_id:
-            await self.tell_opponent("opponent_left", game_id, user_id)
-        return {"left_game_id": game_id}
+        """Leave the game."""
+        return {"left_game_id": await self.manager.leave_game(sid)}
 
     async def heartbeat(self, sid: str) -> dict[str, Any]:
         """Keep the connection alive; close the socket of one that was displaced or removed."""
@@ -96,23 +109,56 @@ class GameServer:
             await self.sio.disconnect(sid)
         return {"alive": alive}
 
-    async def connections_removed(self, result: CleanupResult) -> None:
-        """Close the sockets of the connections that cleanup removed, and tell their opponents."""
-        for connection in result:
-            await self.sio.disconnect(connection.sid)
-            if connection.game_id:
-                await self.tell_opponent("opponent_left", connection.game_id, connection.user_id)
+    async def follow_events(self) -> None:
+        """Act on what happens on any server; after a fault, go on where this server was in the stream."""
+        position = None
+        while True:
+            try:
+                async with self.manager.subscribe(after=position) as events:
+                    self.is_ready.set()
+                    async for event in events:
+                        position = event.position
+                        await self.act_on(event)
+            except PresenceError as error:
+                logger.exception("following the events failed")
+                if isinstance(error, EventsLostError):
+                    position = None
+                    # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
+                    for sid, _ in list(self.sio.manager.get_participants("/", None)):
+                        await self.sio.disconnect(sid)
+                self.is_ready.set()  # Those who connect meanwhile are asked to try again.
+                await asyncio.sleep(1)
 
-    async def tell_opponent(self, event: str, game_id: str, user_id: str) -> None:
-        """Tell the other player of a game what a user did, on whichever server that player is."""
-        try:
-            opponent_sid = await self.manager.get_opponent_sid(game_id, user_id)
-        except PresenceError:
-            # What the user did is done; the news of it must not make it look like a failure.
-            logger.exception("%s of %s: could not look up the opponent", event, game_id)
+    async def act_on(self, event: Event) -> None:
+        """Tell the players of the game who are on this server; keep the rooms and sockets as the connections are.
+
+        A player enters the room as the event of the join or the resume comes by, so what the room is told is just what
+        happened since.
+        """
+        sid, game_id = event.connection.sid, event.connection.game_id
+        if event.type in NEWS and game_id:
+            news = {"game_id": game_id, "user_id": event.connection.user_id}
+            await self.sio.emit(NEWS[event.type], news, to=room_of(game_id), skip_sid=sid)
+        if not self.is_here(sid):
             return
-        if opponent_sid:
-            await self.sio.emit(event, {"game_id": game_id, "user_id": user_id}, to=opponent_sid)
+        if event.type in (EventType.JOINED, EventType.RESUMED) and game_id:
+            await self.sio.enter_room(sid, room_of(game_id))
+            if event.type is EventType.RESUMED:
+                await self.sio.emit("resumed", {"game_id": game_id}, to=sid)
+        elif event.type is EventType.LEFT and game_id:
+            await self.sio.leave_room(sid, room_of(game_id))
+        elif event.type in (EventType.DISPLACED, EventType.EXPIRED):
+            # In vain for a socket whose own connect() is still under way; that one learns it from its first heartbeat.
+            await self.sio.disconnect(sid)
+
+    def is_here(self, sid: str) -> bool:
+        """Tell whether this server has the socket."""
+        return any(known == sid for known, _ in self.sio.manager.get_participants("/", sid))
+
+
+def room_of(game_id: str) -> str:
+    """Name a game's room in Socket.IO, where a player's sid is a room too."""
+    return f"game:{game_id}"
 
 
 def verified_user_id(auth: Any) -> str:
@@ -143,8 +189,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A Socket.IO game server on presence.")
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
-    redis_url = os.environ.get("PRESENCE_REDIS_URL", "redis://localhost:6379/0")
-    uvicorn.run(GameServer(ConnectionManager.from_url(redis_url), redis_url).app, host="127.0.0.1", port=port)
+    manager = ConnectionManager.from_url(
+        os.environ.get("PRESENCE_REDIS_URL", "redis://localhost:6379/0"),
+        server_id=f"{socket.gethostname()}:{port}",
+        server_grace_seconds=30,
+        events="stream",
+    )
+    uvicorn.run(GameServer(manager).app, host="127.0.0.1", port=port)
 
 
 if __name__ == "__main__":
