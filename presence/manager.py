@@ -805,18 +805,31 @@ class ConnectionManager:
         """Carry an exchange; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
         own = self._open_client()
         own.in_flight += 1
+        send = own.shared.send if own.shared is not None and not alone else partial(self._send, own.client)
         try:
-            send = own.shared.send if own.shared is not None and not alone else partial(self._send, own.client)
+            if not own.may_share:
+                async with own.first_call:
+                    if not own.may_share:
+                        result = await self._converse(exchange, send)
+                        own.may_share = True
+                        return result
+            return await self._converse(exchange, send)
+        finally:
+            own.in_flight -= 1
+            if not own.in_flight:
+                own.idle.set()
+
+    @staticmethod
+    async def _converse(
+        exchange: Exchange[Result], send: Callable[[Sequence[Command]], Awaitable[list[Any]]]
+    ) -> Result:
+        try:
             request = next(exchange)
             while True:
                 request = exchange.send(await send(request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
-        finally:
-            own.in_flight -= 1
-            if not own.in_flight:
-                own.idle.set()
 
     async def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""

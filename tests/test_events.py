@@ -517,7 +517,7 @@ class TestTheStream:
         start = manager.get_game_snapshot("g").position
         self.act(manager)
         with subscribed(manager, after=start) as events:
-            everything = events.take(15)
+            everything = events.take(17)
         positions = [event.position for event in everything]
         assert len(set(positions)) == len(positions)
         assert any("+" in position for position in positions if position), "no position within a change"
