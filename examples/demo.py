@@ -188,8 +188,9 @@ async def come_back_before_the_disconnect(stage: Stage, old: Device, opponent: D
 
 
 async def change_devices(stage: Stage, old: Device, opponent: Device) -> Device:
-    """Let a player connect once more while the old socket is open and beats; the server that holds it closes it."""
-    stage.timeline.chapter("bob takes up his phone, through server one; his laptop still beats, through server two")
+    """Let a player connect once more while the old socket is open; the server that holds it sees that and closes it."""
+    stage.timeline.chapter("bob takes up his phone, through server one; his laptop is still open, on server two")
+    old.fall_silent()  # Otherwise a heartbeat may be what closes it.
     new = stage.device("bob", stage.one)
     stage.timeline.expect("displaced by bob's phone", displaced_by(await new.connect()), [old.sid])
     await stage.timeline.until(lambda: old.closed, "server two closes bob's displaced socket, as it sees the event")
