@@ -54,6 +54,7 @@ class Timeline:
         """What each server saw, in its order."""
         self.differences: list[str] = []
         self.checks = 0
+        self.is_over = False
         self.changed = asyncio.Event()
         self._names: dict[str, str] = {}
         self._beaten: set[str] = set()
