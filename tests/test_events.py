@@ -541,7 +541,7 @@ class TestTheStream:
         start = manager.get_game_snapshot("g").position
         self.act(manager)
         with subscribed(manager, after=start) as events:
-            everything = events.take(15)
+            everything = events.take(17)
         for index, event in enumerate(everything[:-4], 1):
             expected = [later for later in everything[index:] if later.connection.game_id == "h"]
             with subscribed(manager, game_id="h", after=event.position) as of_game:
@@ -573,7 +573,7 @@ class TestTheStream:
         start = manager.get_game_snapshot("g").position
         self.act(manager)
         with subscribed(manager, after=start) as events:
-            everything = events.take(15)
+            everything = events.take(17)
         client.xtrim(events_key(namespace), maxlen=5, approximate=False)
         kept = [event for event in everything if event.position is not None]
         numbers = [Position.parse(event.position).number for event in kept]
@@ -582,7 +582,7 @@ class TestTheStream:
                 self.lost(manager, event.position)
             else:
                 with subscribed(manager, after=event.position) as events:
-                    assert events.take(15 - index) == everything[index:]
+                    assert events.take(17 - index) == everything[index:]
         self.lost(manager, start)
 
     def test_that_is_trimmed_under_a_subscriber_says_so(
