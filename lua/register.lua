@@ -219,7 +219,10 @@ for _, other in ipairs(gone) do
   drop_connection(key_prefix, last_seen_key, other[1], other[4], other[5])
 end
 
-if events ~= '' then
+if events ~= '' and answer == epoch then
+  local message = event('registered', sid, record, now) .. event('user_online', sid, record, now)
+  publish(key_prefix, events, key_lifetime_ms, now, {'user:' .. user_id}, message)
+elseif events ~= '' then
   local message, channels, was_online = '', {'user:' .. user_id}, false
   local function tell(kind, connection)
     message = message .. event(kind, connection[1], connection[2], connection[3])
