@@ -53,12 +53,14 @@ local joined = make_record(game_id, body)
 redis.call('SET', conn_key, joined, 'KEEPTTL')
 redis.call('HSET', game_conns_key, sid, body)
 redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
-local message, channels = '', {'user:' .. user_id, 'game:' .. game_id}
 if left_game_id ~= '' then
   redis.call('HDEL', key_prefix .. 'game_conns:' .. left_game_id, sid)
-  message, channels[3] = event('left', sid, record, score), 'game:' .. left_game_id
 end
 if events ~= '' then
-  publish(key_prefix, events, key_lifetime_ms, now, channels, message .. event('joined', sid, joined, score))
+  local message, channels = event('joined', sid, joined, score), {'user:' .. user_id, 'game:' .. game_id}
+  if left_game_id ~= '' then
+    message, channels[3] = event('left', sid, record, score) .. message, 'game:' .. left_game_id
+  end
+  publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end
 return left_game_id

@@ -39,12 +39,14 @@ end
 body = make_body(user_id, its_epoch, connected_at, '', server, metadata)
 record = make_record(game_id, body)
 redis.call('SET', conn_key, record, 'KEEPTTL')
-local channels = {'user:' .. user_id}
 if game_id ~= '' then
   redis.call('HSET', key_prefix .. 'game_conns:' .. game_id, sid, body)
-  channels[2] = 'game:' .. game_id
 end
 if events ~= '' then
+  local channels = {'user:' .. user_id}
+  if game_id ~= '' then
+    channels[2] = 'game:' .. game_id
+  end
   publish(key_prefix, events, key_lifetime_ms, now, channels, event('metadata_updated', sid, record, score))
 end
 return 1
