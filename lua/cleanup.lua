@@ -127,7 +127,7 @@ for _, ended in ipairs(ends) do
   if record then
     detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, record, told_record, told_score)
   else
-    remove_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, told_record)
+    remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, told_record)
   end
   if events ~= '' then
     local kind, was_attached = record and 'detached' or 'expired', record or tonumber(told_score) >= 0

@@ -36,7 +36,7 @@ if epoch ~= '' then
 end
 local ttl = redis.call('PTTL', conn_key)
 if ttl < key_lifetime_ms - conn_ttl_ms / 4 or ttl > tonumber(key_lifetime_ms) then
-  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms) then
+  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now) then
     return 0
   end
 end

@@ -33,7 +33,7 @@ for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))
     chance = chance + (now_number - last_seen) * REFRESHES / RETENTION_MS
     if chance >= 1 then
       chance = chance % 1
-      is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms)
+      is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms, now)
     end
   end
   if is_seen then

@@ -57,9 +57,9 @@ if left_game_id ~= '' then
   redis.call('HDEL', key_prefix .. 'game_conns:' .. left_game_id, sid)
 end
 if events ~= '' then
-  local message, channels = event('joined', sid, joined, score), {'user:' .. user_id, 'game:' .. game_id}
+  local message, channels = event('joined', {sid, joined, score}), {'user:' .. user_id, 'game:' .. game_id}
   if left_game_id ~= '' then
-    message, channels[3] = event('left', sid, record, score) .. message, 'game:' .. left_game_id
+    message, channels[3] = event('left', {sid, record, score}) .. message, 'game:' .. left_game_id
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end

@@ -40,6 +40,6 @@ redis.call('SET', conn_key, make_record('', body), 'KEEPTTL')
 redis.call('HDEL', key_prefix .. 'game_conns:' .. game_id, sid)
 if events ~= '' then
   local channels = {'user:' .. user_id, 'game:' .. game_id}
-  publish(key_prefix, events, key_lifetime_ms, now, channels, event('left', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, now, channels, event('left', {sid, record, score}))
 end
 return game_id

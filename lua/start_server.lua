@@ -4,7 +4,7 @@ Start a game server: give it a boot epoch, and take its earlier starts for dead,
 cleanup.
 
 KEYS  last_seen, servers, reply
-ARGV  server_id, conn_ttl_ms, key_lifetime_ms
+ARGV  server_id, key_lifetime_ms
 Reply the boot epoch, larger than every epoch before
 Cost  O(S log S), S = servers
 Error OOM when the server's memory is full; nothing is changed then
@@ -16,7 +16,7 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include answer_once
 
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local server_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local server_id, key_lifetime_ms = ARGV[1], ARGV[2]
 
 local time = now_us()
 local last_epoch_score = redis.call('ZSCORE', last_seen_key, '')
@@ -26,7 +26,7 @@ if earlier then
   return earlier
 end
 redis.call('ZADD', last_seen_key, '-' .. epoch, '')
-if needs_ttl(last_epoch_score, time, conn_ttl_ms) then
+if needs_ttl(last_epoch_score, time) then
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
 end
 for _, server in ipairs(dead_servers(servers_key, server_id, string.sub(time, 1, -4), 0)) do

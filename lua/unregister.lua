@@ -52,7 +52,7 @@ end
 if grace_ms > 0 then
   detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, record, told_record, told_score)
 else
-  remove_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, record)
+  remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, record)
 end
 if events ~= '' then
   local kind, ended = grace_ms > 0 and 'detached' or 'unregistered', {sid, told_record, told_score}

@@ -142,7 +142,7 @@ CLEANUP = scripts.load(
 START_SERVER = scripts.load(
     "start_server",
     keys=("last_seen", "servers", "reply"),
-    arguments=("server_id", "conn_ttl_ms", "key_lifetime_ms"),
+    arguments=("server_id", "key_lifetime_ms"),
 )
 SERVER_HEARTBEAT = scripts.load("server_heartbeat", keys=("servers",), arguments=("server", "key_lifetime_ms"))
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
@@ -254,7 +254,7 @@ class Operations:
             self._start = Operation(
                 START_SERVER,
                 (self.last_seen_key, self._servers_key, self._reply()),
-                (self.server_id, self._conn_ttl_ms, self._key_lifetime_ms),
+                (self.server_id, self._key_lifetime_ms),
                 int,
             )
 
@@ -284,7 +284,7 @@ class Operations:
 
     def _reply(self) -> bytes:
         """Name the key under which the answer of one call is kept, for when it is sent again."""
-        return self._prefix + b"reply:" + secrets.token_hex(12).encode()
+        return self._prefix + b"reply:" + secrets.token_urlsafe(12).encode()
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None

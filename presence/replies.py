@@ -18,15 +18,12 @@ from presence.results import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 NOT_SEEN = {0: HeartbeatStatus.UNKNOWN, -1: HeartbeatStatus.EXPIRED, -2: HeartbeatStatus.DETACHED}
 """Why a heartbeat of many was not counted, as the script answers it."""
 
-REFUSED, RESUMED, REPLACED = 0, 2, 4
-"""Parts of the outcome of a register, as its script answers them."""
-
-RESUMED_FROM = b"resumed_from"
+RESUMED_FROM = "resumed_from"
 """What the scripts publish right after ``resumed``: the connection whose seat was taken over."""
 
 
@@ -136,26 +133,27 @@ def parse_users(reply: list[Any]) -> list[ConnectionInfo | None]:
     ]
 
 
-def parse_registration(
-    sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes | list[Any]
-) -> Registration:
+def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes) -> Registration:
     """Parse the answer of a register; the usual one leaves out what the caller knows."""
-    first, *rest = (reply,) if isinstance(reply, bytes) else reply
-    if isinstance(first, bytes):
-        epoch = int(first)
-        now = to_time(epoch // 1000)
-        connection = ConnectionInfo(sid, user_id, None, now, now, now, epoch, None, server_id, metadata)
-        return Registration(connection, parse_records(rest, now))
-    connection, *others = parse_records(rest[1:], to_time(int(rest[0])))
-    replaced = others.pop(0) if first & REPLACED else None
-    resumed_from = others.pop(0) if first & RESUMED else None
+    time, _, rest = reply.partition(b" ")
+    epoch = int(time)
+    now = to_time(epoch // 1000)
+    told: dict[str, list[ConnectionInfo]] = {}
+    for kind, connection in _parse_events(rest, now):
+        told.setdefault(kind, []).append(connection)
+    if "refused" in told:
+        return Registration(told["refused"][0], refused=True)
+    (connection,) = told.get("registered") or (
+        ConnectionInfo(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
+    )
+    (replaced,) = told.get("replaced", (None,))
+    (resumed_from,) = told.get(RESUMED_FROM, (None,))
     return Registration(
         connection,
-        tuple(others),
+        tuple(told.get("displaced", ())),
         resumed=resumed_from is not None,
         replaced=replaced,
         resumed_from=resumed_from,
-        refused=first == REFUSED,
     )
 
 
@@ -212,21 +210,26 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
 
 
 def parse_message(message: bytes) -> list[Event]:
-    """Parse the events of one change, see lua/include/publish.lua and lua/include/event.lua."""
+    """Parse the events of one change, see lua/include/publish.lua."""
     now, _, rest = message.partition(b" ")
     at = to_time(int(now))
     events: list[Event] = []
-    while rest:
-        kind, sid_length, record_length, score, rest = rest.split(b" ", 4)
-        sid_end = int(sid_length)
-        record_end = sid_end + int(record_length)
-        connection = parse_record(rest[:sid_end].decode(), rest[sid_end:record_end], score, at)
-        rest = rest[record_end:]
+    for kind, connection in _parse_events(rest, at):
         if kind == RESUMED_FROM:
             events[-1] = replace(events[-1], resumed_from=connection)
         else:
-            events.append(Event(EventType(kind.decode()), connection, at))
+            events.append(Event(EventType(kind), connection, at))
     return events
+
+
+def _parse_events(text: bytes, observed_at: datetime) -> Iterator[tuple[str, ConnectionInfo]]:
+    """Take events apart, kind and connection, see lua/include/event.lua."""
+    while text:
+        kind, sid_length, record_length, score, text = text.split(b" ", 4)
+        sid_end = int(sid_length)
+        record_end = sid_end + int(record_length)
+        yield kind.decode(), parse_record(text[:sid_end].decode(), text[sid_end:record_end], score, observed_at)
+        text = text[record_end:]
 
 
 def parse_heartbeats(count: int, reply: list[int]) -> list[HeartbeatStatus]:

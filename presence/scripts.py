@@ -1,7 +1,8 @@
 """The Lua scripts: found, spliced with their includes, and named by their SHA1. Nothing here talks to a server.
 
 A line ``-- @include name`` in a script stands for ``lua/include/name.lua``, which may include others; each is spliced
-in once, where it is first asked for.
+in once, where it is first asked for. An indented one is there for its block only: the functions that only rare calls
+need are made by those alone, since Lua makes every function of a script anew in each call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-_INCLUDE = re.compile(r"^-- @include (?P<name>\w+)$")
+_INCLUDE = re.compile(r"^(?P<indent> *)-- @include (?P<name>\w+)$")
 
 
 class ScriptError(Exception):
@@ -36,7 +37,7 @@ def lua_folder() -> Traversable:
 
 
 def splice(folder: Traversable, name: str) -> str:
-    """Read ``name.lua`` with every include spliced in once.
+    """Read ``name.lua`` with every include spliced in, once in each block that it is visible in.
 
     Args:
         folder: the folder that holds the scripts and ``include/``.
@@ -49,28 +50,34 @@ def splice(folder: Traversable, name: str) -> str:
         ScriptError: a file is missing, or an include leads back to itself; the message names the chain of includes.
 
     """
-    included: set[str] = set()
+    # Of each block that is open, how far it is indented and what it includes; the script itself is the first.
+    blocks: list[tuple[int, set[str]]] = [(0, set())]
 
-    def read(file: Traversable, chain: tuple[str, ...]) -> list[str]:
+    def read(file: Traversable, chain: tuple[str, ...], outer: str) -> list[str]:
         try:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise ScriptError(f"there is no {chain[-1]}.lua, included through {' -> '.join(chain)}") from None
         lines: list[str] = []
         for line in text.splitlines():
+            indent = len(outer) + len(line) - len(line.lstrip())
+            while line and indent < blocks[-1][0]:
+                blocks.pop()
             include = _INCLUDE.match(line)
             if not include:
-                lines.append(line)
+                lines.append((outer + line).rstrip())
                 continue
             target = include["name"]
             if target in chain:
                 raise ScriptError(f"an include leads back to itself: {' -> '.join((*chain, target))}")
-            if target not in included:
-                lines += read(folder / "include" / f"{target}.lua", (*chain, target))
-                included.add(target)
+            if indent > blocks[-1][0]:
+                blocks.append((indent, set()))
+            if not any(target in included for _, included in blocks):
+                lines += read(folder / "include" / f"{target}.lua", (*chain, target), outer + include["indent"])
+                blocks[-1][1].add(target)
         return lines
 
-    return "\n".join(read(folder / f"{name}.lua", (name,))) + "\n"
+    return "\n".join(read(folder / f"{name}.lua", (name,), "")) + "\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,13 @@ from luaparser import ast
 
 from presence.scripts import lua_folder, splice
 
+MAX_LINE_LENGTH = 120
+
 
 def main() -> int:
+    for source in Path(str(lua_folder())).rglob("*.lua"):
+        for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= MAX_LINE_LENGTH, f"{source}:{number} has {len(line)} characters"
     names = sorted(Path(file.name).stem for file in lua_folder().iterdir() if file.name.endswith(".lua"))
     with tempfile.TemporaryDirectory() as folder:
         files = []
@@ -37,8 +42,10 @@ def main() -> int:
                 "cmsgpack",
                 "KEYS",
                 "ARGV",
-                "--max-line-length",
-                "120",
+                # An include that is spliced into a block is moved to the right, and names its own parameters.
+                "--no-max-line-length",
+                "--ignore",
+                "431",
             ]
             finished = subprocess.run([luacheck, "--no-color", "--codes", "-q", *standard, "--", *files], check=False)
             if finished.returncode:

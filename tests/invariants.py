@@ -83,8 +83,9 @@ def _scores(client: redis.Redis, key: str) -> dict[str, int]:
 
 
 def _sids(text: bytes) -> list[str]:
+    """Take apart ``<length>:<sid>`` of each, and then maybe ``=`` and the kept answer of a register."""
     sids = []
-    while text:
+    while text and not text.startswith(b"="):
         length, _, text = text.partition(b":")
         sids.append(text[: int(length)].decode())
         text = text[int(length) :]

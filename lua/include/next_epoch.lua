@@ -1,4 +1,3 @@
--- @include as_argument
 -- Give the namespace's next epoch: the server's time in us, or one more than the last epoch where that is larger, so it
 -- grows when the clock runs back, and also when the server has lost its newest writes.
 -- The last epoch is in last_seen, as minus the score of the empty sid: what writes there writes it in the same command.
@@ -6,5 +5,5 @@ local function next_epoch(last_epoch_score, time_us)
   if not last_epoch_score or -last_epoch_score < tonumber(time_us) then
     return time_us
   end
-  return as_argument(1 - last_epoch_score)
+  return string.format('%d', 1 - last_epoch_score)
 end

@@ -1,8 +1,11 @@
 -- @include split_record
 -- @include split_body
+-- @include split_sids
+-- @include make_sids
+-- @include is_recent
 -- Keep every key that a connection lives in from expiring. False when its record was evicted: then nothing of it is
 -- left but its entry in last_seen, which goes too.
-local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms)
+local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now)
   local conn_key = key_prefix .. 'conn:' .. sid
   local record = redis.call('GET', conn_key)
   if not record then
@@ -13,7 +16,14 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms)
   local user_id, _, _, _, server = split_body(body)
   redis.call('PEXPIRE', conn_key, key_lifetime_ms)
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-  redis.call('PEXPIRE', key_prefix .. 'user_conns:' .. user_id, key_lifetime_ms)
+  local user_conns_key = key_prefix .. 'user_conns:' .. user_id
+  local sids, kept = split_sids(redis.call('GET', user_conns_key))
+  if kept == '' or is_recent(kept, now) then
+    redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
+  else
+    -- The answer that is kept there takes more memory than the list.
+    redis.call('SET', user_conns_key, make_sids(sids, ''), 'PX', key_lifetime_ms)
+  end
   if game_id ~= '' then
     redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
   end

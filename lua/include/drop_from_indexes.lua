@@ -1,7 +1,6 @@
--- Take a connection out of every structure but its user's list: its record, last_seen, its game, its server.
+-- Take a connection out of what it is listed in besides its user's list: last_seen, its game, its server.
 -- It names the sid in each, so it cannot touch another connection of the user (guarantees 1 and 3).
-local function drop_connection(key_prefix, last_seen_key, sid, game_id, server)
-  redis.call('DEL', key_prefix .. 'conn:' .. sid)
+local function drop_from_indexes(key_prefix, last_seen_key, sid, game_id, server)
   redis.call('ZREM', last_seen_key, sid)
   if game_id ~= '' then
     redis.call('HDEL', key_prefix .. 'game_conns:' .. game_id, sid)
