@@ -27,6 +27,13 @@ for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
   if kind == 'conn' then
     local game_id, body = split_record(redis.call('GET', key))
     redis.call('SET', key, make_record(game_id, earlier_body(body)), 'KEEPTTL')
+  elseif kind == 'user_conns' then
+    -- Only the time that the kept answer begins with is looked at before it is given again.
+    local sids, kept = split_sids(redis.call('GET', key))
+    if kept ~= '' then
+      kept = string.sub(kept, 1, 16) .. earlier(string.sub(kept, 17, 32), 1000) .. string.sub(kept, 33)
+      redis.call('SET', key, make_sids(sids, kept), 'KEEPTTL')
+    end
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)
     for index = 1, #members, 2 do
@@ -49,7 +56,7 @@ end
 @cache
 def _script() -> str:
     """Put what the operations' own scripts know of the layout before it."""
-    includes = ("split_record", "make_record", "split_body", "make_body")
+    includes = ("split_record", "make_record", "split_body", "make_body", "split_sids", "make_sids")
     texts = [(lua_folder() / "include" / f"{name}.lua").read_text(encoding="utf-8") for name in includes]
     return "".join(texts) + _AGE
 

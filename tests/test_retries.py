@@ -570,3 +570,79 @@ def test_an_answer_is_kept_for_a_minute_and_no_longer(manager: ConnectionManager
 
     assert len(answers) == 4
     assert all(0 < ttl <= 60_000 for ttl in answers)
+
+
+class TestTheAnswerOfARegister:
+    """It is kept with the user's list of connections, and in its first minute outlives it under its own key."""
+
+    @pytest.fixture
+    def kept(self, client: redis.Redis, namespace: str) -> Callable[[], tuple[int, bool]]:
+        """Tell how many answers have a key of their own, and whether the list of the user holds one."""
+
+        def read() -> tuple[int, bool]:
+            names = [str(name) for name in client.scan_iter(match=f"{{{namespace}}}:*")]
+            users_list = client.get(f"{{{namespace}}}:user_conns:user")
+            return sum(":reply:" in name for name in names), "=" in str(users_list)
+
+        return read
+
+    @pytest.mark.parametrize(("seconds", "own_keys"), [(59, 1), (61, 0)])
+    def test_the_next_registration_moves_it_in_its_first_minute(
+        self,
+        manager: ConnectionManager,
+        kept: Callable[[], tuple[int, bool]],
+        wait: Callable[[float], None],
+        seconds: float,
+        own_keys: int,
+    ) -> None:
+        manager.register_connection("sid", "user")
+        assert kept() == (0, True)
+        wait(seconds)
+        manager.register_connection("newer", "user")
+        assert kept() == (own_keys, True)
+
+    @pytest.mark.parametrize(("seconds", "own_keys"), [(59, 1), (61, 0)])
+    def test_the_end_of_the_list_moves_it_in_its_first_minute(
+        self,
+        manager: ConnectionManager,
+        kept: Callable[[], tuple[int, bool]],
+        wait: Callable[[float], None],
+        seconds: float,
+        own_keys: int,
+    ) -> None:
+        manager.register_connection("sid", "user")
+        wait(seconds)
+        manager.unregister_connection("sid")
+        assert kept() == (own_keys + 1, False)  # The unregister's own one is there too.
+
+    def test_it_goes_when_the_ttls_are_refreshed(
+        self, make_manager: ManagerFactory, kept: Callable[[], tuple[int, bool]], wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(conn_ttl_seconds=200)
+        manager.register_connection("sid", "user")
+        wait(55)
+        assert manager.update_heartbeat("sid")  # It refreshes the TTLs, but the answer may still be asked for.
+        assert kept() == (0, True)
+        wait(55)
+        assert manager.update_heartbeat("sid")
+        assert kept() == (0, False)
+        assert manager.register_connection("newer", "user").displaced[0].sid == "sid"
+
+    @pytest.mark.parametrize(("seconds", "runs_again"), [(59, False), (61, True)])
+    def test_it_is_given_for_a_minute(
+        self,
+        manager: ConnectionManager,
+        client: redis.Redis,
+        wait: Callable[[float], None],
+        seconds: float,
+        runs_again: bool,
+    ) -> None:
+        operation = manager.operations.register_connection("sid", "user")
+        send(client, operation)
+        wait(seconds)
+        before = manager.get_connection("sid")
+        assert before
+        send(client, operation)
+        after = manager.get_connection("sid")
+        assert after
+        assert (after.epoch > before.epoch) is runs_again
