@@ -233,8 +233,9 @@ def _wait(waiting: list[Any], plan: Plan, done: Any, progress: Callable[[int], o
             except EOFError:
                 raise StormError(f"a process of the storm of {plan.contender} died, see above") from None
             waiting.remove(receiver)
-        progress(sum(done) - shown)
-        shown = sum(done)
+        begun = sum(done)  # Read once: the workers count on meanwhile.
+        progress(begun - shown)
+        shown = begun
         if time.monotonic() > deadline:
             raise StormError(f"the storm of {plan.contender} did not end within {plan.limit_seconds:,.0f} s")
     return outcomes

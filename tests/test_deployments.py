@@ -22,7 +22,7 @@ from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_sc
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
-from tests.test_events import subscribed
+from tests.test_events import MODES, Subscribed, subscribed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -164,6 +164,17 @@ class TestTLS:
         play(manager)
         manager.close()
 
+    @pytest.mark.parametrize("mode", MODES)
+    def test_carries_events(self, make_manager: ManagerFactory, secured: Proxy, tmp_path: Path, mode: str) -> None:
+        manager = make_manager(f"{secured.url}?ssl_ca_certs={write_certificate(tmp_path)}", events=mode)
+        with subscribed(manager) as events, subscribed(manager, user_id="user-2") as of_user:
+            before = secured.accepted
+            set_the_scene(manager)
+            assert [event.connection.sid for event in events.take(6)] == ["sid-1"] * 3 + ["sid-2"] * 3
+            assert [event.connection.sid for event in of_user.take(3)] == ["sid-2"] * 3
+            assert secured.accepted == before, "no connection was opened anew"
+        manager.close()
+
     def test_refuses_a_certificate_that_nobody_vouches_for(
         self, make_manager: ManagerFactory, secured: Proxy, at_once: dict[str, Any]
     ) -> None:
@@ -241,6 +252,8 @@ class Sentinels:
         """Do at once what the sentinel does within ten seconds."""
         with admin(self.primary) as primary:
             primary.replicaof("127.0.0.1", str(self.replica.port))
+            for kind in ("normal", "pubsub"):
+                primary.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +337,83 @@ class TestAFailoverBySentinel:
             check(manager, name)
 
 
+class TestEventsAcrossAFailoverBySentinel:
+    """The stream goes on: nothing missed of what was replicated, nothing twice. Through pub/sub, the loss is told."""
+
+    @pytest.fixture
+    def sentinels(self, tmp_path: Path) -> Iterator[Sentinels]:
+        with Sentinels(tmp_path).running() as sentinels:
+            yield sentinels
+
+    def fail_over(self, sentinels: Sentinels, how: str) -> None:
+        sentinels.replicate()
+        if how == "crash":
+            sentinels.primary.kill()
+            sentinels.wait_for_the_new_primary()
+        else:
+            sentinels.fail_over()
+            sentinels.demote_the_old_primary()
+
+    @pytest.mark.parametrize("how", ["demand", "crash"])
+    def test_the_stream_misses_nothing_and_repeats_nothing(
+        self, make_manager: ManagerFactory, sentinels: Sentinels, how: str
+    ) -> None:
+        manager = make_manager(sentinels.url, events="stream")
+        with subscribed(manager) as events, subscribed(manager, user_id="user 6") as of_user:
+            for number in range(4):
+                manager.register_connection(f"sid {number}", f"user {number}")
+            seen = events.take(3)  # In the middle of a change: the rest of it comes after the failover.
+            self.fail_over(sentinels, how)
+            for number in range(4, 8):
+                manager.register_connection(f"sid {number}", f"user {number}")
+            seen += events.take(13)
+            assert [event.connection.sid for event in seen[::2]] == [f"sid {number}" for number in range(8)]
+            assert [event.type.value for event in seen] == ["registered", "user_online"] * 8
+            assert [event.connection.sid for event in of_user.take(2)] == ["sid 6"] * 2
+            with subscribed(manager, after=seen[2].position) as again:
+                assert again.take(13) == seen[3:]
+
+    def test_the_stream_tells_what_the_new_primary_never_had(
+        self, make_manager: ManagerFactory, sentinels: Sentinels
+    ) -> None:
+        """Its number of entries may be reached again, but not with the entry of the position."""
+        manager = make_manager(sentinels.url, events="stream")
+        with subscribed(manager) as events:
+            manager.register_connection("sid 0", "user 0")
+            events.take(2)
+            sentinels.replicate()
+            with admin(sentinels.replica) as replica:
+                replica.replicaof("NO", "ONE")  # What is written from now on is lost with the old primary.
+                manager.register_connection("sid 1", "user 1")
+                events.take(2)
+                replica.replicaof("127.0.0.1", free_port())
+            sentinels.primary.kill()
+            with admin(sentinels.replica) as replica:
+                replica.replicaof("NO", "ONE")
+            sentinels.wait_for_the_new_primary()
+            for number in range(2, 5):
+                manager.register_connection(f"sid {number}", f"user {number}")
+            with pytest.raises(presence.EventsLostError, match="another one now"):
+                events.next()
+
+    @pytest.mark.parametrize("how", ["demand", "crash"])
+    def test_pubsub_gives_what_came_before_and_tells_the_loss(
+        self, make_manager: ManagerFactory, sentinels: Sentinels, how: str
+    ) -> None:
+        manager = make_manager(sentinels.url, events="pubsub")
+        with subscribed(manager) as events:
+            manager.register_connection("sid 0", "user 0")
+            self.fail_over(sentinels, how)
+            manager.register_connection("sid 1", "user 1")
+            assert [event.connection.sid for event in events.take(2)] == ["sid 0"] * 2
+            for _ in range(2):
+                with pytest.raises(presence.EventsLostError, match="the connection broke"):
+                    events.next()
+        with subscribed(manager) as events:
+            manager.register_connection("sid 2", "user 2")
+            assert events.next().connection.sid == "sid 2"
+
+
 class Cluster:
     """Two nodes, each with half of the slots."""
 
@@ -370,6 +460,16 @@ class Cluster:
         owner = self.clients[node].cluster("MYID")
         for client in (self.clients[node], self.clients[1 - node]):
             client.cluster("SETSLOT", slot, "NODE", owner)
+
+    def migrate(self, slot: int, node: int) -> None:
+        """Move a slot with its keys to a node, as the cluster's own tools do."""
+        to, source = self.clients[node], self.clients[1 - node]
+        to.cluster("SETSLOT", slot, "IMPORTING", source.cluster("MYID"))
+        source.cluster("SETSLOT", slot, "MIGRATING", to.cluster("MYID"))
+        keys = source.cluster("GETKEYSINSLOT", slot, 1000)
+        if keys:
+            source.migrate("127.0.0.1", self.nodes[node].port, keys, 0, BOUND_SECONDS * 1000)
+        self.move(slot, node)
 
     def forget_everything(self) -> None:
         for client in self.clients:
@@ -509,6 +609,53 @@ class TestCluster:
             client.execute_command("ACL", "SETUSER", "game-server", "on", ">password", *granted)
         for namespace in cluster.namespaces():
             play(make_manager(cluster.url.replace("127", "game-server:password@127"), namespace=namespace))
+
+
+class TestEventsOfASlotThatMovesWithItsKeys:
+    """The stream is read on where it is now; through pub/sub, the loss is told."""
+
+    @pytest.fixture
+    def cluster(self) -> Iterator[Cluster]:
+        """A cluster of the test's own: the two nodes may not agree for a while on who has the slot if it moves back."""
+        with Cluster().running() as cluster:
+            yield cluster
+
+    def test_pubsub_tells_a_subscriber_that_its_slot_has_moved(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        manager = make_manager(cluster.url, namespace="one", events="pubsub")
+        with self.subscribed_while_the_slot_moves(manager, cluster) as (events, of_game):
+            set_the_scene(manager)
+            for subscription, count in ((events, 3), (of_game, 1)):
+                assert [event.connection.sid for event in subscription.take(count)] == ["before"] * count
+                for _ in range(2):
+                    with pytest.raises(presence.EventsLostError, match="moved to another node"):
+                        subscription.next()
+            with subscribed(manager) as anew:
+                manager.register_connection("after", "after")
+                assert anew.next().connection.sid == "after"
+
+    def test_a_subscriber_to_the_stream_follows_its_slot_to_another_node(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        manager = make_manager(cluster.url, namespace="one", events="stream")
+        with self.subscribed_while_the_slot_moves(manager, cluster) as (events, of_game):
+            set_the_scene(manager)
+            sids = ["before"] * 3 + ["sid-1"] * 3 + ["sid-2"] * 3
+            assert [event.connection.sid for event in events.take(9)] == sids
+            assert [event.connection.sid for event in of_game.take(3)] == ["before", "sid-1", "sid-2"]
+
+    @contextmanager
+    def subscribed_while_the_slot_moves(
+        self, manager: ConnectionManager, cluster: Cluster
+    ) -> Iterator[tuple[Subscribed, Subscribed]]:
+        """Move the slot and its keys after a first change that has not been read yet."""
+        slot = cluster.slot("one")
+        with subscribed(manager) as events, subscribed(manager, game_id="game") as of_game:
+            manager.register_connection("before", "before")
+            manager.join_game("before", "game")
+            cluster.migrate(slot, node=1)
+            yield events, of_game
 
 
 class TestAClusterThatCannotServe:
