@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -233,3 +233,25 @@ class TestSeveralConnectionsPerUser:
         displaced = make_manager(connections_per_user=1).register_connection("new", "user").displaced
 
         assert [gone.sid for gone in displaced] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("call", ["register_connection", "start_server"])
+def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
+    make_manager: ManagerFactory,
+    client: redis.Redis,
+    namespace: str,
+    wait: Callable[[float], None],
+    call: str,
+) -> None:
+    last_seen = f"{{{namespace}}}:last_seen"
+    make_manager().register_connection("first", "user")
+    lifetime_ms: Any = client.pttl(last_seen)
+    wait(2_000)
+    aged_ms: Any = client.pttl(last_seen)
+    assert aged_ms <= lifetime_ms - 2_000_000
+    if call == "start_server":
+        make_manager(server_id="server").start_server()
+    else:
+        make_manager().register_connection("second", "other user")
+    refreshed_ms: Any = client.pttl(last_seen)
+    assert refreshed_ms > lifetime_ms - 60_000
