@@ -175,15 +175,17 @@ class SharedConnection:
             self._bytes_sent += request.size
         if not self._sent:
             return
-        if not connection.is_connected:
-            await connection.connect_check_health(check_health=False)
-        await connection.check_health()
-        if self._runner is not None and self._runner.cancelling():
-            # Python 3.11's asyncio.wait_for, through which redis-py connects, can swallow a cancellation.
-            raise asyncio.CancelledError
-        _write(connection, [request.packed for request in self._sent])
+        packed = b"".join([request.packed for request in self._sent])
+        if connection.is_connected and not connection.health_check_interval:
+            _write(connection, packed)
+        else:
+            # It has more to do first: to connect, to ask the sentinels where, to see whether the server is there.
+            await connection.send_packed_command(packed)
         try:
             while self._sent:
+                if self._runner is not None and self._runner.cancelling():
+                    # Python 3.11's asyncio.wait_for, through which redis-py connects, can swallow a cancellation.
+                    raise asyncio.CancelledError
                 self._reading = connection
                 await self._read(connection)
                 self._reading = None
@@ -224,7 +226,7 @@ class SharedConnection:
             await connection.disconnect(nowait=True)
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
-    def _take(self) -> list[bytes]:
+    def _take(self) -> bytes:
         """Choose of what waits as much as may be sent now, and count it as sent."""
         taken: list[bytes] = []
         while self._waiting:
@@ -239,7 +241,7 @@ class SharedConnection:
                 self._sent.append(request)
                 self._commands_sent += request.count
                 self._bytes_sent += request.size
-        return taken
+        return b"".join(taken)
 
     def _write_more(self, connection: AbstractConnection) -> None:
         # Without a connection what waits goes on waiting: who reads meets the fault.
@@ -254,12 +256,12 @@ class SharedConnection:
             self._write_more(self._reading)
 
 
-def _write(connection: AbstractConnection, packed: list[bytes]) -> None:
+def _write(connection: AbstractConnection, packed: bytes) -> None:
     """Write without waiting: what is on the wire is bounded, and who reads meets a fault and the timeout.
 
     redis-py's own way waits until the system has taken it, for which Python 3.11 makes a task and a timer each time.
     """
-    connection._writer.write(b"".join(packed))  # type: ignore[union-attr]  # It is connected.
+    connection._writer.write(packed)  # type: ignore[union-attr]  # It is connected.
 
 
 def _answer(request: _Request, replies: list[Any]) -> None:
