@@ -25,10 +25,10 @@ from presence.operations import (
     as_sent,
     check_operations,
     clean_up,
-    perform,
     perform_batches,
     perform_each,
     perform_for_server,
+    recover,
 )
 from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
@@ -287,9 +287,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return await self._run(
-            perform(self.operations.unregister_connection(sid, grace_seconds=grace_seconds, epoch=epoch))
-        )
+        return await self._run(self.operations.unregister_connection(sid, grace_seconds=grace_seconds, epoch=epoch))
 
     async def join_game(
         self, sid: str, game_id: str, *, capacity: int | None = None, epoch: int | None = None
@@ -310,7 +308,7 @@ class ConnectionManager:
         Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
 
         """
-        return await self._run(perform(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch)))
+        return await self._run(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch))
 
     async def leave_game(self, sid: str, *, epoch: int | None = None) -> str | None:
         """Take a connection out of its game.
@@ -325,7 +323,7 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return await self._run(perform(self.operations.leave_game(sid, epoch=epoch)))
+        return await self._run(self.operations.leave_game(sid, epoch=epoch))
 
     async def update_metadata(self, sid: str, metadata: str | bytes, *, epoch: int | None = None) -> bool:
         """Replace what the application keeps with a connection.
@@ -341,7 +339,7 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return await self._run(perform(self.operations.update_metadata(sid, metadata, epoch=epoch)))
+        return await self._run(self.operations.update_metadata(sid, metadata, epoch=epoch))
 
     async def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> bool:
         """Mark a connection as seen now, and keep every key that it lives in from expiring.
@@ -357,7 +355,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return await self._run(perform(self.operations.update_heartbeat(sid, epoch=epoch)))
+        return await self._run(self.operations.update_heartbeat(sid, epoch=epoch))
 
     async def update_heartbeats(self, sids: Iterable[str]) -> dict[str, HeartbeatStatus]:
         """Mark many connections as seen now, as ``update_heartbeat`` does, such as all of one game server.
@@ -388,7 +386,7 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return await self._run(perform(self.operations.get_connection(sid)))
+        return await self._run(self.operations.get_connection(sid))
 
     async def get_user_connection(self, user_id: str | UUID) -> ConnectionInfo | None:
         """Read a user's active connection: the one that registered last.
@@ -402,7 +400,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections of the user.
 
         """
-        return await self._run(perform(self.operations.get_user_connection(user_id)))
+        return await self._run(self.operations.get_user_connection(user_id))
 
     async def is_user_online(self, user_id: str | UUID) -> bool:
         """Tell whether a user has a connection that was seen within three times ``heartbeat_seconds``.
@@ -416,7 +414,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections of the user.
 
         """
-        return await self._run(perform(self.operations.is_user_online(user_id)))
+        return await self._run(self.operations.is_user_online(user_id))
 
     async def get_game_connections(self, game_id: str) -> list[ConnectionInfo]:
         """Read all connections in a game, the detached ones among them, as they are at one moment.
@@ -430,7 +428,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game, all read by one script.
 
         """
-        return await self._run(perform(self.operations.get_game_connections(game_id)))
+        return await self._run(self.operations.get_game_connections(game_id))
 
     async def get_game_snapshot(self, game_id: str) -> GameSnapshot:
         """Read all connections in a game with the position in the stream of events at that same moment.
@@ -447,7 +445,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return await self._run(perform(self.operations.get_game_snapshot(game_id)))
+        return await self._run(self.operations.get_game_snapshot(game_id))
 
     async def get_game_user_sids(self, game_id: str) -> dict[str, str]:
         """Read who is in a game, and on which connection; detached ones are left out.
@@ -461,7 +459,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return await self._run(perform(self.operations.get_game_user_sids(game_id)))
+        return await self._run(self.operations.get_game_user_sids(game_id))
 
     async def get_opponent_sid(self, game_id: str, current_user_id: str | UUID) -> str | None:
         """Find the other player of a two-player game.
@@ -477,7 +475,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return await self._run(perform(self.operations.get_opponent_sid(game_id, current_user_id)))
+        return await self._run(self.operations.get_opponent_sid(game_id, current_user_id))
 
     async def are_users_online(self, user_ids: Iterable[str | UUID]) -> dict[str, bool]:
         """Tell which of many users are online, as ``is_user_online`` does for one, such as a list of friends.
@@ -539,7 +537,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return await self._run(perform(self.operations.get_connection_count()))
+        return await self._run(self.operations.get_connection_count())
 
     async def get_game_connection_count(self, game_id: str) -> int:
         """Count the live connections in a game; detached ones do not count.
@@ -553,7 +551,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return await self._run(perform(self.operations.get_game_connection_count(game_id)))
+        return await self._run(self.operations.get_game_connection_count(game_id))
 
     async def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> CleanupResult:
         """Remove the connections that were not seen for longer than a threshold, or whose grace is over, in batches.
@@ -604,7 +602,7 @@ class ConnectionManager:
         Cost: one round trip; O(S log S), S = servers.
 
         """
-        self.operations.boot_epoch = await self._run(perform(self.operations.start_server()))
+        self.operations.boot_epoch = await self._run(self.operations.start_server())
         return self.operations.boot_epoch
 
     async def update_server_heartbeat(self) -> bool:
@@ -718,7 +716,7 @@ class ConnectionManager:
     ) -> float:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
-            done = await self._run(perform(batch))
+            done = await self._run(batch)
         except PresenceError as error:
             logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
             return interval
@@ -801,8 +799,8 @@ class ConnectionManager:
             self._is_closed = False
         return own
 
-    async def _run(self, exchange: Exchange[Result], *, alone: bool = False) -> Result:
-        """Carry an exchange; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
+    async def _run(self, asked: Operation[Result] | Exchange[Result], *, alone: bool = False) -> Result:
+        """Carry what is asked; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
         own = self._open_client()
         own.in_flight += 1
         send = own.shared.send if own.shared is not None and not alone else partial(self._send, own.client)
@@ -810,10 +808,10 @@ class ConnectionManager:
             if not own.may_share:
                 async with own.first_call:
                     if not own.may_share:
-                        result = await self._converse(exchange, send)
+                        result = await self._converse(asked, send)
                         own.may_share = True
                         return result
-            return await self._converse(exchange, send)
+            return await self._converse(asked, send)
         finally:
             own.in_flight -= 1
             if not own.in_flight:
@@ -821,8 +819,16 @@ class ConnectionManager:
 
     @staticmethod
     async def _converse(
-        exchange: Exchange[Result], send: Callable[[Sequence[Command]], Awaitable[list[Any]]]
+        asked: Operation[Result] | Exchange[Result], send: Callable[[Sequence[Command]], Awaitable[list[Any]]]
     ) -> Result:
+        if isinstance(asked, Operation):
+            # The answer of nearly every call, without the cost of a conversation.
+            (reply,) = await send([asked.command()])
+            if not isinstance(reply, Exception):
+                return asked.parse(reply)
+            exchange = recover(asked, reply)
+        else:
+            exchange = asked
         try:
             request = next(exchange)
             while True:

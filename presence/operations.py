@@ -169,7 +169,7 @@ EVENTS_BATCH_SIZE = 100
 """Changes that one script reads from the stream of events."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Operation(Generic[Result_co]):
     """One call of one script: everything that is to be sent, and how the reply becomes a result.
 
@@ -761,8 +761,11 @@ def perform_for_server(operations: Operations, describe: Callable[[], Operation[
 def perform(operation: Operation[Result]) -> Exchange[Result]:
     """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
     (reply,) = yield [operation.command()]
-    if not isinstance(reply, Exception):
-        return operation.parse(reply)
+    return (yield from recover(operation, reply)) if isinstance(reply, Exception) else operation.parse(reply)
+
+
+def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:
+    """Go on with an operation whose first reply is an error; raises the ``PresenceError`` that it met in the end."""
     (result,) = yield from _settle((operation,), [reply])
     if isinstance(result, PresenceError):
         raise result

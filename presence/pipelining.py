@@ -79,10 +79,10 @@ class SharedConnection:
         self._commands_sent = 0
         self._bytes_sent = 0
         self._runner: asyncio.Task[None] | None = None
-        self._writer: asyncio.Task[None] | None = None
         self._session_end = 0.0
         # The connection, while whoever comes must see to it that what waits is written: the runner is busy reading.
         self._reading: AbstractConnection | None = None
+        self._write_is_due = False
 
     def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Send commands together; give their replies as bytes, with errors in their places.
@@ -91,11 +91,12 @@ class SharedConnection:
         """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
         self._waiting.append(_Request(commands, answer))
-        # A new task runs after everything that is ready now, so it finds what the others of this turn have asked for.
+        # Both run after everything that is ready now, so they find what the others of this turn have asked for.
         if self._runner is None:
             self._runner = self._loop.create_task(self._run())
-        elif self._reading is not None and self._writer is None:
-            self._writer = self._loop.create_task(self._write_beside(self._reading))
+        elif self._reading is not None and not self._write_is_due:
+            self._write_is_due = True
+            self._loop.call_soon(self._write_beside)
         return answer
 
     async def aclose(self) -> None:
@@ -116,7 +117,7 @@ class SharedConnection:
                 try:
                     await self._use(connection)
                 finally:
-                    await asyncio.shield(self._pool.release(connection))
+                    await self._pool.release(connection)
                     # Whoever waits for a connection of the pool comes first.
                     await asyncio.sleep(0)
         except Exception as error:
@@ -174,25 +175,24 @@ class SharedConnection:
             self._bytes_sent += request.size
         if not self._sent:
             return
+        packed = b"".join([request.packed for request in self._sent])
+        if connection.is_connected and not connection.health_check_interval:
+            _write(connection, packed)
+        else:
+            # It has more to do first: to connect, to ask the sentinels where, to see whether the server is there.
+            await connection.send_packed_command(packed)
         try:
-            await connection.send_packed_command(b"".join([request.packed for request in self._sent]))
             while self._sent:
                 if self._runner is not None and self._runner.cancelling():
-                    # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
+                    # Python 3.11's asyncio.wait_for, through which redis-py connects, can swallow a cancellation.
                     raise asyncio.CancelledError
                 self._reading = connection
                 await self._read(connection)
                 self._reading = None
                 await asyncio.sleep(0)  # Now those run who got replies.
-                if self._writer is None:
-                    await self._write(connection)
-                elif not self._sent:
-                    await asyncio.wait([self._writer])
+                self._write_more(connection)
         finally:
             self._reading = None
-            if self._writer is not None:
-                self._writer.cancel()
-                await asyncio.wait([self._writer])
         if self._refused:
             # redis-py tries again on a new connection if it was told to, as presence's own clients are.
             raise self._refused[0].replies[0]
@@ -243,22 +243,25 @@ class SharedConnection:
                 self._bytes_sent += request.size
         return b"".join(taken)
 
-    async def _write(self, connection: AbstractConnection) -> None:
-        while self._waiting and not self._refused and self._loop.time() < self._session_end:
-            packed = self._take()
-            if not packed:
-                break
-            await connection.send_packed_command(packed, check_health=False)
+    def _write_more(self, connection: AbstractConnection) -> None:
+        # Without a connection what waits goes on waiting: who reads meets the fault.
+        if connection.is_connected and not self._refused and self._loop.time() < self._session_end:
+            taken = self._take()
+            if taken:
+                _write(connection, taken)
 
-    async def _write_beside(self, connection: AbstractConnection) -> None:
-        """Write while replies are read, which is where a fault of the connection is met."""
-        try:
-            if self._reading is connection:
-                await self._write(connection)
-        except FAULTS:
-            pass
-        finally:
-            self._writer = None
+    def _write_beside(self) -> None:
+        self._write_is_due = False
+        if self._reading is not None:
+            self._write_more(self._reading)
+
+
+def _write(connection: AbstractConnection, packed: bytes) -> None:
+    """Write without waiting: what is on the wire is bounded, and who reads meets a fault and the timeout.
+
+    redis-py's own way waits until the system has taken it, for which Python 3.11 makes a task and a timer each time.
+    """
+    connection._writer.write(packed)  # type: ignore[union-attr]  # It is connected.
 
 
 def _answer(request: _Request, replies: list[Any]) -> None:

@@ -78,19 +78,54 @@ def to_time(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
+class _Unfrozen:
+    """The same fields as a ``ConnectionInfo``, which is what it becomes once they are set."""
+
+    __slots__ = ConnectionInfo.__slots__
+
+
+def _connection(
+    sid: str,
+    user_id: str,
+    game_id: str | None,
+    connected_at: datetime,
+    last_seen: datetime,
+    observed_at: datetime,
+    epoch: int,
+    detached_until: datetime | None = None,
+    server_id: str | None = None,
+    metadata: bytes = b"",
+) -> ConnectionInfo:
+    """Make a ``ConnectionInfo`` in a third of the time that its own, frozen one takes to set its fields."""
+    info: Any = _Unfrozen()
+    info.sid = sid
+    info.user_id = user_id
+    info.game_id = game_id
+    info.connected_at = connected_at
+    info.last_seen = last_seen
+    info.observed_at = observed_at
+    info.epoch = epoch
+    info.detached_until = detached_until
+    info.server_id = server_id
+    info.metadata = metadata
+    # Both have the same slots, so the one may become the other.
+    info.__class__ = ConnectionInfo
+    return info  # type: ignore[no-any-return]
+
+
 def parse_body(sid: str, game_id: str | None, body: bytes, score: bytes | int, observed_at: datetime) -> ConnectionInfo:
     """Parse the body of a record, see lua/include/split_body.lua, with the score, see lua/include/find_record.lua."""
     head, _, payload = body.partition(b" ")
     if b":" not in head:
         epoch = int(head)
-        return ConnectionInfo(
+        return _connection(
             sid, payload.decode(), game_id, to_time(epoch // 1000), to_time(int(score)), observed_at, epoch
         )
     number, connected_at, heartbeat_at, user, server = (head.split(b":") + [b""] * 3)[:5]
     epoch = int(number)
     user_end = int(user) if user else len(payload)
     server_end = user_end + int(server or 0)
-    return ConnectionInfo(
+    return _connection(
         sid,
         payload[:user_end].decode(),
         game_id,
@@ -144,7 +179,7 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
     if "refused" in told:
         return Registration(told["refused"][0], refused=True)
     (connection,) = told.get("registered") or (
-        ConnectionInfo(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
+        _connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
     )
     (replaced,) = told.get("replaced", (None,))
     (resumed_from,) = told.get(RESUMED_FROM, (None,))
@@ -184,7 +219,7 @@ def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[Connect
         epoch = int(head)
         connected_at, last_seen = time(epoch // 1000 / 1000, UTC), time(seen / 1000, UTC)
         connections.append(
-            ConnectionInfo(sid.decode(), user_id.decode(), game_id, connected_at, last_seen, observed_at, epoch)
+            _connection(sid.decode(), user_id.decode(), game_id, connected_at, last_seen, observed_at, epoch)
         )
     connections.sort(key=attrgetter("epoch"))
     return connections

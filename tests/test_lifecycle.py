@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -80,6 +81,23 @@ def test_results_and_errors_can_be_pickled_and_copied(manager: ConnectionManager
         assert isinstance(again.results[1], presence.ServerBusyError)
         assert str(again) == str(error)
     assert pickle.loads(pickle.dumps(registration)) == registration
+
+
+def test_connections_that_are_read_are_as_frozen_as_any(manager: ConnectionManager) -> None:
+    manager.register_connection("sid", "user", metadata="kept")
+    manager.register_connection("other", "other user")
+    for sid in ("sid", "other"):
+        manager.join_game(sid, "game")
+    for read in (manager.get_connection("sid"), *manager.get_game_connections("game")):
+        assert type(read) is presence.ConnectionInfo
+        by_hand = presence.ConnectionInfo(*(getattr(read, field.name) for field in dataclasses.fields(read)))
+        assert (read, hash(read), repr(read)) == (by_hand, hash(by_hand), repr(by_hand))
+        for name in ("sid", "metadata", "another"):
+            with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
+                setattr(read, name, "changed")
+        assert not hasattr(read, "__dict__")
+        assert pickle.loads(pickle.dumps(read)) == read
+        assert dataclasses.replace(read, sid="another").sid == "another"
 
 
 def test_a_manager_refuses_what_is_no_client_of_its_kind() -> None:

@@ -115,6 +115,23 @@ class TestWhatIsAwaitedAtOnce:
 
         run(work())
 
+    @pytest.mark.parametrize("calls", [1, 64])
+    def test_costs_one_task_at_most(self, own_server: LocalServer, calls: int) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+                gathered = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(calls)]
+                made: list[asyncio.Task[Any]] = []
+
+                def make(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+                    made.append(asyncio.Task(coroutine, loop=loop))
+                    return made[-1]
+
+                asyncio.get_running_loop().set_task_factory(make)  # type: ignore[arg-type]
+                assert await asyncio.gather(*gathered) == [True] * calls
+                assert len(made) <= 1
+
+        run(work())
+
     def test_leaves_the_connections_of_a_client_to_its_owner(self, own_server: LocalServer) -> None:
         async def work() -> None:
             pool = redis.asyncio.BlockingConnectionPool.from_url(own_server.url, max_connections=1)
@@ -440,6 +457,29 @@ class TestABrokenConnection:
                     assert {type(error) for error in errors} == {presence.ServerUnreachableError}
                     assert len({id(error) for error in errors}) == 10
                     assert await manager.update_heartbeat("sid-0")
+
+        run(work())
+
+    def test_by_its_owner_is_not_noticed_by_what_is_asked_for_in_the_same_turn(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            unhandled: list[object] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+            with Proxy(own_server.port) as proxy:
+                client: Any = redis.asyncio.Redis.from_url(proxy.url, retry=Retry(NoBackoff(), 3))
+                async with client:
+                    manager = presence.ConnectionManager(client)
+                    await manager.register_connection("sid", "user")
+                    await manager.update_heartbeat("sid")
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    first = asyncio.create_task(manager.update_heartbeat("sid"))
+                    await is_held(proxy)
+                    second = asyncio.create_task(manager.update_heartbeat("sid"))
+                    await asyncio.sleep(0)
+                    (connection,) = client.connection_pool._in_use_connections
+                    await connection.disconnect(nowait=True)
+                    assert all(await asyncio.gather(first, second))
+                    proxy.release()
+            assert unhandled == []
 
         run(work())
 
