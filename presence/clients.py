@@ -189,16 +189,17 @@ class _SentinelPool(redis.sentinel.SentinelConnectionPool, redis.BlockingConnect
     """Like a plain server's pool, it lets operations wait for a free connection instead of failing."""
 
 
-class _AsyncSentinelConnection(redis.asyncio.sentinel.SentinelManagedConnection):
+class AsyncSentinelConnection(redis.asyncio.sentinel.SentinelManagedConnection):
     """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Ask the sentinels where to connect to, if it is not connected, and send."""
         if not self.is_connected:
             await self._connect_retry()  # type: ignore[no-untyped-call]
         await super().send_packed_command(command, check_health)
 
 
-class _AsyncSentinelTLSConnection(_AsyncSentinelConnection, redis.asyncio.sentinel.SentinelManagedSSLConnection):
+class _AsyncSentinelTLSConnection(AsyncSentinelConnection, redis.asyncio.sentinel.SentinelManagedSSLConnection):
     """The same with TLS."""
 
 
@@ -244,7 +245,7 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
         case "sentinel":
             once = _sentinel_options(address, options, redis.asyncio.retry.Retry(NoBackoff(), 0))
             options["connection_class"] = (
-                _AsyncSentinelTLSConnection if options.pop("ssl", False) else _AsyncSentinelConnection
+                _AsyncSentinelTLSConnection if options.pop("ssl", False) else AsyncSentinelConnection
             )
             sentinel = redis.asyncio.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=once, **options)
             client: redis.asyncio.Redis = sentinel.master_for(

@@ -13,9 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hiredis import pack_command
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from presence.clients import AsyncSentinelConnection
 from presence.errors import FAULTS
 from presence.operations import SCRIPT_LOAD
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from redis.asyncio import Redis
-    from redis.asyncio.connection import AbstractConnection
 
     from presence.operations import Command
 
@@ -39,6 +40,10 @@ REPLIES_PER_TURN = 32
 SESSION_SECONDS = 1.0
 """How long a connection is kept under load. Then the pool has it for a moment, for whoever waits for one and for what
 it does with its connections meanwhile, such as renewing credentials."""
+
+
+_PLAIN_WRITES = (AbstractConnection.send_packed_command, AsyncSentinelConnection.send_packed_command)
+"""What sends to an open connection without doing anything else."""
 
 
 class _Request:
@@ -176,10 +181,10 @@ class SharedConnection:
         if not self._sent:
             return
         packed = b"".join([request.packed for request in self._sent])
-        if connection.is_connected and not connection.health_check_interval:
+        if connection.is_connected and not connection.health_check_interval and _writes_plainly(connection):
             _write(connection, packed)
         else:
-            # It has more to do first: to connect, to ask the sentinels where, to see whether the server is there.
+            # It has more to do first: to connect, to see whether the server is there, or what its class adds.
             await connection.send_packed_command(packed)
         try:
             while self._sent:
@@ -190,7 +195,11 @@ class SharedConnection:
                 await self._read(connection)
                 self._reading = None
                 await asyncio.sleep(0)  # Now those run who got replies.
-                self._write_more(connection)
+                taken = self._take_more(connection)
+                if taken and _writes_plainly(connection):
+                    _write(connection, taken)
+                elif taken:
+                    await connection.send_packed_command(taken, check_health=False)
         finally:
             self._reading = None
         if self._refused:
@@ -243,17 +252,25 @@ class SharedConnection:
                 self._bytes_sent += request.size
         return b"".join(taken)
 
-    def _write_more(self, connection: AbstractConnection) -> None:
+    def _take_more(self, connection: AbstractConnection) -> bytes:
         # Without a connection what waits goes on waiting: who reads meets the fault.
         if connection.is_connected and not self._refused and self._loop.time() < self._session_end:
-            taken = self._take()
+            return self._take()
+        return b""
+
+    def _write_beside(self) -> None:
+        """Write what came while replies are read; to a connection that does more, who reads writes between replies."""
+        self._write_is_due = False
+        connection = self._reading
+        if connection is not None and _writes_plainly(connection):
+            taken = self._take_more(connection)
             if taken:
                 _write(connection, taken)
 
-    def _write_beside(self) -> None:
-        self._write_is_due = False
-        if self._reading is not None:
-            self._write_more(self._reading)
+
+def _writes_plainly(connection: AbstractConnection) -> bool:
+    """Tell whether to write is all that its class does: another may count or delay what it sends."""
+    return type(connection).send_packed_command in _PLAIN_WRITES
 
 
 def _write(connection: AbstractConnection, packed: bytes) -> None:

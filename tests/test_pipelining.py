@@ -6,7 +6,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
@@ -416,6 +416,34 @@ class TestTheBound:
                     assert await asyncio.gather(*calls) == [False] * 100
 
         run(work())
+
+
+class CountingConnection(redis.asyncio.Connection):
+    """As an instrumented one: it sees what it sends."""
+
+    sent: ClassVar[list[bytes]] = []
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        self.sent.append(command if isinstance(command, bytes) else b"".join(command))
+        await super().send_packed_command(command, check_health)
+
+
+def test_a_connection_of_another_class_is_given_all_that_is_sent(own_server: LocalServer) -> None:
+    async def work() -> None:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(own_server.url, connection_class=CountingConnection)
+        client = redis.asyncio.Redis.from_pool(pool)
+        async with client, presence.ConnectionManager(client) as manager:
+            await manager.register_connection("sid", "user")
+            CountingConnection.sent.clear()
+            await asyncio.gather(*(beat_again(manager) for _ in range(100)))
+
+    async def beat_again(manager: presence.ConnectionManager) -> None:
+        for _ in range(3):
+            assert await manager.update_heartbeat("sid")
+
+    run(work())
+    # One more where the script was not there yet.
+    assert b"".join(CountingConnection.sent).count(b"EVALSHA") >= 300
 
 
 class TestABrokenConnection:
