@@ -178,35 +178,38 @@ end
 
 if events ~= '' then
   -- @include event
-  -- @include has_attached
   -- @include publish
-  local message, channels = '', {'user:' .. user_id}
-  local function tell(kind, connection)
-    message = message .. event(kind, connection)
-    if connection[4] ~= '' then
-      channels[#channels + 1] = 'game:' .. connection[4]
-    end
-  end
-  plan = plan or {gone = {}}
-  local replaced, resumed = plan.replaced, plan.resumed
-  if replaced then
-    tell('displaced', replaced)
-    if replaced[6] ~= user_id then
-      channels[#channels + 1] = 'user:' .. replaced[6]
-      if tonumber(replaced[3]) >= 0 and not has_attached(key_prefix, last_seen_key, replaced[6], sid) then
-        tell('user_offline', replaced)
+  local connection, channels, message = {sid, record, now, game_id}, {'user:' .. user_id}, ''
+  if not plan then
+    message = event('registered', connection) .. event('user_online', connection)
+  else
+    -- @include has_attached
+    local function tell(kind, of)
+      message = message .. event(kind, of)
+      if of[4] ~= '' then
+        channels[#channels + 1] = 'game:' .. of[4]
       end
     end
-  end
-  for _, gone in ipairs(plan.gone) do
-    tell('displaced', gone)
-  end
-  tell(resumed and 'resumed' or 'registered', {sid, record, now, game_id})
-  if resumed then
-    tell('resumed_from', resumed)
-  end
-  if not plan.was_online then
-    tell('user_online', {sid, record, now, ''})
+    local replaced, resumed = plan.replaced, plan.resumed
+    if replaced then
+      tell('displaced', replaced)
+      if replaced[6] ~= user_id then
+        channels[#channels + 1] = 'user:' .. replaced[6]
+        if tonumber(replaced[3]) >= 0 and not has_attached(key_prefix, last_seen_key, replaced[6], sid) then
+          tell('user_offline', replaced)
+        end
+      end
+    end
+    for _, gone in ipairs(plan.gone) do
+      tell('displaced', gone)
+    end
+    tell(resumed and 'resumed' or 'registered', connection)
+    if resumed then
+      tell('resumed_from', resumed)
+    end
+    if not plan.was_online then
+      message = message .. event('user_online', connection)
+    end
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end
