@@ -8,8 +8,9 @@ takes its seat, game and all. Of the user's other connections the expired ones g
 fits the limit; each of them is reported here and, being gone, nowhere else (guarantee 2). With reject_ms, the register
 is refused instead while as many others as the limit allows were seen within that time.
 
-The answer is kept with the user's list, which is written anyway, until the user's next registration: that moves one
-which is less than a minute old to its own key, reply. So a call that is sent again finds it in one of the two.
+The answer is kept with the user's list, which is written anyway, until the user's next registration, the list's end or
+a refresh of its TTL; one which is less than a minute old moves to its own key, reply. So a call that is sent again
+finds it in one of the two.
 
 KEYS  conn, user_conns, last_seen, reply
 ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user,
@@ -23,7 +24,9 @@ Cost  O(log N), N = connections in the namespace, for itself and for each connec
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
+-- @include next_epoch
 -- @include needs_ttl
+-- @include make_record
 -- @include make_body
 
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -58,12 +61,9 @@ if list then
   end
 end
 local scores = redis.call('ZMSCORE', last_seen_key, '', sid, other)
-local last_epoch_score, epoch = scores[1], time
-local is_usual = not scores[2] and not (others and others[2])
-if last_epoch_score and -last_epoch_score >= tonumber(time) then
-  -- @include as_argument
-  epoch, is_usual = as_argument(1 - last_epoch_score), false
-end
+local last_epoch_score = scores[1]
+local epoch = next_epoch(last_epoch_score, time)
+local is_usual = epoch == time and not scores[2] and not (others and others[2])
 
 -- See plan_registration for what a plan is; there is none where the user has no connection and nothing has the sid.
 local plan
@@ -95,11 +95,7 @@ if seat then
   end
 end
 local body = make_body(user_id, epoch, connected_at, '', server, metadata)
-local record = game_id == '' and '0:' .. body
-if not record then
-  -- @include make_record
-  record = make_record(game_id, body)
-end
+local record = make_record(game_id, body)
 
 local answer = time .. ' '
 if plan then

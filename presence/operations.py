@@ -241,7 +241,7 @@ class Operations:
         self.events_mode = arguments.check_events(events)
         max_length = arguments.check_count("events_max_length", events_max_length, MAX_EVENTS)
         self._events = {"off": "", "pubsub": "pubsub", "stream": str(max_length)}[self.events_mode]
-        # TTLs are refreshed by the first heartbeat or registration in each quarter of the connections' TTL only.
+        # A heartbeat refreshes TTLs in each quarter of the connections' TTL only, the other quarter is spare.
         self._key_lifetime_ms = self._conn_ttl_ms + 2 * -(-self._conn_ttl_ms // 4) + RETENTION_MS
         self._prefix = f"{{{namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"

@@ -586,34 +586,23 @@ class TestTheAnswerOfARegister:
 
         return read
 
-    @pytest.mark.parametrize(("seconds", "own_keys"), [(59, 1), (61, 0)])
-    def test_the_next_registration_moves_it_in_its_first_minute(
+    @pytest.mark.parametrize(("seconds", "moved"), [(59, 1), (61, 0)])
+    def test_it_moves_in_its_first_minute_when_another_comes_or_the_list_goes(
         self,
         manager: ConnectionManager,
         kept: Callable[[], tuple[int, bool]],
         wait: Callable[[float], None],
         seconds: float,
-        own_keys: int,
+        moved: int,
     ) -> None:
         manager.register_connection("sid", "user")
         assert kept() == (0, True)
         wait(seconds)
         manager.register_connection("newer", "user")
-        assert kept() == (own_keys, True)
-
-    @pytest.mark.parametrize(("seconds", "own_keys"), [(59, 1), (61, 0)])
-    def test_the_end_of_the_list_moves_it_in_its_first_minute(
-        self,
-        manager: ConnectionManager,
-        kept: Callable[[], tuple[int, bool]],
-        wait: Callable[[float], None],
-        seconds: float,
-        own_keys: int,
-    ) -> None:
-        manager.register_connection("sid", "user")
+        assert kept() == (moved, True)
         wait(seconds)
-        manager.unregister_connection("sid")
-        assert kept() == (own_keys + 1, False)  # The unregister's own one is there too.
+        manager.unregister_connection("newer")
+        assert kept() == (2 * moved + 1, False)  # The unregister's own one is there too.
 
     def test_it_goes_when_the_ttls_are_refreshed(
         self, make_manager: ManagerFactory, kept: Callable[[], tuple[int, bool]], wait: Callable[[float], None]

@@ -5,5 +5,6 @@ local function next_epoch(last_epoch_score, time_us)
   if not last_epoch_score or -last_epoch_score < tonumber(time_us) then
     return time_us
   end
-  return string.format('%d', 1 - last_epoch_score)
+  -- @include as_argument
+  return as_argument(1 - last_epoch_score)
 end
