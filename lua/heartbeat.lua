@@ -2,10 +2,9 @@
 --[[
 Mark a connection as seen now and keep every key that it lives in from expiring.
 
-The TTLs are refreshed when a quarter of conn_ttl_ms has passed since they last were, for which key_lifetime_ms allows.
-The record's own TTL tells: the keys that it shares with other connections are never refreshed less often. One that is
-too long tells of a conn_ttl_ms that was lowered. (The time of the previous heartbeat cannot tell: a client that beats
-more often than a quarter would never refresh them.)
+The TTLs are refreshed about once in 15 minutes: by chance, so that no heartbeat has to ask for one, and that the
+connections of a server do not all refresh theirs together. (That the previous heartbeat was long ago cannot tell: a
+client that beats every 30 seconds would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
@@ -13,29 +12,31 @@ ARGV  key_prefix, sid, epoch ('' = any), conn_ttl_ms, key_lifetime_ms
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
--- @include now_ms
--- @include split_record
--- @include split_body
--- @include refresh_ttls
+-- @include now_us
+-- @include random_number
+-- @include refresh_chance
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_prefix, sid, epoch = ARGV[1], ARGV[2], ARGV[3]
 local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
 
-local now = now_ms()
+local time = now_us()
+local now = string.sub(time, 1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 if not last_seen or tonumber(last_seen) < now - conn_ttl_ms then
   return 0
 end
 if epoch ~= '' then
+  -- @include split_record
+  -- @include split_body
   local _, body = split_record(redis.call('GET', conn_key) or '0:0 ')
   local _, its_epoch = split_body(body)
   if its_epoch ~= epoch then
     return 0
   end
 end
-local ttl = redis.call('PTTL', conn_key)
-if ttl < key_lifetime_ms - conn_ttl_ms / 4 or ttl > tonumber(key_lifetime_ms) then
+if random_number(time) + refresh_chance(now - last_seen) >= 1 then
+  -- @include refresh_ttls
   if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now) then
     return 0
   end

@@ -2,9 +2,7 @@
 --[[
 Mark many connections as seen now and keep every key that they live in from expiring.
 
-To ask for the TTL of each record, as heartbeat does, would cost more than all the rest. Instead each connection's TTLs
-are refreshed with a chance that grows with the time since its previous heartbeat: 48 times on average in a day, by
-which the keys outlive their connections. That a key misses all of them is less likely than e^-48.
+The TTLs are refreshed by chance, as heartbeat does.
 
 KEYS  last_seen
 ARGV  key_prefix, conn_ttl_ms, key_lifetime_ms, sids (at most 1000)
@@ -12,25 +10,25 @@ Reply {position of a sid, 0 unknown | -1 expired | -2 detached, … for each tha
 Cost  O(log N) for each sid, N = connections in the namespace
 ]]
 -- @include now_us
+-- @include random_number
+-- @include refresh_chance
 -- @include refresh_ttls
 
 local last_seen_key = KEYS[1]
 local key_prefix, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local sids = {unpack(ARGV, 4)}
 
-local REFRESHES, RETENTION_MS = 48, 24 * 60 * 60 * 1000
-
 local time = now_us()
 local now = string.sub(time, 1, -4)
 local now_number = tonumber(now)
 local seen, reply = {}, {}
--- The clock's last digits are as good as a random number, where one is enough for all.
-local chance = tonumber(string.sub(time, -3)) / 1000
+-- One random number is enough for all.
+local chance = random_number(time)
 for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))) do
   local last_seen = score and tonumber(score)
   local is_seen = last_seen and last_seen >= now_number - conn_ttl_ms
   if is_seen then
-    chance = chance + (now_number - last_seen) * REFRESHES / RETENTION_MS
+    chance = chance + refresh_chance(now_number - last_seen)
     if chance >= 1 then
       chance = chance % 1
       is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms, now)

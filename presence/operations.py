@@ -78,7 +78,8 @@ GAMES_BATCH_SIZE = 50
 MAX_CONNECTIONS_PER_USER = 100
 
 RETENTION_MS = 24 * 60 * 60 * 1000
-"""How much longer than its connections a key lives: a day in which cleanup can still find and report a dead record."""
+"""How much longer than its connections a key lives: a day, for cleanup to find and report a dead record, of which the
+heartbeats' refreshes use up about 15 minutes."""
 
 REGISTER = scripts.load(
     "register",
@@ -241,8 +242,7 @@ class Operations:
         self.events_mode = arguments.check_events(events)
         max_length = arguments.check_count("events_max_length", events_max_length, MAX_EVENTS)
         self._events = {"off": "", "pubsub": "pubsub", "stream": str(max_length)}[self.events_mode]
-        # A heartbeat refreshes TTLs in each quarter of the connections' TTL only, the other quarter is spare.
-        self._key_lifetime_ms = self._conn_ttl_ms + 2 * -(-self._conn_ttl_ms // 4) + RETENTION_MS
+        self._key_lifetime_ms = self._conn_ttl_ms + RETENTION_MS
         self._prefix = f"{{{namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
         self._servers_key = self._prefix + b"servers"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from presence.scripts import lua_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,18 +64,19 @@ def test_a_ttl_shorter_than_the_stale_threshold_ends_being_online(
     assert not manager.is_user_online("user")
 
 
-@pytest.mark.parametrize("interval_hours", [0.4, 1.4, 5.9])
+@pytest.mark.parametrize("interval_seconds", [30, 890, 6 * 60 * 60 - 400])
 def test_a_player_who_beats_never_falls_out_however_long_the_game_lasts(
-    make_manager: ManagerFactory, wait: Callable[[float], None], interval_hours: float
+    make_manager: ManagerFactory, wait: Callable[[float], None], interval_seconds: int
 ) -> None:
-    # Beats that come often, about once in a quarter of the TTL, and as seldom as they may, for longer than any key
+    # Beats that come often, about as often as TTLs are refreshed, and as seldom as they may, for longer than any key
     # lives without a refresh.
     manager = make_manager(conn_ttl_seconds=6 * 60 * 60)
     manager.register_connection("sid", "user")
     manager.join_game("sid", "game")
-    for _ in range(round(100 / interval_hours)):
-        wait(interval_hours * 60 * 60)
+    for _ in range(100_000 // interval_seconds):
+        wait(interval_seconds)
         assert manager.update_heartbeat("sid")
+    wait(5 * 60 * 60)
 
     connection = manager.get_connection("sid")
     assert connection is not None
@@ -81,6 +84,7 @@ def test_a_player_who_beats_never_falls_out_however_long_the_game_lasts(
     assert manager.get_user_connection("user") == connection
     assert manager.get_game_connections("game") == [connection]
     assert manager.get_connection_count() == manager.get_game_connection_count("game") == 1
+    assert manager.update_heartbeat("sid")
     assert manager.is_user_online("user")
 
 
@@ -104,11 +108,38 @@ def test_every_key_outlives_its_connection_from_each_operation_on(
         assert shortest_ttl_seconds() > 100
 
 
-def test_a_heartbeat_of_a_connection_whose_record_was_evicted_is_refused(
-    manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys
+@pytest.mark.parametrize("of", ["one", "many"])
+def test_the_ttls_are_refreshed_at_the_latest_after_15_minutes(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None], of: str
+) -> None:
+    manager.register_connection("sid", "user")
+    lifetime_ms: Any = client.pttl(f"{{{namespace}}}:conn:sid")
+    wait(15 * 60)
+    assert manager.update_heartbeat("sid") if of == "one" else manager.update_heartbeats(["sid"])["sid"]
+    refreshed_ms: Any = client.pttl(f"{{{namespace}}}:conn:sid")
+    assert refreshed_ms > lifetime_ms - 60_000
+
+
+def test_each_microsecond_is_a_chance_to_refresh_the_ttls(client: redis.Redis) -> None:
+    """However short the time between two heartbeats is, it counts; and late digits of the clock do the most."""
+    text = (lua_folder() / "include" / "random_number.lua").read_text(encoding="utf-8")
+    numbers: Any = client.eval(
+        f"{text} return {{tostring(random_number(ARGV[1])), tostring(random_number(ARGV[2]))}}",
+        0,
+        "1763999999000009",
+        "1763999999999999",
+    )
+    assert [float(number) for number in numbers] == [0.9, 0.999999]
+
+
+def test_an_evicted_record_is_not_made_again_and_is_missed_after_15_minutes(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None], keys: Keys
 ) -> None:
     manager.register_connection("sid", "user")
     client.delete(f"{{{namespace}}}:conn:sid", f"{{{namespace}}}:user_conns:user")
+    manager.update_heartbeat("sid")
+    assert keys().records == {}
+    wait(15 * 60)
     assert not manager.update_heartbeat("sid")
     assert keys().ttls_ms == {}
 
@@ -120,5 +151,5 @@ def test_all_keys_of_an_abandoned_namespace_expire(
     manager.register_connection("sid", "user")
     manager.join_game("sid", "game")
     manager.update_heartbeat("sid")
-    wait(150 + 24 * 60 * 60)
+    wait(101 + 24 * 60 * 60)
     assert keys().ttls_ms | keys().other_ttls_ms == {}

@@ -277,7 +277,7 @@ EXPECTED_ARGUMENTS = {
     "user_id": b"user",
     "game_id": b"game",
     "conn_ttl_ms": 60_000,
-    "key_lifetime_ms": 60_000 + 2 * 15_000 + RETENTION_MS,
+    "key_lifetime_ms": 60_000 + RETENTION_MS,
     "threshold_ms": 21_000,
     "connections_per_user": 2,
     "batch_size": CLEANUP_BATCH_SIZE,
