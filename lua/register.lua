@@ -12,7 +12,7 @@ The answer is kept with the user's list, which is written anyway, until the user
 a refresh of its TTL; one which is less than a minute old moves to its own key, reply. So a call that is sent again
 finds it in one of the two.
 
-KEYS  conn, user_conns, last_seen, reply
+KEYS  conn, user_conns, last_seen, reply, refreshed
 ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user,
       reject_ms (0 = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
 Reply '<now us> ', and what there is to report, each as an event (see event) of its kind:
@@ -24,81 +24,97 @@ Cost  O(log N), N = connections in the namespace, for itself and for each connec
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
--- @include next_epoch
--- @include needs_ttl
 -- @include make_record
 -- @include make_body
 
-local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local conn_key, user_conns_key, last_seen_key, reply_key, refreshed_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local connections_per_user, reject_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
 local server, metadata, events = ARGV[8], ARGV[9], ARGV[10]
 
 local time = now_us()
 local now = string.sub(time, 1, -4)
-local stored = redis.call('MGET', user_conns_key, reply_key)
-local list, earlier = stored[1], stored[2]
+local stored = redis.call('MGET', user_conns_key, reply_key, refreshed_key)
+local list, earlier, is_refreshed = stored[1], stored[2], stored[3]
 if earlier then
   return earlier
 end
+local token, answer = string.sub(reply_key, -16), time .. ' '
+local record, game_id, plan = nil, '', nil
 
--- The list of one connection and a kept answer is taken apart at once, any other as split_sids says.
-local token, other, others, kept, was_kept = string.sub(reply_key, -16), '', nil, '', false
-if list then
-  local colon = string.find(list, ':', 1, true)
-  local last = colon + string.sub(list, 1, colon - 1)
-  other, kept = string.sub(list, colon + 1, last), string.sub(list, last + 2)
-  if string.sub(list, last + 1, last + 1) ~= '=' then
-    -- @include split_sids
-    others, kept = split_sids(list)
-  end
-  -- @include is_recent
-  if is_recent(kept, now) then
-    if string.sub(kept, 1, 16) == token then
-      return string.sub(kept, 17)
+-- The user's first connection, with a sid that nothing has, is written at once: the writes tell whether it is that.
+local is_first = not list
+if is_first then
+  record = make_record('', make_body(user_id, time, '', '', server, metadata))
+  is_first = redis.call('SET', conn_key, record, 'NX', 'PX', key_lifetime_ms)
+  if is_first then
+    redis.call('SET', user_conns_key, #sid .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
+    is_first = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. time, '', now, sid) == 2
+    if not is_first then
+      -- Its epoch is not the largest, since the clock ran back, or the sid has a score, whose record was evicted: from
+      -- here on it is a connection that is registered again.
+      redis.call('ZADD', last_seen_key, now, sid)
     end
-    was_kept = true
   end
 end
-local scores = redis.call('ZMSCORE', last_seen_key, '', sid, other)
-local last_epoch_score = scores[1]
-local epoch = next_epoch(last_epoch_score, time)
-local is_usual = epoch == time and not scores[2] and not (others and others[2])
 
--- See plan_registration for what a plan is; there is none where the user has no connection and nothing has the sid.
-local plan
-if is_usual and list then
-  -- @include take_record
-  is_usual = connections_per_user == 1 and reject_ms == 0 and scores[3] and tonumber(scores[3]) >= 0
-  local displaced = is_usual and take_record(key_prefix, other, scores[3], user_id, key_lifetime_ms)
-  is_usual, plan = displaced, {gone = {displaced}, was_online = true}
-end
-if not is_usual then
-  -- @include plan_registration
-  plan = plan_registration(
-    key_prefix, last_seen_key, sid, user_id, others or list and {other} or {}, now, conn_ttl_ms,
-    connections_per_user, reject_ms, key_lifetime_ms
-  )
-end
-
-local game_id, connected_at = '', epoch == time and '' or now
-local seat = plan and (plan.own or plan.resumed)
-if seat then
-  -- @include split_record
-  -- @include split_body
-  local _, body = split_record(seat[2])
-  local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
-  game_id = seat[4]
-  metadata = metadata ~= '' and metadata or its_metadata
-  if plan.own then
-    connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
+if not is_first then
+  -- The list of one connection and a kept answer is taken apart at once, any other as split_sids says.
+  local other, others, kept, was_kept = '', nil, '', false
+  if list then
+    local colon = string.find(list, ':', 1, true)
+    local last = colon + string.sub(list, 1, colon - 1)
+    other, kept = string.sub(list, colon + 1, last), string.sub(list, last + 2)
+    if string.sub(list, last + 1, last + 1) ~= '=' then
+      -- @include split_sids
+      others, kept = split_sids(list)
+    end
+    -- @include is_recent
+    if is_recent(kept, now) then
+      if string.sub(kept, 1, 16) == token then
+        return string.sub(kept, 17)
+      end
+      was_kept = true
+    end
   end
-end
-local body = make_body(user_id, epoch, connected_at, '', server, metadata)
-local record = make_record(game_id, body)
+  -- @include next_epoch
+  local scores = redis.call('ZMSCORE', last_seen_key, '', sid, other)
+  local epoch, other_score = next_epoch(scores[1], time), scores[3]
 
-local answer = time .. ' '
-if plan then
+  -- See plan_registration for what a plan is. The usual one, with which the user's one connection goes, is made here.
+  local displaced
+  if
+    connections_per_user == 1 and reject_ms == 0 and epoch == time and not scores[2]
+    and other_score and tonumber(other_score) >= 0 and not (others and others[2])
+  then
+    -- @include take_record
+    displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
+  end
+  if displaced then
+    plan = {gone = {displaced}, was_online = true}
+  else
+    -- @include plan_registration
+    plan = plan_registration(
+      key_prefix, last_seen_key, sid, user_id, others or list and {other} or {}, now, conn_ttl_ms,
+      connections_per_user, reject_ms, key_lifetime_ms
+    )
+  end
+
+  local connected_at, seat = epoch == time and '' or now, plan.own or plan.resumed
+  if seat then
+    -- @include split_record
+    -- @include split_body
+    local _, body = split_record(seat[2])
+    local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
+    game_id = seat[4]
+    metadata = metadata ~= '' and metadata or its_metadata
+    if plan.own then
+      connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
+    end
+  end
+  local body = make_body(user_id, epoch, connected_at, '', server, metadata)
+  record = make_record(game_id, body)
+
   -- @include event
   if plan.refusing then
     return answer .. event('refused', plan.refusing)
@@ -112,43 +128,46 @@ if plan then
   for _, gone in ipairs(plan.gone) do
     answer = answer .. event('displaced', gone)
   end
-  if not is_usual then
+  if not displaced then
     answer = answer .. event('registered', {sid, record, now})
+  end
+
+  if plan.replaced then
+    -- @include drop_from_indexes
+    -- @include drop_from_user
+    local replaced = plan.replaced
+    drop_from_indexes(key_prefix, last_seen_key, sid, replaced[4], replaced[5])
+    if replaced[6] ~= user_id then
+      drop_from_user(key_prefix, replaced[6], sid, key_lifetime_ms, now)
+    end
+  end
+  -- The new connection enters before others go, so that no key is deleted and made again in between.
+  redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
+  local sids = #sid .. ':' .. sid
+  if plan.stay then
+    -- @include make_sids
+    sids = make_sids(plan.stay, '') .. sids
+  end
+  if was_kept then
+    -- @include keep_apart
+    keep_apart(key_prefix, kept, now)
+  end
+  redis.call('SET', user_conns_key, sids .. '=' .. token .. answer, 'PX', key_lifetime_ms)
+  redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
+  if game_id ~= '' then
+    local game_conns_key = key_prefix .. 'game_conns:' .. game_id
+    redis.call('HSET', game_conns_key, sid, body)
+    redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
+  end
+  if plan.own and plan.own[5] ~= '' and plan.own[5] ~= server then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own[5], sid)
   end
 end
 
-if plan and plan.replaced then
-  -- @include drop_from_indexes
-  -- @include drop_from_user
-  local replaced = plan.replaced
-  drop_from_indexes(key_prefix, last_seen_key, sid, replaced[4], replaced[5])
-  if replaced[6] ~= user_id then
-    drop_from_user(key_prefix, replaced[6], sid, key_lifetime_ms, now)
-  end
-end
--- The new connection enters before others go, so that no key is deleted and made again in between.
-redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
-local sids = #sid .. ':' .. sid
-if plan and plan.stay then
-  -- @include make_sids
-  sids = make_sids(plan.stay, '') .. sids
-end
-if was_kept then
-  -- @include keep_apart
-  keep_apart(key_prefix, kept, now)
-end
-redis.call('SET', user_conns_key, sids .. '=' .. token .. answer, 'PX', key_lifetime_ms)
-redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
-if needs_ttl(last_epoch_score, time) then
+if not is_refreshed then
+  -- One in 1,000 seconds does this for all: keys outlive their connections by a day.
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-end
-if game_id ~= '' then
-  local game_conns_key = key_prefix .. 'game_conns:' .. game_id
-  redis.call('HSET', game_conns_key, sid, body)
-  redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
-end
-if plan and plan.own and plan.own[5] ~= '' and plan.own[5] ~= server then
-  redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own[5], sid)
+  redis.call('SET', refreshed_key, '', 'PX', '1000000')
 end
 if server ~= '' then
   -- @include is_replaced

@@ -11,7 +11,6 @@ Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 -- @include next_epoch
--- @include needs_ttl
 -- @include dead_servers
 -- @include answer_once
 
@@ -19,16 +18,13 @@ local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local server_id, key_lifetime_ms = ARGV[1], ARGV[2]
 
 local time = now_us()
-local last_epoch_score = redis.call('ZSCORE', last_seen_key, '')
-local epoch = next_epoch(last_epoch_score, time)
+local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
 local earlier = answer_once(reply_key, epoch)
 if earlier then
   return earlier
 end
 redis.call('ZADD', last_seen_key, '-' .. epoch, '')
-if needs_ttl(last_epoch_score, time) then
-  redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-end
+redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
 for _, server in ipairs(dead_servers(servers_key, server_id, string.sub(time, 1, -4), 0)) do
   redis.call('ZADD', servers_key, '0', server)
 end

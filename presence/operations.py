@@ -83,7 +83,7 @@ heartbeats' refreshes use up about 15 minutes."""
 
 REGISTER = scripts.load(
     "register",
-    keys=("conn", "user_conns", "last_seen", "reply"),
+    keys=("conn", "user_conns", "last_seen", "reply", "refreshed"),
     arguments=(
         "key_prefix",
         "sid",
@@ -245,6 +245,7 @@ class Operations:
         self._key_lifetime_ms = self._conn_ttl_ms + RETENTION_MS
         self._prefix = f"{{{namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
+        self._refreshed_key = self._prefix + b"refreshed"
         self._servers_key = self._prefix + b"servers"
         self.events_key = self._prefix + b"events"
         self.boot_epoch: int | None = None
@@ -295,7 +296,13 @@ class Operations:
         metadata_bytes = b"" if metadata is None else arguments.encode_metadata(metadata)
         return Operation(
             REGISTER,
-            (self._conn(sid_bytes), self._user_conns(user_bytes), self.last_seen_key, self._reply()),
+            (
+                self._conn(sid_bytes),
+                self._user_conns(user_bytes),
+                self.last_seen_key,
+                self._reply(),
+                self._refreshed_key,
+            ),
             (
                 self._prefix,
                 sid_bytes,

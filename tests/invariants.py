@@ -31,7 +31,8 @@ class Keyspace:
     """Of the keys in which connections live."""
     other_ttls_ms: dict[str, int] = field(default_factory=dict)
     """Of last_seen while it holds no more than the namespace's last epoch, of the answers that are kept for a minute
-    for calls that are sent again, of the known servers and the stream of events."""
+    for calls that are sent again, of the mark that last_seen's TTL is fresh, of the known servers and the stream of
+    events."""
 
 
 def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
@@ -42,7 +43,7 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
     for raw in client.scan_iter(match=(pattern + "*").encode(), count=10_000):
         key = (raw if isinstance(raw, bytes) else raw.encode()).decode()
         kind, _, name = key.removeprefix(prefix).partition(":")
-        ttls = keyspace.other_ttls_ms if kind in ("reply", "servers", "events") else keyspace.ttls_ms
+        ttls = keyspace.other_ttls_ms if kind in ("reply", "refreshed", "servers", "events") else keyspace.ttls_ms
         ttls[key] = int(_ask(client, "PTTL", key))
         if kind == "conn":
             record = _ask(client, "GET", key)
@@ -63,7 +64,7 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
             keyspace.epoch = -keyspace.last_seen.pop("", 0)
             if not keyspace.last_seen:
                 keyspace.other_ttls_ms[key] = keyspace.ttls_ms.pop(key)
-        elif kind != "reply":
+        elif kind not in ("reply", "refreshed"):
             raise AssertionError(f"unknown key {key!r}")
     return keyspace
 

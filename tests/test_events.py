@@ -319,6 +319,20 @@ def test_a_user_with_two_connections_is_online_while_any_is(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_first_registration_is_told_as_any_when_the_clock_ran_back(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
+) -> None:
+    manager = make_manager(events=mode)
+    ahead = manager.register_connection("b", "bob").connection.epoch + 3_600_000_000
+    client.zadd(f"{{{namespace}}}:last_seen", {"": -ahead})
+    with subscribed(manager) as events:
+        epoch = manager.register_connection("a", "alice").connection.epoch
+        found = until_the_end(manager, events)
+    assert [told(event) for event in found] == [("registered", "a", None), ("user_online", "a", None)]
+    assert [event.connection.epoch for event in found] == [epoch, epoch] == [ahead + 1, ahead + 1]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_the_connections_of_a_dead_server_are_detached_and_told(make_manager: ManagerFactory, mode: str) -> None:
     dead = make_manager(events=mode, server_id="dead")
     dead.register_connection("a", "alice")

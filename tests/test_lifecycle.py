@@ -329,6 +329,32 @@ class TestAStateThatTheServerLostInPart:
         assert not manager.register_connection("another", "user")
         client.zrem(f"{{{namespace}}}:last_seen", "evicted")
 
+    @pytest.mark.parametrize(
+        "score",
+        [
+            pytest.param(lambda now: now - 50_000, id="live"),
+            pytest.param(lambda now: now - 3_600_001, id="expired"),
+            pytest.param(lambda now: now + 60_000, id="of a clock that ran back"),
+            pytest.param(lambda now: -now - 60_000, id="detached"),
+            pytest.param(lambda now: -now + 60_000, id="past its grace"),
+        ],
+    )
+    def test_the_score_that_is_left_of_an_evicted_record_is_no_part_of_the_sids_next_connection(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, score: Callable[[int], int]
+    ) -> None:
+        manager = make_manager(conn_ttl_seconds=3600)
+        now_ms = int(manager.register_connection("other", "other").connection.connected_at.timestamp() * 1000)
+        client.zadd(f"{{{namespace}}}:last_seen", {"sid": score(now_ms)})
+
+        registration = manager.register_connection("sid", "user")
+
+        assert (registration.displaced, registration.resumed) == ((), False)
+        connection = registration.connection
+        assert connection.connected_at == connection.last_seen == connection.observed_at
+        assert manager.get_connection("sid") == connection
+        assert manager.is_user_online("user")
+        assert manager.cleanup_stale_connections().removed == ()
+
     def test_an_evicted_record_does_not_let_one_user_displace_another(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str
     ) -> None:

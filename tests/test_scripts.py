@@ -269,6 +269,7 @@ EXPECTED_KEYS = {
     "servers": b"{ns}:servers",
     "events": b"{ns}:events",
     "reply": b"{ns}:reply:<token>",
+    "refreshed": b"{ns}:refreshed",
 }
 
 EXPECTED_ARGUMENTS = {
