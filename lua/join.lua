@@ -19,11 +19,8 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include split_record
 -- @include make_record
 -- @include split_body
--- @include has_free_seat
 -- @include earlier_answer
 -- @include answer_once
--- @include event
--- @include publish
 
 local conn_key, game_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_prefix, sid, game_id, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -42,8 +39,11 @@ end
 if left_game_id == game_id then
   return earlier_answer(reply_key) or ''
 end
-if capacity > 0 and not has_free_seat(game_conns_key, last_seen_key, capacity, now, conn_ttl_ms) then
-  return earlier_answer(reply_key) or 1
+if capacity > 0 then
+  -- @include has_free_seat
+  if not has_free_seat(game_conns_key, last_seen_key, capacity, now, conn_ttl_ms) then
+    return earlier_answer(reply_key) or 1
+  end
 end
 local earlier = answer_once(reply_key, left_game_id)
 if earlier then
@@ -57,6 +57,8 @@ if left_game_id ~= '' then
   redis.call('HDEL', key_prefix .. 'game_conns:' .. left_game_id, sid)
 end
 if events ~= '' then
+  -- @include event
+  -- @include publish
   local message, channels = event('joined', {sid, joined, score}), {'user:' .. user_id, 'game:' .. game_id}
   if left_game_id ~= '' then
     message, channels[3] = event('left', {sid, record, score}) .. message, 'game:' .. left_game_id

@@ -15,8 +15,6 @@ Cost  O(1)
 -- @include split_body
 -- @include earlier_answer
 -- @include answer_once
--- @include event
--- @include publish
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, epoch, conn_ttl_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -39,6 +37,8 @@ end
 redis.call('SET', conn_key, make_record('', body), 'KEEPTTL')
 redis.call('HDEL', key_prefix .. 'game_conns:' .. game_id, sid)
 if events ~= '' then
+  -- @include event
+  -- @include publish
   local channels = {'user:' .. user_id, 'game:' .. game_id}
   publish(key_prefix, events, key_lifetime_ms, now, channels, event('left', {sid, record, score}))
 end

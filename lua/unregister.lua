@@ -12,16 +12,11 @@ Reply {now ms, record (see split_record), score (see find_record)} of the connec
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms
--- @include as_argument
 -- @include find_record
 -- @include split_record
 -- @include split_body
--- @include detached_record
--- @include detach_connection
--- @include remove_connection
 -- @include earlier_answer
 -- @include answer_once
--- @include publish_end
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, epoch, grace_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -42,6 +37,8 @@ if is_detached and grace_ms > 0 then
 end
 local told_record, told_score = record, score
 if grace_ms > 0 then
+  -- @include as_argument
+  -- @include detached_record
   told_record, told_score = detached_record(record, score), as_argument(-now - grace_ms)
 end
 local answer = {now, told_record, told_score}
@@ -50,11 +47,14 @@ if earlier then
   return earlier
 end
 if grace_ms > 0 then
+  -- @include detach_connection
   detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, record, told_record, told_score)
 else
+  -- @include remove_connection
   remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, record)
 end
 if events ~= '' then
+  -- @include publish_end
   local kind, ended = grace_ms > 0 and 'detached' or 'unregistered', {sid, told_record, told_score}
   publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, ended, not is_detached)
 end

@@ -16,8 +16,6 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include make_body
 -- @include earlier_answer
 -- @include answer_once
--- @include event
--- @include publish
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, metadata, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -43,6 +41,8 @@ if game_id ~= '' then
   redis.call('HSET', key_prefix .. 'game_conns:' .. game_id, sid, body)
 end
 if events ~= '' then
+  -- @include event
+  -- @include publish
   local channels = {'user:' .. user_id}
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
