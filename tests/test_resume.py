@@ -571,7 +571,7 @@ def clean_up_until(start: float, url: str, namespace: str, end: float) -> list[s
 def test_when_the_grace_ends_a_seat_is_resumed_or_removed_and_reported_once_and_never_both(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, make_manager: ManagerFactory, keys: Keys
 ) -> None:
-    ends = detach_many(make_manager(), [0.8 + number * ROUND_SECONDS for number in range(ROUNDS)])
+    ends = detach_many(make_manager(), [2 + number * ROUND_SECONDS for number in range(ROUNDS)])
     choice = random.Random(0)
     # Some come well before and after, most within a millisecond or two of the end.
     moments = [end + choice.choice([-0.02, -0.001, -0.0005, 0, 0.0005, 0.001, 0.002, 0.02]) for end in ends]
