@@ -25,9 +25,9 @@ from presence.operations import (
     as_sent,
     check_operations,
     clean_up,
+    for_server,
     perform_batches,
     perform_each,
-    perform_for_server,
     recover,
 )
 from presence.pipelining import SharedConnection
@@ -262,9 +262,7 @@ class ConnectionManager:
 
         """
         return await self._run(
-            perform_for_server(
-                self.operations, partial(self.operations.register_connection, sid, user_id, metadata=metadata)
-            )
+            for_server(self.operations, partial(self.operations.register_connection, sid, user_id, metadata=metadata))
         )
 
     async def unregister_connection(
@@ -617,7 +615,7 @@ class ConnectionManager:
         Cost: one round trip; O(log S), S = servers.
 
         """
-        return await self._run(perform_for_server(self.operations, self.operations.update_server_heartbeat))
+        return await self._run(for_server(self.operations, self.operations.update_server_heartbeat))
 
     async def run_cleanup(
         self,

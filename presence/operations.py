@@ -755,14 +755,19 @@ def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Resul
     return results
 
 
-def perform_for_server(operations: Operations, describe: Callable[[], Operation[Result]]) -> Exchange[Result]:
-    """Converse with the server to run an operation that needs the boot epoch; the first one asks for that before."""
+def for_server(
+    operations: Operations, describe: Callable[[], Operation[Result]]
+) -> Operation[Result] | Exchange[Result]:
+    """Describe an operation that needs the boot epoch; the first one asks for that before."""
     try:
-        operation = describe()
+        return describe()
     except ServerNotStartedError:
-        operations.boot_epoch = yield from perform(operations.start_server())
-        operation = describe()
-    return (yield from perform(operation))
+        return _start_before(operations, describe)
+
+
+def _start_before(operations: Operations, describe: Callable[[], Operation[Result]]) -> Exchange[Result]:
+    operations.boot_epoch = yield from perform(operations.start_server())
+    return (yield from perform(describe()))
 
 
 def perform(operation: Operation[Result]) -> Exchange[Result]:

@@ -173,23 +173,22 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
     time, _, rest = reply.partition(b" ")
     epoch = int(time)
     now = to_time(epoch // 1000)
-    told: dict[str, list[ConnectionInfo]] = {}
-    for kind, connection in _parse_events(rest, now):
-        told.setdefault(kind, []).append(connection)
-    if "refused" in told:
-        return Registration(told["refused"][0], refused=True)
-    (connection,) = told.get("registered") or (
-        _connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
-    )
-    (replaced,) = told.get("replaced", (None,))
-    (resumed_from,) = told.get(RESUMED_FROM, (None,))
-    return Registration(
-        connection,
-        tuple(told.get("displaced", ())),
-        resumed=resumed_from is not None,
-        replaced=replaced,
-        resumed_from=resumed_from,
-    )
+    connection = replaced = resumed_from = None
+    displaced: list[ConnectionInfo] = []
+    for kind, told in _parse_events(rest, now):
+        if kind == "displaced":
+            displaced.append(told)
+        elif kind == "registered":
+            connection = told
+        elif kind == "replaced":
+            replaced = told
+        elif kind == RESUMED_FROM:
+            resumed_from = told
+        else:
+            return Registration(told, refused=True)
+    if connection is None:
+        connection = _connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata)
+    return Registration(connection, tuple(displaced), resumed_from is not None, replaced, resumed_from)
 
 
 def parse_join(reply: bytes | int) -> JoinResult:

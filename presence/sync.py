@@ -24,10 +24,10 @@ from presence.operations import (
     as_sent,
     check_operations,
     clean_up,
-    perform,
+    for_server,
     perform_batches,
     perform_each,
-    perform_for_server,
+    recover,
 )
 from presence.results import CleanupResult
 from presence.subscriptions import Feed, Subscription
@@ -238,9 +238,7 @@ class ConnectionManager:
 
         """
         return self._run(
-            perform_for_server(
-                self.operations, partial(self.operations.register_connection, sid, user_id, metadata=metadata)
-            )
+            for_server(self.operations, partial(self.operations.register_connection, sid, user_id, metadata=metadata))
         )
 
     def unregister_connection(
@@ -263,7 +261,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return self._run(perform(self.operations.unregister_connection(sid, grace_seconds=grace_seconds, epoch=epoch)))
+        return self._run(self.operations.unregister_connection(sid, grace_seconds=grace_seconds, epoch=epoch))
 
     def join_game(self, sid: str, game_id: str, *, capacity: int | None = None, epoch: int | None = None) -> JoinResult:
         """Put a connection into a game; if it is in another, it leaves that first.
@@ -282,7 +280,7 @@ class ConnectionManager:
         Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
 
         """
-        return self._run(perform(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch)))
+        return self._run(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch))
 
     def leave_game(self, sid: str, *, epoch: int | None = None) -> str | None:
         """Take a connection out of its game.
@@ -297,7 +295,7 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return self._run(perform(self.operations.leave_game(sid, epoch=epoch)))
+        return self._run(self.operations.leave_game(sid, epoch=epoch))
 
     def update_metadata(self, sid: str, metadata: str | bytes, *, epoch: int | None = None) -> bool:
         """Replace what the application keeps with a connection.
@@ -313,7 +311,7 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return self._run(perform(self.operations.update_metadata(sid, metadata, epoch=epoch)))
+        return self._run(self.operations.update_metadata(sid, metadata, epoch=epoch))
 
     def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> bool:
         """Mark a connection as seen now, and keep every key that it lives in from expiring.
@@ -329,7 +327,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return self._run(perform(self.operations.update_heartbeat(sid, epoch=epoch)))
+        return self._run(self.operations.update_heartbeat(sid, epoch=epoch))
 
     def update_heartbeats(self, sids: Iterable[str]) -> dict[str, HeartbeatStatus]:
         """Mark many connections as seen now, as ``update_heartbeat`` does, such as all of one game server.
@@ -360,7 +358,7 @@ class ConnectionManager:
         Cost: one round trip; O(1).
 
         """
-        return self._run(perform(self.operations.get_connection(sid)))
+        return self._run(self.operations.get_connection(sid))
 
     def get_user_connection(self, user_id: str | UUID) -> ConnectionInfo | None:
         """Read a user's active connection: the one that registered last.
@@ -374,7 +372,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections of the user.
 
         """
-        return self._run(perform(self.operations.get_user_connection(user_id)))
+        return self._run(self.operations.get_user_connection(user_id))
 
     def is_user_online(self, user_id: str | UUID) -> bool:
         """Tell whether a user has a connection that was seen within three times ``heartbeat_seconds``.
@@ -388,7 +386,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections of the user.
 
         """
-        return self._run(perform(self.operations.is_user_online(user_id)))
+        return self._run(self.operations.is_user_online(user_id))
 
     def get_game_connections(self, game_id: str) -> list[ConnectionInfo]:
         """Read all connections in a game, the detached ones among them, as they are at one moment.
@@ -402,7 +400,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game, all read by one script.
 
         """
-        return self._run(perform(self.operations.get_game_connections(game_id)))
+        return self._run(self.operations.get_game_connections(game_id))
 
     def get_game_snapshot(self, game_id: str) -> GameSnapshot:
         """Read all connections in a game with the position in the stream of events at that same moment.
@@ -419,7 +417,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return self._run(perform(self.operations.get_game_snapshot(game_id)))
+        return self._run(self.operations.get_game_snapshot(game_id))
 
     def get_game_user_sids(self, game_id: str) -> dict[str, str]:
         """Read who is in a game, and on which connection; detached ones are left out.
@@ -433,7 +431,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return self._run(perform(self.operations.get_game_user_sids(game_id)))
+        return self._run(self.operations.get_game_user_sids(game_id))
 
     def get_opponent_sid(self, game_id: str, current_user_id: str | UUID) -> str | None:
         """Find the other player of a two-player game.
@@ -449,7 +447,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return self._run(perform(self.operations.get_opponent_sid(game_id, current_user_id)))
+        return self._run(self.operations.get_opponent_sid(game_id, current_user_id))
 
     def are_users_online(self, user_ids: Iterable[str | UUID]) -> dict[str, bool]:
         """Tell which of many users are online, as ``is_user_online`` does for one, such as a list of friends.
@@ -511,7 +509,7 @@ class ConnectionManager:
         Cost: one round trip; O(log N).
 
         """
-        return self._run(perform(self.operations.get_connection_count()))
+        return self._run(self.operations.get_connection_count())
 
     def get_game_connection_count(self, game_id: str) -> int:
         """Count the live connections in a game; detached ones do not count.
@@ -525,7 +523,7 @@ class ConnectionManager:
         Cost: one round trip; O(M), M = connections in the game.
 
         """
-        return self._run(perform(self.operations.get_game_connection_count(game_id)))
+        return self._run(self.operations.get_game_connection_count(game_id))
 
     def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> CleanupResult:
         """Remove the connections that were not seen for longer than a threshold, or whose grace is over, in batches.
@@ -576,7 +574,7 @@ class ConnectionManager:
         Cost: one round trip; O(S log S), S = servers.
 
         """
-        self.operations.boot_epoch = self._run(perform(self.operations.start_server()))
+        self.operations.boot_epoch = self._run(self.operations.start_server())
         return self.operations.boot_epoch
 
     def update_server_heartbeat(self) -> bool:
@@ -591,7 +589,7 @@ class ConnectionManager:
         Cost: one round trip; O(log S), S = servers.
 
         """
-        return self._run(perform_for_server(self.operations, self.operations.update_server_heartbeat))
+        return self._run(for_server(self.operations, self.operations.update_server_heartbeat))
 
     def run_cleanup(
         self,
@@ -678,7 +676,7 @@ class ConnectionManager:
     ) -> float:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
-            done = self._run(perform(batch))
+            done = self._run(batch)
         except PresenceError as error:
             logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
             return interval
@@ -770,13 +768,21 @@ class ConnectionManager:
             if not own.in_flight:
                 self._changed.notify_all()
 
-    def _run(self, exchange: Exchange[Result]) -> Result:
+    def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
         try:
             own = self._begin()
         except (RedisError, RedisClusterException, OSError) as error:
             # A cluster's client connects when it is made.
             raise explain(error) from error
         try:
+            if isinstance(asked, Operation):
+                # The answer of nearly every call, without the cost of a conversation.
+                (reply,) = self._send(own.client, [asked.command()])
+                if not isinstance(reply, Exception):
+                    return asked.parse(reply)
+                exchange = recover(asked, reply)
+            else:
+                exchange = asked
             request = next(exchange)
             while True:
                 request = exchange.send(self._send(own.client, request))
