@@ -159,6 +159,37 @@ class TestReads:
         assert manager.get_game_connection_count("game") == size
         assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}
 
+    @pytest.mark.parametrize("gone", [0, 30, 700])
+    def test_a_large_game_is_counted_as_a_small_one(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], gone: int
+    ) -> None:
+        """Of each that counts as no member there are as many, in the game and in another: up to 2,800 at once."""
+        manager = make_manager(conn_ttl_seconds=60)
+        operations = manager.operations
+
+        def enter_all(kind: str, game_id: str, size: int) -> list[str]:
+            sids = [f"{kind} {number} of {game_id}" for number in range(size)]
+            manager.pipeline([operations.register_connection(sid, f"user of {sid}") for sid in sids])
+            manager.pipeline([operations.join_game(sid, game_id) for sid in sids])
+            return sids
+
+        past_grace, detached = [], []
+        for game_id in ("game", "another") if gone else ():
+            enter_all("expired", game_id, gone)
+            past_grace += enter_all("past its grace", game_id, gone)
+        manager.pipeline([operations.unregister_connection(sid, grace_seconds=10) for sid in past_grace])
+        wait(61)
+        for game_id in ("game", "another") if gone else ():
+            detached += enter_all("detached", game_id, gone)
+        manager.pipeline([operations.unregister_connection(sid, grace_seconds=60) for sid in detached])
+        live = enter_all("live", "game", 1_001)
+
+        assert manager.get_game_connection_count("game") == len(live)
+        manager.register_connection("sid", "user")
+        seats = len(live) + gone
+        assert manager.join_game("sid", "game", capacity=seats).is_full
+        assert manager.join_game("sid", "game", capacity=seats + 1)
+
 
 class TestCapacity:
     """join_game(…, capacity=n) is refused when the game is full, and changes nothing then."""
