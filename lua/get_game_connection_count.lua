@@ -5,8 +5,8 @@ Count the live connections in a game.
 KEYS  game_conns, last_seen
 ARGV  conn_ttl_ms
 Reply the count
-Cost  O(M), M = connections in the game; from M = 1000 on O(log N), N = connections in the namespace, unless 1000 of
-      these are detached or have expired
+Cost  O(M), M = connections in the game; of more than 50 O(log N + D), N = connections in the namespace, D = those of
+      them that are detached or have expired, unless these are as many as M, or 1000
 ]]
 -- @include now_ms
 -- @include count_members

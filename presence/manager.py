@@ -546,8 +546,8 @@ class ConnectionManager:
         Returns:
             How many have not expired.
 
-        Cost: one round trip; O(M), M = connections in the game; of a game of more than 1,000 O(log N), N = connections
-        in the namespace, unless 1,000 of these are detached or have expired.
+        Cost: one round trip; O(M), M = connections in the game; of more than 50 O(log N + D), N = connections in the
+        namespace, D = those of them that are detached or have expired, unless these are as many as M, or 1,000.
 
         """
         return await self._run(self.operations.get_game_connection_count(game_id))

@@ -159,16 +159,16 @@ class TestReads:
         assert manager.get_game_connection_count("game") == size
         assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}
 
-    @pytest.mark.parametrize("gone", [0, 30, 700])
+    @pytest.mark.parametrize(("size", "gone"), [(51, 0), (51, 3), (51, 30), (1_001, 30), (1_001, 700)])
     def test_a_large_game_is_counted_as_a_small_one(
-        self, make_manager: ManagerFactory, wait: Callable[[float], None], gone: int
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], size: int, gone: int
     ) -> None:
-        """Of each that counts as no member there are as many, in the game and in another: up to 2,800 at once."""
+        """Of each kind that counts as no member there are as many, in the game and in another."""
         manager = make_manager(conn_ttl_seconds=60)
         operations = manager.operations
 
-        def enter_all(kind: str, game_id: str, size: int) -> list[str]:
-            sids = [f"{kind} {number} of {game_id}" for number in range(size)]
+        def enter_all(kind: str, game_id: str, count: int) -> list[str]:
+            sids = [f"{kind} {number} of {game_id}" for number in range(count)]
             manager.pipeline([operations.register_connection(sid, f"user of {sid}") for sid in sids])
             manager.pipeline([operations.join_game(sid, game_id) for sid in sids])
             return sids
@@ -182,7 +182,7 @@ class TestReads:
         for game_id in ("game", "another") if gone else ():
             detached += enter_all("detached", game_id, gone)
         manager.pipeline([operations.unregister_connection(sid, grace_seconds=60) for sid in detached])
-        live = enter_all("live", "game", 1_001)
+        live = enter_all("live", "game", size)
 
         assert manager.get_game_connection_count("game") == len(live)
         manager.register_connection("sid", "user")

@@ -1,15 +1,16 @@
 -- @include as_argument
 -- @include last_seen_scores
 -- Count the members of a game that are live and, if asked for, those that are detached and within their grace.
--- The scores of a large game's members would take too long: there, all members but those of them that are among the
--- namespace's connections that do not count. Cleanups leave few of these, beside the detached ones.
+-- Of a game that is not small these are all but those that are among the namespace's connections that do not count,
+-- of which cleanups leave few, beside the detached ones. To ask for the score of each member takes 1 to 2 us.
 local function count_members(game_conns_key, last_seen_key, are_detached_asked_for, now, conn_ttl_ms)
   local oldest_live = now - conn_ttl_ms
   local size = redis.call('HLEN', game_conns_key)
-  if size > 1000 then
+  if size > 50 then
+    local limit = math.min(size, 1000)
     local first, last = are_detached_asked_for and '(-' .. now or '-inf', '(' .. as_argument(oldest_live)
-    local others = redis.call('ZRANGE', last_seen_key, first, last, 'BYSCORE', 'LIMIT', 0, 1000)
-    if #others < 1000 then
+    local others = redis.call('ZRANGE', last_seen_key, first, last, 'BYSCORE', 'LIMIT', 0, limit)
+    if #others < limit then
       for _, body in ipairs(#others > 0 and redis.call('HMGET', game_conns_key, unpack(others)) or {}) do
         size = size - (body and 1 or 0)
       end
