@@ -35,9 +35,6 @@ SILENCE_SECONDS = 10
 _BEYOND = Position(number=10**15 - 1)
 """No stream has come as far: to read after it tells where the stream ends."""
 
-_MESSAGE_KINDS = (b"smessage", b"message")
-"""What the server calls a message of ``SSUBSCRIBE``; Redis 7.0.0 names it as one of ``SUBSCRIBE``."""
-
 _CONNECTION_LOST = "the connection broke, or the server ended it because its events were read too slowly"
 
 
@@ -105,7 +102,7 @@ class Feed:
         kind, *rest = reply if isinstance(reply, list) else (reply,)
         if kind == b"sunsubscribe":
             raise EventsLostError("the namespace's slot has moved to another node of the cluster")
-        return [event for event in parse_message(rest[1]) if self._concerns(event)] if kind in _MESSAGE_KINDS else []
+        return [event for event in parse_message(rest[1]) if self._concerns(event)] if kind == b"smessage" else []
 
     def ask(self) -> None:
         """Note that nothing came for a while, and that the server is asked now; the second time it is gone."""

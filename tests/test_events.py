@@ -18,7 +18,6 @@ import presence
 import presence.sync
 from presence import EventsLostError, EventType
 from presence.replies import Position
-from presence.subscriptions import Feed
 from tests.conftest import Awaited
 
 if TYPE_CHECKING:
@@ -740,21 +739,6 @@ def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own
             seen.extend(event.connection.metadata for event in iter(events.next, None))
         numbers = [int(metadata) for metadata in seen[2:]]
         assert numbers == list(range(len(numbers))), "what came before the loss is whole"
-
-
-@pytest.mark.parametrize("kind", [b"smessage", b"message"])
-def test_a_message_is_taken_under_the_name_that_redis_7_0_0_has_for_it_as_well(
-    client: redis.Redis, make_manager: ManagerFactory, kind: bytes
-) -> None:
-    manager = make_manager(events="pubsub")
-    feed = Feed(manager.operations, None, None, None)
-    with client.pubsub() as sharded:
-        sharded.ssubscribe(feed.channel)
-        manager.register_connection("a", "alice")
-        while (message := sharded.get_sharded_message(timeout=BOUND_SECONDS))["type"] == "ssubscribe":
-            pass
-    events = feed.take([kind, feed.channel, message["data"]])
-    assert [told(event)[:2] for event in events] == [("registered", "a"), ("user_online", "a")]
 
 
 def test_a_server_that_falls_silent_is_told(
