@@ -154,6 +154,9 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
     options = {
         "retry": retry,
         "max_connections": MAX_CONNECTIONS,
+        # redis-py 8's default. To say HELLO is to read why a server that is full or loading refuses a connection; with
+        # RESP2, redis-py sends more before it reads, and may find only that the connection is closed.
+        "protocol": 3,
         # A primary that became a replica answers READONLY: connect again, the name may lead to the new primary.
         "retry_on_error": [ReadOnlyError],
         "socket_timeout": 5,
@@ -164,6 +167,9 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
     }
     if address.url.startswith("unix://"):
         del options["socket_keepalive"], options["socket_connect_timeout"]
+        if "protocol" not in given:
+            # redis-py 7.4 cannot speak RESP3 here: the notifications that it then wants need a host. 8 can, and does.
+            del options["protocol"]
     return options
 
 

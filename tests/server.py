@@ -46,11 +46,12 @@ def free_port() -> int:
 class LocalServer:
     """A server process of our own on the loopback, in a temporary folder, without persistence."""
 
-    def __init__(self, program: Path, *arguments: str, port: int | None = None) -> None:
+    def __init__(self, program: Path, *arguments: str, config: Path | None = None, port: int | None = None) -> None:
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._folder = tempfile.TemporaryDirectory(prefix="presence-server-")
-        self._command = [str(program), *arguments]
+        self._command = [str(program), str(config)] if config else [str(program)]
+        self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -67,7 +68,9 @@ class LocalServer:
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder.name]
         log = self.folder / "log"
         with log.open("ab") as output:
-            self._process = subprocess.Popen([*self._command, *arguments], stdout=output, stderr=output)
+            # Redis 7.0.1 takes what follows --sentinel for its value, so that must come last.
+            command = [*self._command, *arguments, *self._arguments]
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             try:

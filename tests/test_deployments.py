@@ -204,7 +204,7 @@ class Sentinels:
             "sentinel down-after-milliseconds game 300\n"
             "sentinel failover-timeout game 3000\n"
         )
-        self.sentinel = LocalServer(program(), str(config), "--sentinel")
+        self.sentinel = LocalServer(program(), "--sentinel", config=config)
 
     @property
     def url(self) -> str:

@@ -319,7 +319,8 @@ class Sequences(RuleBasedStateMachine):
         result = self.manager.cleanup_stale_connections()
         self.same_cleanup(result, self.model.clean_up(95_000, self.now(), self.server_grace_seconds * 1000))
 
-    @precondition(lambda self: self.model.connections)
+    # Without a precondition that asks the model: on a machine that stalls, whether a connection has expired by now may
+    # differ when hypothesis tries the same steps again, and it takes that for a strategy that is flaky.
     @rule(seconds=STEPS)
     def let_time_pass(self, seconds: int) -> None:
         let_time_pass(self.client, self.namespace, seconds)
