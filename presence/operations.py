@@ -68,7 +68,7 @@ SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: 
 SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
 
 CLEANUP_BATCH_SIZE = 50
-"""Connections that one cleanup script removes: under a millisecond of the server, with much room below 5 ms."""
+"""Connections that one cleanup script removes, if their records hold no more than 64 KiB: about a millisecond."""
 HEARTBEAT_BATCH_SIZE = 250
 """Heartbeats that one script takes: about a millisecond of the server."""
 USERS_BATCH_SIZE = 100
