@@ -88,7 +88,9 @@ for _, server in ipairs(servers) do
       found[#found + 1] = scores[index] or '0'
       lists[#found - 1] = server
     end
-    if #sids < limit then
+    -- One that is alive stays known, for it tells that those before it were replaced.
+    local seen = server_id == '' and 0 or tonumber(redis.call('ZSCORE', servers_key, server))
+    if #sids < limit and seen < now - server_threshold_ms then
       emptied[#emptied + 1] = server
     end
   end
@@ -98,7 +100,7 @@ if #found == 0 and #emptied == 0 then
 end
 
 -- It takes at most so many servers at once, and there may be more.
-local examined = #servers >= 10 and batch_size or #found / 2
+local examined = #emptied >= 10 and batch_size or #found / 2
 local answer, ends, strays, conn_keys, taken, bytes = {now, examined}, {}, {}, {}, {}, 0
 for index = 1, #found, 2 do
   conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]
