@@ -463,7 +463,8 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users.
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
+        where ``connections_per_user`` is more than ten).
 
         """
         return self._run(perform_batches(self.operations.users_online_batches(user_ids)))
@@ -480,7 +481,8 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users.
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
+        where ``connections_per_user`` is more than ten).
 
         """
         return self._run(perform_batches(self.operations.users_connections_batches(user_ids)))
