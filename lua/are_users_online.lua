@@ -18,10 +18,12 @@ local oldest_online_ms = now_ms() - math.min(threshold_ms, conn_ttl_ms)
 local reply = {}
 for index, user_id in ipairs(user_ids) do
   reply[index] = 0
-  for _, sid in ipairs(split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))) do
-    local last_seen = redis.call('ZSCORE', last_seen_key, sid)
+  local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
+  for newest = #sids, 1, -1 do
+    local last_seen = redis.call('ZSCORE', last_seen_key, sids[newest])
     if last_seen and tonumber(last_seen) >= oldest_online_ms then
       reply[index] = 1
+      break
     end
   end
 end

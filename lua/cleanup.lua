@@ -10,7 +10,8 @@ server has missed a heartbeat is detached as well.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. The batch bounds the time
-that the script holds the server (guarantee 7); the caller repeats it until it examines fewer than it asked for.
+that the script holds the server (guarantee 7), and so does a bound on what the records hold together; the caller
+repeats it until it examines fewer than it asked for.
 
 KEYS  last_seen, servers, reply
 ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at most 1000), server_threshold_ms,
@@ -37,6 +38,9 @@ local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local key_lifetime_ms, batch_size, server_threshold_ms = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8], ARGV[9]
+
+-- A record may hold 4 KiB of metadata and ids as long, and is copied several times.
+local MAX_BYTES = 64 * 1024
 
 local now = now_ms()
 -- sid and score, one after the other.
@@ -84,7 +88,9 @@ for _, server in ipairs(servers) do
       found[#found + 1] = scores[index] or '0'
       lists[#found - 1] = server
     end
-    if #sids < limit then
+    -- One that is alive stays known, for it tells that those before it were replaced.
+    local seen = server_id == '' and 0 or tonumber(redis.call('ZSCORE', servers_key, server))
+    if #sids < limit and seen < now - server_threshold_ms then
       emptied[#emptied + 1] = server
     end
   end
@@ -94,14 +100,20 @@ if #found == 0 and #emptied == 0 then
 end
 
 -- It takes at most so many servers at once, and there may be more.
-local examined = #servers >= 10 and batch_size or #found / 2
-local answer, ends, strays, conn_keys, taken = {now, examined}, {}, {}, {}, {}
+local examined = #emptied >= 10 and batch_size or #found / 2
+local answer, ends, strays, conn_keys, taken, bytes = {now, examined}, {}, {}, {}, {}, 0
 for index = 1, #found, 2 do
   conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]
 end
 local records = #conn_keys > 0 and redis.call('MGET', unpack(conn_keys)) or {}
 for index = 1, #found, 2 do
   local sid, score, record = found[index], found[index + 1], records[(index + 1) / 2]
+  bytes = bytes + #sid + (record and #record or 0)
+  if bytes > MAX_BYTES and index > 1 then
+    -- The rest is for the next batch.
+    answer[2], emptied = batch_size, {}
+    break
+  end
   local server = record and server_of(record)
   if not record or (lists[index] and lists[index] ~= server) then
     -- Where records are evicted, a sid may be left in a server's list that is another server's by now.

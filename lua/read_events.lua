@@ -1,7 +1,7 @@
 #!lua flags=no-writes
 --[[
 Read the events that come after a position in the stream, and tell whether any between were lost: trimmed, or with a
-stream that has gone.
+stream that has gone. They may be where the entry at the position itself is not there.
 
 KEYS  events
 ARGV  after_id, after_number (how many events were added up to after_id), limit
@@ -15,8 +15,8 @@ local after_id, after_number, limit = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 
 local state = stream_state(events_key)
 local is_lost = state.added < after_number or state.gone > after_number
--- Where nothing was trimmed up to it, the position itself must be there; else this is another stream.
-if not is_lost and after_number > state.gone then
+-- Without it, this may be another stream, of which as much was trimmed.
+if not is_lost and after_number > 0 then
   is_lost = #redis.call('XRANGE', events_key, after_id, after_id) == 0
 end
 local reply = {is_lost and 1 or 0, state.last_id, state.added}

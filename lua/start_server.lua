@@ -11,7 +11,6 @@ Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 -- @include next_epoch
--- @include dead_servers
 -- @include answer_once
 
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
@@ -25,8 +24,10 @@ if earlier then
 end
 redis.call('ZADD', last_seen_key, '-' .. epoch, '')
 redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-for _, server in ipairs(dead_servers(servers_key, server_id, string.sub(time, 1, -4), 0)) do
-  redis.call('ZADD', servers_key, '0', server)
+for _, server in ipairs(redis.call('ZRANGE', servers_key, '(0', '+inf', 'BYSCORE')) do
+  if string.match(server, '^%d+:(.*)$') == server_id then
+    redis.call('ZADD', servers_key, '0', server)
+  end
 end
 redis.call('ZADD', servers_key, string.sub(time, 1, -4), epoch .. ':' .. server_id)
 redis.call('PEXPIRE', servers_key, key_lifetime_ms)

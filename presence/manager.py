@@ -487,7 +487,8 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users.
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
+        where ``connections_per_user`` is more than ten).
 
         """
         return await self._run(perform_batches(self.operations.users_online_batches(user_ids)))
@@ -504,7 +505,8 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users.
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
+        where ``connections_per_user`` is more than ten).
 
         """
         return await self._run(perform_batches(self.operations.users_connections_batches(user_ids)))
@@ -564,7 +566,7 @@ class ConnectionManager:
             The removed connections. If a fault stopped it after some were removed, they are reported all the same
             and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
-        Cost: a round trip for each 50 removed connections; O(log N) for each removed connection.
+        Cost: a round trip for each 50 removed connections or 64 KiB of records; O(log N) for each removed connection.
 
         """
         return await self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))
@@ -581,7 +583,8 @@ class ConnectionManager:
             The removed and the detached connections; no other call reports them. Of a fault as
             :meth:`cleanup_stale_connections`.
 
-        Cost: a round trip for each 50 connections; O(log N) for each connection, and O(S), S = servers.
+        Cost: a round trip for each 50 connections or 64 KiB of records; O(log N) for each connection, and O(S),
+        S = servers.
 
         """
         describe_batch = partial(self.operations.cleanup_server_batch, server_id, grace_seconds=grace_seconds)

@@ -68,11 +68,13 @@ SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: 
 SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
 
 CLEANUP_BATCH_SIZE = 50
-"""Connections that one cleanup script removes: under a millisecond of the server, with much room below 5 ms."""
+"""Connections that one cleanup script removes, if their records hold no more than 64 KiB: about a millisecond."""
 HEARTBEAT_BATCH_SIZE = 250
 """Heartbeats that one script takes: about a millisecond of the server."""
 USERS_BATCH_SIZE = 100
-"""Users that one script reads."""
+"""Users that one script reads, if they may have no more than ten connections."""
+USERS_BATCH_CONNECTIONS = 1000
+"""Connections that one script reads of all its users: below 5 ms of the server even where all of them are detached."""
 GAMES_BATCH_SIZE = 50
 """Games that one script reads; all of two players are read in under a millisecond of the server."""
 MAX_CONNECTIONS_PER_USER = 100
@@ -236,6 +238,7 @@ class Operations:
         self._connections_per_user = arguments.check_count(
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
+        self._users_batch_size = min(USERS_BATCH_SIZE, USERS_BATCH_CONNECTIONS // self._connections_per_user)
         self._reject_ms = self._stale_ms if arguments.check_displacement(displacement) == REJECT_WHILE_ALIVE else 0
         self.server_id = None if server_id is None else arguments.encode("server_id", server_id).decode()
         self._server_grace_ms = self._grace_ms("server_grace_seconds", server_grace_seconds)
@@ -444,13 +447,16 @@ class Operations:
         return self._get_users("user_id", [user_id], lambda connections: connections[0])
 
     def users_connections_batch(self, user_ids: Sequence[str]) -> Operation[list[ConnectionInfo | None]]:
-        """Describe the read of the active connections of at most 100 users, all at one moment."""
+        """Describe the read of the active connections of at most 100 users, all at one moment.
+
+        Fewer than 100 where ``connections_per_user`` is more than ten: the script reads at most 1,000 connections.
+        """
         return self._get_users("user_ids", user_ids, list)
 
     def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
         """Describe the read of the active connections of any number of users, in scripts of bounded size."""
         users = arguments.check_users("user_ids", user_ids)
-        return Batches(users, USERS_BATCH_SIZE, self.users_connections_batch)
+        return Batches(users, self._users_batch_size, self.users_connections_batch)
 
     def _get_users(
         self, name: str, user_ids: Sequence[str | UUID], select: Callable[[list[ConnectionInfo | None]], Result]
@@ -463,10 +469,9 @@ class Operations:
             lambda reply: select(parse_users(reply)),
         )
 
-    @staticmethod
-    def _users_of_one_script(name: str, user_ids: Sequence[str | UUID]) -> list[bytes]:
-        if not 1 <= len(user_ids) <= USERS_BATCH_SIZE:
-            raise ValueError(f"{name} must be 1 to {USERS_BATCH_SIZE} ids, not {len(user_ids)}")
+    def _users_of_one_script(self, name: str, user_ids: Sequence[str | UUID]) -> list[bytes]:
+        if not 1 <= len(user_ids) <= self._users_batch_size:
+            raise ValueError(f"{name} must be 1 to {self._users_batch_size} ids, not {len(user_ids)}")
         return [arguments.encode_user_id(name, user_id) for user_id in user_ids]
 
     def is_user_online(self, user_id: str | UUID) -> Operation[bool]:
@@ -474,12 +479,13 @@ class Operations:
         return self._ask_users("user_id", [user_id], lambda reply: bool(reply[0]))
 
     def users_online_batch(self, user_ids: Sequence[str]) -> Operation[list[bool]]:
-        """Describe the question which of at most 100 users are online."""
+        """Describe the question which of some users are online, as many as in ``users_connections_batch``."""
         return self._ask_users("user_ids", user_ids, lambda reply: [bool(is_online) for is_online in reply])
 
     def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, bool]:
         """Describe the question which of any number of users are online, in scripts of bounded size."""
-        return Batches(arguments.check_users("user_ids", user_ids), USERS_BATCH_SIZE, self.users_online_batch)
+        users = arguments.check_users("user_ids", user_ids)
+        return Batches(users, self._users_batch_size, self.users_online_batch)
 
     def _ask_users(
         self, name: str, user_ids: Sequence[str | UUID], parse: Callable[[list[int]], Result]

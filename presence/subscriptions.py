@@ -85,7 +85,7 @@ class Feed:
         """Converse with the server to read on in the stream; where nothing is new, the server waits a moment."""
         batch = yield from perform(self._operations.read_events(self._position))
         if batch.is_lost:
-            raise EventsLostError("the stream was trimmed beyond the position, or is another one now")
+            raise EventsLostError("the stream was trimmed up to the position, or is another one now")
         if batch.position == self._position:
             # Well under the client's own timeout, which would take a wait for a fault.
             block_ms = MAX_BLOCK_MS if socket_timeout is None else max(1, min(MAX_BLOCK_MS, int(socket_timeout * 500)))

@@ -191,7 +191,8 @@ class Model:
     def clean_up_server(self, server_id: str, now: int, grace_ms: int = 0) -> ModelCleanup:
         starts = [server for server in self.servers if server.partition(":")[2] == server_id]
         ended = [connection for connection in self.connections.values() if connection.server in starts]
-        return self._end(ended, [one for one in ended if self.is_live(one, now)], starts, now, grace_ms)
+        dead = [server for server in starts if self.servers[server] < now - self.stale_ms]
+        return self._end(ended, [one for one in ended if self.is_live(one, now)], dead, now, grace_ms)
 
     def _end(
         self, ended: list[ModelConnection], seats: list[ModelConnection], servers: list[str], now: int, grace_ms: int

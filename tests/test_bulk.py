@@ -183,6 +183,30 @@ class TestReads:
             exchange.send(replies)
         assert finished.value.value == getattr(manager, read)(ids)
 
+    @pytest.mark.parametrize(("connections_per_user", "users"), [(1, 100), (10, 100), (11, 90), (50, 20), (100, 10)])
+    @pytest.mark.parametrize("read", ["are_users_online", "get_users_connections"])
+    def test_a_script_reads_a_bounded_number_of_connections(
+        self, make_manager: ManagerFactory, client: redis.Redis, read: str, connections_per_user: int, users: int
+    ) -> None:
+        manager = make_manager(connections_per_user=connections_per_user)
+        getattr(manager, read)(["load the script"])
+        calls = evalsha_calls(client)
+
+        getattr(manager, read)([f"id-{number}" for number in range(users + 1)])
+
+        assert evalsha_calls(client) - calls == 2
+        with pytest.raises(ValueError, match=f"1 to {users} ids"):
+            manager.operations.users_online_batch([f"id-{number}" for number in range(users + 1)])
+
+    def test_no_more_is_read_of_a_user_than_it_takes(self, make_manager: ManagerFactory, client: redis.Redis) -> None:
+        manager = make_manager(connections_per_user=100)
+        for number in range(100):
+            manager.register_connection(f"sid-{number}", "user")
+        client.config_resetstat()
+        assert manager.is_user_online("user")
+        stats: Any = client.info("commandstats")
+        assert stats["cmdstat_zscore"]["calls"] == 1
+
     @every_read
     def test_each_id_is_answered_as_the_read_of_one_answers(
         self, make_manager: ManagerFactory, wait: Callable[[float], None], read: str

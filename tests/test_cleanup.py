@@ -10,6 +10,7 @@ import pytest
 
 import presence
 import presence.sync
+from presence.arguments import MAX_METADATA_BYTES
 from presence.operations import CLEANUP_BATCH_SIZE
 
 if TYPE_CHECKING:
@@ -114,6 +115,27 @@ def test_each_script_removes_a_bounded_batch(
 
     assert len(batch.removed) == min(count, CLEANUP_BATCH_SIZE)
     assert batch.is_last is (count < CLEANUP_BATCH_SIZE)
+
+
+def test_a_batch_is_bounded_by_what_its_records_hold(
+    make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+) -> None:
+    manager = make_manager(server_id="server")
+    names = {f"sid-{number}" for number in range(CLEANUP_BATCH_SIZE)}
+    manager.start_server()
+    register = manager.operations.register_connection
+    manager.pipeline([register(sid, f"user of {sid}", metadata=b"x" * MAX_METADATA_BYTES) for sid in names])
+    wait(91)
+
+    (batch,) = manager.pipeline([manager.operations.cleanup_batch()])
+    removed = [*batch.removed, *manager.cleanup_stale_connections()]
+
+    assert 1 <= len(batch.removed) <= 64 * 1024 // MAX_METADATA_BYTES
+    assert not batch.is_last
+    assert len(removed) == len(names)
+    assert {gone.sid for gone in removed} == names
+    assert keys().known_servers == {}
+    assert keys().ttls_ms == {}
 
 
 def test_an_entry_without_a_record_is_dropped_unreported(

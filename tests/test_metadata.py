@@ -102,6 +102,17 @@ class TestEveryRead:
         assert [connection.metadata for connection in manager.get_game_connections("game")] == [b""]
 
 
+def test_an_update_leaves_no_key_without_ttl_where_the_game_was_evicted(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys
+) -> None:
+    manager.register_connection("sid", "user")
+    manager.join_game("sid", "game")
+    client.delete(f"{{{namespace}}}:game_conns:game")
+    assert manager.update_metadata("sid", "metadata")
+    assert keys().games.keys() == {"game"}
+    assert min(keys().ttls_ms.values()) > 0
+
+
 class TestBadValues:
     """They are refused before anything is sent, by a manager that has no server to send it to."""
 

@@ -381,6 +381,28 @@ class TestCleanupServer:
         assert all(other.update_heartbeats(["other-000", "other-001", "other-002"]).values())
         assert other.cleanup_server("server", grace_seconds=grace_seconds) == presence.CleanupResult()
 
+    def test_it_takes_any_number_of_starts(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, keys: Keys
+    ) -> None:
+        manager = make_manager(server_id="server")
+        manager.register_connection("sid", "user")
+        # A crash loop that no cleanup has followed; Lua cannot pass so many values at once.
+        starts = {f"{number}:server": 0 for number in range(1, 8_002)}
+        client.zadd(f"{{{namespace}}}:servers", {**starts, "1:another": 0})
+        assert sids(make_manager().cleanup_server("server")) == ["sid"]
+        assert set(keys().known_servers) - {f"{manager.operations.boot_epoch}:server"} == {"1:another"}
+
+    def test_what_a_living_start_has_replaced_stays_dead(self, make_manager: ManagerFactory) -> None:
+        first, second = make_manager(server_id="server"), make_manager(server_id="server")
+        for number, manager in enumerate((first, second)):
+            manager.register_connection(f"sid-{number}", f"user-{number}")
+        assert not first.update_server_heartbeat()
+        assert sids(make_manager().cleanup_server("server")) == ["sid-0", "sid-1"]
+        assert not first.update_server_heartbeat()
+        first.register_connection("sid-2", "user-2")
+        assert not first.update_server_heartbeat()
+        assert second.update_server_heartbeat()
+
     def test_the_grace_is_the_managers_unless_one_is_given(self, make_manager: ManagerFactory) -> None:
         manager = make_manager(server_id="server", server_grace_seconds=30)
         manager.register_connection("sid-1", "user-1")

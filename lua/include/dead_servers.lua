@@ -1,7 +1,6 @@
 -- @include as_argument
 -- The servers that are dead, as '<boot epoch>:<server_id>': not seen for longer than the threshold, or replaced by a
--- later start of the same id, which leaves a score of 0; at most 10. Or, with an id, all starts of that one: a restart
--- must not miss the start before it.
+-- later start of the same id, which leaves a score of 0; at most 10. Or, with an id, starts of that one, at most 100.
 local function dead_servers(servers_key, server_id, now, server_threshold_ms)
   if server_id == '' then
     local oldest_alive = '(' .. as_argument(now - server_threshold_ms)
@@ -9,7 +8,7 @@ local function dead_servers(servers_key, server_id, now, server_threshold_ms)
   end
   local starts = {}
   for _, server in ipairs(redis.call('ZRANGE', servers_key, '0', '-1')) do
-    if string.match(server, '^%d+:(.*)$') == server_id then
+    if #starts < 100 and string.match(server, '^%d+:(.*)$') == server_id then
       starts[#starts + 1] = server
     end
   end

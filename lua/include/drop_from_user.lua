@@ -6,14 +6,14 @@ local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local list = redis.call('GET', user_conns_key)
   local sids, kept = split_sids(list)
-  local rest = {}
-  for _, other in ipairs(sids) do
-    if other ~= sid then
-      rest[#rest + 1] = other
+  for index, other in ipairs(sids) do
+    if other == sid then
+      table.remove(sids, index)
+      break
     end
   end
-  if #rest > 0 then
-    redis.call('SET', user_conns_key, make_sids(rest, kept), 'PX', key_lifetime_ms)
+  if #sids > 0 then
+    redis.call('SET', user_conns_key, make_sids(sids, kept), 'PX', key_lifetime_ms)
   elseif list then
     keep_apart(key_prefix, kept, now)
     redis.call('DEL', user_conns_key)

@@ -1,9 +1,11 @@
 -- @include split_sids
 -- Tell whether a user has a connection that is not detached, besides one.
 local function has_attached(key_prefix, last_seen_key, user_id, except_sid)
-  for _, sid in ipairs(split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))) do
-    if sid ~= except_sid then
-      local score = redis.call('ZSCORE', last_seen_key, sid)
+  local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
+  -- The oldest fall silent first.
+  for index = #sids, 1, -1 do
+    if sids[index] ~= except_sid then
+      local score = redis.call('ZSCORE', last_seen_key, sids[index])
       if score and tonumber(score) >= 0 then
         return true
       end

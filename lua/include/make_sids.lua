@@ -1,8 +1,9 @@
 -- Put a user's list of connections together; see split_sids.
 local function make_sids(sids, kept)
-  local list = ''
-  for _, sid in ipairs(sids) do
-    list = list .. #sid .. ':' .. sid
+  local parts = {}
+  for index, sid in ipairs(sids) do
+    parts[index] = #sid .. ':' .. sid
   end
+  local list = table.concat(parts)
   return kept == '' and list or list .. '=' .. kept
 end

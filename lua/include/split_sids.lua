@@ -3,13 +3,12 @@
 local function split_sids(list)
   local sids, position = {}, 1
   while list and position <= #list do
-    if string.sub(list, position, position) == '=' then
+    local length, first = string.match(list, '^(%d+):()', position)
+    if not length then
       return sids, string.sub(list, position + 1)
     end
-    local colon = string.find(list, ':', position, true)
-    local last = colon + string.sub(list, position, colon - 1)
-    sids[#sids + 1] = string.sub(list, colon + 1, last)
-    position = last + 1
+    position = first + length
+    sids[#sids + 1] = string.sub(list, first, position - 1)
   end
   return sids, ''
 end
