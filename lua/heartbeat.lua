@@ -23,7 +23,8 @@ local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
 local time = now_us()
 local now = string.sub(time, 1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
-if not last_seen or tonumber(last_seen) < now - conn_ttl_ms then
+local silence_ms = last_seen and now - last_seen
+if not silence_ms or silence_ms > conn_ttl_ms then
   return 0
 end
 if epoch ~= '' then
@@ -35,7 +36,7 @@ if epoch ~= '' then
     return 0
   end
 end
-if random_number(time) + refresh_chance(now - last_seen) >= 1 then
+if random_number(time) + refresh_chance(silence_ms) >= 1 then
   -- @include refresh_ttls
   if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now) then
     return 0

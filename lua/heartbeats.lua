@@ -21,28 +21,28 @@ local sids = {unpack(ARGV, 4)}
 local time = now_us()
 local now = string.sub(time, 1, -4)
 local now_number = tonumber(now)
-local seen, reply = {}, {}
+local seen, seen_count, reply = {}, 0, {}
 -- One random number is enough for all.
-local chance = random_number(time)
+local chance, chance_of_1_ms = random_number(time), refresh_chance(1)
 for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))) do
   local last_seen = score and tonumber(score)
   local is_seen = last_seen and last_seen >= now_number - conn_ttl_ms
   if is_seen then
-    chance = chance + refresh_chance(now_number - last_seen)
+    chance = chance + (now_number - last_seen) * chance_of_1_ms
     if chance >= 1 then
       chance = chance % 1
       is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms, now)
     end
   end
   if is_seen then
-    seen[#seen + 1] = now
-    seen[#seen + 1] = sids[position]
+    seen[seen_count + 1], seen[seen_count + 2] = now, sids[position]
+    seen_count = seen_count + 2
   else
     reply[#reply + 1] = position
     reply[#reply + 1] = not last_seen and 0 or last_seen >= 0 and -1 or -2
   end
 end
-if #seen > 0 then
+if seen_count > 0 then
   redis.call('ZADD', last_seen_key, 'XX', unpack(seen))
 end
 return reply
