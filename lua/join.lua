@@ -11,7 +11,7 @@ ARGV  key_prefix, sid, game_id, epoch ('' = any), capacity (0 = any number), con
       events ('' = off)
 Reply the game left, '' when it left none; 0 when there is no such live connection, or it is not the registration of
       that epoch; 1 when the game is full
-Cost  O(1); when capacity members or more are listed, as get_game_connection_count
+Cost  O(1); O(M) when capacity members or more are listed, M = connections in the game
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_ms
@@ -39,9 +39,9 @@ end
 if left_game_id == game_id then
   return earlier_answer(reply_key) or ''
 end
-if capacity > 0 and redis.call('HLEN', game_conns_key) >= capacity then
-  -- @include count_members
-  if count_members(game_conns_key, last_seen_key, true, now, conn_ttl_ms) >= capacity then
+if capacity > 0 then
+  -- @include has_free_seat
+  if not has_free_seat(game_conns_key, last_seen_key, capacity, now, conn_ttl_ms) then
     return earlier_answer(reply_key) or 1
   end
 end

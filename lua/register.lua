@@ -125,9 +125,11 @@ if not is_first then
   if plan.resumed then
     answer = answer .. event('resumed_from', plan.resumed)
   end
-  for _, gone in ipairs(plan.gone) do
-    answer = answer .. event('displaced', gone)
+  local displacements = {}
+  for index, gone in ipairs(plan.gone) do
+    displacements[index] = event('displaced', gone)
   end
+  answer = answer .. table.concat(displacements)
   if not displaced then
     answer = answer .. event('registered', {sid, record, now})
   end
@@ -194,13 +196,15 @@ end
 if events ~= '' then
   -- @include event
   -- @include publish
-  local connection, channels, message = {sid, record, now, game_id}, {'user:' .. user_id}, ''
+  local connection, channels = {sid, record, now, game_id}, {'user:' .. user_id}
+  local message
   if not plan then
     message = event('registered', connection) .. event('user_online', connection)
   else
+    local told = {}
     -- @include has_attached
     local function tell(kind, of)
-      message = message .. event(kind, of)
+      told[#told + 1] = event(kind, of)
       if of[4] ~= '' then
         channels[#channels + 1] = 'game:' .. of[4]
       end
@@ -223,8 +227,9 @@ if events ~= '' then
       tell('resumed_from', resumed)
     end
     if not plan.was_online then
-      message = message .. event('user_online', connection)
+      told[#told + 1] = event('user_online', connection)
     end
+    message = table.concat(told)
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end

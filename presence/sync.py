@@ -277,7 +277,7 @@ class ConnectionManager:
             Whether it is in the game, and the game that it left. Falsy when there is no such connection, or the game
             ``is_full``: then the connection stays in the game that it was in.
 
-        Cost: one round trip; O(1), with a capacity that is reached as ``get_game_connection_count``.
+        Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
 
         """
         return self._run(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch))
