@@ -205,7 +205,11 @@ def running_server(*, docker: bool) -> Iterator[Server]:
     """
     wanted = os.environ.get("PRESENCE_SERVER", "")
     failures = []
-    for candidate in candidates(docker=docker):
+    found = list(candidates(docker=docker))
+    if found and not any(candidate.name.startswith(wanted) for candidate in found):
+        names = ", ".join(repr(candidate.name) for candidate in found)
+        raise NoServerError(f"PRESENCE_SERVER is {wanted!r}, which none of the servers found begins with: {names}")
+    for candidate in found:
         if not candidate.name.startswith(wanted):
             continue
         try:
