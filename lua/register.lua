@@ -28,8 +28,8 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include make_body
 
 local conn_key, user_conns_key, last_seen_key, reply_key, refreshed_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local connections_per_user, reject_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
+local key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local connections_per_user, reject_ms = ARGV[6], ARGV[7]
 local server, metadata, events = ARGV[8], ARGV[9], ARGV[10]
 
 local time = now_us()
@@ -84,7 +84,7 @@ if not is_first then
   -- See plan_registration for what a plan is. The usual one, with which the user's one connection goes, is made here.
   local displaced
   if
-    connections_per_user == 1 and reject_ms == 0 and epoch == time and not scores[2]
+    connections_per_user == '1' and reject_ms == '0' and epoch == time and not scores[2]
     and other_score and tonumber(other_score) >= 0 and not (others and others[2])
   then
     -- @include take_record
@@ -95,8 +95,8 @@ if not is_first then
   else
     -- @include plan_registration
     plan = plan_registration(
-      key_prefix, last_seen_key, sid, user_id, others or list and {other} or {}, now, conn_ttl_ms,
-      connections_per_user, reject_ms, key_lifetime_ms
+      key_prefix, last_seen_key, sid, user_id, others or list and {other} or {}, now, tonumber(conn_ttl_ms),
+      tonumber(connections_per_user), tonumber(reject_ms), key_lifetime_ms
     )
   end
 
@@ -125,13 +125,14 @@ if not is_first then
   if plan.resumed then
     answer = answer .. event('resumed_from', plan.resumed)
   end
-  local displacements = {}
-  for index, gone in ipairs(plan.gone) do
-    displacements[index] = event('displaced', gone)
-  end
-  answer = answer .. table.concat(displacements)
-  if not displaced then
-    answer = answer .. event('registered', {sid, record, now})
+  if displaced then
+    answer = answer .. event('displaced', displaced)
+  else
+    local reported = {answer}
+    for _, gone in ipairs(plan.gone) do
+      reported[#reported + 1] = event('displaced', gone)
+    end
+    answer = table.concat(reported) .. event('registered', {sid, record, now})
   end
 
   if plan.replaced then

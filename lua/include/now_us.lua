@@ -2,5 +2,9 @@
 -- to be formatted. No other clock is ever read or passed in (guarantee 5).
 local function now_us()
   local time = redis.call('TIME')
-  return time[1] .. string.sub('00000' .. time[2], -6)
+  local seconds, microseconds = time[1], time[2]
+  if #microseconds < 6 then
+    microseconds = string.sub('00000' .. microseconds, -6)
+  end
+  return seconds .. microseconds
 end
