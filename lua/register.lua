@@ -40,17 +40,41 @@ if earlier then
   return earlier
 end
 local token, answer = string.sub(reply_key, -16), time .. ' '
-local record, game_id, plan = nil, '', nil
 
--- The user's first connection, with a sid that nothing has, is written at once: the writes tell whether it is that.
-local is_first = not list
-if is_first then
-  record = make_record('', make_body(user_id, time, '', '', server, metadata))
-  is_first = redis.call('SET', conn_key, record, 'NX', 'PX', key_lifetime_ms)
-  if is_first then
-    redis.call('SET', user_conns_key, #sid .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
-    is_first = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. time, '', now, sid) == 2
-    if not is_first then
+-- The user's other connection, where the list has one, or all that it has; and the last answer, while it is recent.
+local other, others, kept = nil, nil, ''
+if list then
+  local colon = string.find(list, ':', 1, true)
+  local last = colon + string.sub(list, 1, colon - 1)
+  local after = string.sub(list, last + 1, last + 1)
+  if after == '' or after == '=' then
+    other, kept = string.sub(list, colon + 1, last), string.sub(list, last + 2)
+  else
+    -- @include split_sids
+    others, kept = split_sids(list)
+  end
+  -- @include is_recent
+  if not is_recent(kept, now) then
+    kept = ''
+  elseif string.sub(kept, 1, 16) == token then
+    return string.sub(kept, 17)
+  end
+end
+
+-- The usual connection is written at once: nothing has its sid, and its user has no other, or one that is connected and
+-- goes since the newest wins. The writes tell whether it is that.
+local is_usual, other_score = not list, nil
+if other and other ~= sid and connections_per_user == '1' and reject_ms == '0' then
+  other_score = redis.call('ZSCORE', last_seen_key, other)
+  is_usual = other_score and tonumber(other_score) >= 0
+end
+local record, game_id, displaced, plan
+if is_usual then
+  record, game_id = make_record('', make_body(user_id, time, '', '', server, metadata)), ''
+  is_usual = redis.call('SET', conn_key, record, 'NX', 'PX', key_lifetime_ms)
+  if is_usual then
+    is_usual = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. time, '', now, sid) == 2
+    if not is_usual then
       -- Its epoch is not the largest, since the clock ran back, or the sid has a score, whose record was evicted: from
       -- here on it is a connection that is registered again.
       redis.call('ZADD', last_seen_key, now, sid)
@@ -58,55 +82,27 @@ if is_first then
   end
 end
 
-if not is_first then
-  -- The list of one connection and a kept answer is taken apart at once, any other as split_sids says.
-  local other, others, kept, was_kept = '', nil, '', false
-  if list then
-    local colon = string.find(list, ':', 1, true)
-    local last = colon + string.sub(list, 1, colon - 1)
-    other, kept = string.sub(list, colon + 1, last), string.sub(list, last + 2)
-    if string.sub(list, last + 1, last + 1) ~= '=' then
-      -- @include split_sids
-      others, kept = split_sids(list)
-    end
-    -- @include is_recent
-    if is_recent(kept, now) then
-      if string.sub(kept, 1, 16) == token then
-        return string.sub(kept, 17)
-      end
-      was_kept = true
-    end
-  end
+local sids = #sid .. ':' .. sid
+if not is_usual then
   -- @include next_epoch
-  local scores = redis.call('ZMSCORE', last_seen_key, '', sid, other)
-  local epoch, other_score = next_epoch(scores[1], time), scores[3]
-
-  -- See plan_registration for what a plan is. The usual one, with which the user's one connection goes, is made here.
-  local displaced
-  if
-    connections_per_user == '1' and reject_ms == '0' and epoch == time and not scores[2]
-    and other_score and tonumber(other_score) >= 0 and not (others and others[2])
-  then
-    -- @include take_record
-    displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
-  end
-  if displaced then
-    plan = {gone = {displaced}, was_online = true}
-  else
-    -- @include plan_registration
-    plan = plan_registration(
-      key_prefix, last_seen_key, sid, user_id, others or list and {other} or {}, now, tonumber(conn_ttl_ms),
-      tonumber(connections_per_user), tonumber(reject_ms), key_lifetime_ms
-    )
+  -- @include plan_registration
+  local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
+  plan = plan_registration(
+    key_prefix, last_seen_key, sid, user_id, others or {other}, now, tonumber(conn_ttl_ms),
+    tonumber(connections_per_user), tonumber(reject_ms), key_lifetime_ms
+  )
+  -- @include event
+  if plan.refusing then
+    return answer .. event('refused', plan.refusing)
   end
 
   local connected_at, seat = epoch == time and '' or now, plan.own or plan.resumed
+  game_id = seat and seat[4] or ''
   if seat then
     -- @include split_record
     -- @include split_body
     local _, body = split_record(seat[2])
     local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
-    game_id = seat[4]
     metadata = metadata ~= '' and metadata or its_metadata
     if plan.own then
       connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
@@ -115,25 +111,18 @@ if not is_first then
   local body = make_body(user_id, epoch, connected_at, '', server, metadata)
   record = make_record(game_id, body)
 
-  -- @include event
-  if plan.refusing then
-    return answer .. event('refused', plan.refusing)
-  end
+  local reported = {answer}
   if plan.replaced then
-    answer = answer .. event('replaced', plan.replaced)
+    reported[#reported + 1] = event('replaced', plan.replaced)
   end
   if plan.resumed then
-    answer = answer .. event('resumed_from', plan.resumed)
+    reported[#reported + 1] = event('resumed_from', plan.resumed)
   end
-  if displaced then
-    answer = answer .. event('displaced', displaced)
-  else
-    local reported = {answer}
-    for _, gone in ipairs(plan.gone) do
-      reported[#reported + 1] = event('displaced', gone)
-    end
-    answer = table.concat(reported) .. event('registered', {sid, record, now})
+  for _, gone in ipairs(plan.gone) do
+    reported[#reported + 1] = event('displaced', gone)
   end
+  reported[#reported + 1] = event('registered', {sid, record, now})
+  answer = table.concat(reported)
 
   if plan.replaced then
     -- @include drop_from_indexes
@@ -146,17 +135,9 @@ if not is_first then
   end
   -- The new connection enters before others go, so that no key is deleted and made again in between.
   redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
-  local sids = #sid .. ':' .. sid
-  if plan.stay then
-    -- @include make_sids
-    sids = make_sids(plan.stay, '') .. sids
-  end
-  if was_kept then
-    -- @include keep_apart
-    keep_apart(key_prefix, kept, now)
-  end
-  redis.call('SET', user_conns_key, sids .. '=' .. token .. answer, 'PX', key_lifetime_ms)
   redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
+  -- @include make_sids
+  sids = make_sids(plan.stay, '') .. sids
   if game_id ~= '' then
     local game_conns_key = key_prefix .. 'game_conns:' .. game_id
     redis.call('HSET', game_conns_key, sid, body)
@@ -165,7 +146,17 @@ if not is_first then
   if plan.own and plan.own[5] ~= '' and plan.own[5] ~= server then
     redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own[5], sid)
   end
+elseif other then
+  -- @include event
+  -- @include take_record
+  displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
+  answer = displaced and answer .. event('displaced', displaced) or answer
 end
+if kept ~= '' then
+  -- @include keep_apart
+  keep_apart(key_prefix, kept)
+end
+redis.call('SET', user_conns_key, sids .. '=' .. token .. answer, 'PX', key_lifetime_ms)
 
 if not is_refreshed then
   -- One in 1,000 seconds does this for all: keys outlive their connections by a day.
@@ -184,7 +175,10 @@ if server ~= '' then
   end
   redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 end
-if plan then
+if displaced then
+  -- @include drop_from_indexes
+  drop_from_indexes(key_prefix, last_seen_key, other, displaced[4], displaced[5])
+elseif plan then
   -- @include drop_from_indexes
   if plan.resumed and plan.resumed[1] ~= sid then
     drop_from_indexes(key_prefix, last_seen_key, plan.resumed[1], plan.resumed[4], plan.resumed[5])
@@ -199,9 +193,10 @@ if events ~= '' then
   -- @include publish
   local connection, channels = {sid, record, now, game_id}, {'user:' .. user_id}
   local message
-  if not plan then
+  if is_usual and not other then
     message = event('registered', connection) .. event('user_online', connection)
   else
+    plan = plan or {gone = {displaced}, was_online = true}
     local told = {}
     -- @include has_attached
     local function tell(kind, of)

@@ -1,5 +1,6 @@
 -- @include split_sids
 -- @include make_sids
+-- @include is_recent
 -- @include keep_apart
 -- Take a connection out of its user's list, and the list away when it was the only one.
 local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
@@ -15,7 +16,9 @@ local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
   if #sids > 0 then
     redis.call('SET', user_conns_key, make_sids(sids, kept), 'PX', key_lifetime_ms)
   elseif list then
-    keep_apart(key_prefix, kept, now)
+    if is_recent(kept, now) then
+      keep_apart(key_prefix, kept)
+    end
     redis.call('DEL', user_conns_key)
   end
 end
