@@ -306,9 +306,7 @@ def test_of_many_registers_at_once_one_is_accepted_and_all_others_are_told_which
 class TestEpochs:
     """Every registration has a number larger than all before it in the namespace."""
 
-    def test_grow_over_users_sids_and_registrations_of_the_same(
-        self, make_manager: ManagerFactory, wait: Callable[[float], None]
-    ) -> None:
+    def test_grow_over_users_sids_and_registrations_of_the_same(self, make_manager: ManagerFactory) -> None:
         managers = make_manager(), make_manager()
         epochs = [
             managers[number % 2].register_connection(sid, user_id).connection.epoch
@@ -344,7 +342,7 @@ class TestEpochs:
         assert detached is not None
         assert detached.epoch == epoch
 
-    def test_grow_after_everything_was_removed(self, manager: ConnectionManager, client: redis.Redis) -> None:
+    def test_grow_after_everything_was_removed(self, manager: ConnectionManager) -> None:
         first = manager.register_connection("sid", "user").connection.epoch
         manager.unregister_connection("sid")
         second = manager.register_connection("sid", "user").connection.epoch
@@ -496,9 +494,7 @@ class TestFencing:
         manager.join_game("sid", "game")
         return older, newer
 
-    def test_an_older_epoch_changes_nothing(
-        self, manager: ConnectionManager, wait: Callable[[float], None], keys: Keys, name: str
-    ) -> None:
+    def test_an_older_epoch_changes_nothing(self, manager: ConnectionManager, keys: Keys, name: str) -> None:
         older, _ = self.register_twice(manager)
         before = keys()
         call, refused, _ = FENCED[name]

@@ -303,9 +303,7 @@ class TestARestart:
         assert set(keys().records) == {"another's", "new"}
         assert new.update_server_heartbeat()
 
-    def test_a_start_that_was_replaced_never_revives(
-        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
-    ) -> None:
+    def test_a_start_that_was_replaced_never_revives(self, make_manager: ManagerFactory, keys: Keys) -> None:
         first = make_manager(server_id="server")
         first.register_connection("sid-1", "user-1")
         assert first.update_server_heartbeat()
