@@ -54,13 +54,16 @@ local function plan_registration(
       end
     end
   end
-  if #alive >= connections_per_user and (plan.resumed or not plan.own) then
-    local newest = alive[#alive]
+  while #alive >= connections_per_user and (plan.resumed or not plan.own) do
+    local newest = table.remove(alive)
     record = redis.call('GET', key_prefix .. 'conn:' .. others[newest])
-    if record then
+    local _, body = split_record(record or '0:0 ')
+    if split_body(body) == user_id then
       return {refusing = {others[newest], record, scores[newest]}}
     end
-    scores[newest] = false -- Its record was evicted, so it is not alive.
+    -- Its record was evicted, and may be another user's by now: it is not alive.
+    scores[newest] = false
+    count = count - 1
   end
 
   if seat_index then
