@@ -15,10 +15,10 @@ finds it in one of the two.
 KEYS  conn, user_conns, last_seen, reply, refreshed
 ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user,
       reject_ms (0 = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
-Reply '<now us> ', and what there is to report, each as an event (see event) of its kind:
-      refused, the newest that is alive, and then nothing else; or replaced; resumed_from; displaced, oldest first;
-      registered, the new connection itself, unless now us is its epoch and it is in no game, connected now, and
-      replaced or resumed nothing
+Reply '<now us> ', and what there is to report, each as an event (see event) of one of these kinds, in this order:
+      refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
+      (oldest first), registered (the new connection itself, unless the caller knows all of it: it is in no game,
+      connected now, its epoch is now us, and its metadata is what was passed)
 Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces;
       O(S) once, S = servers, where its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
@@ -39,10 +39,12 @@ local list, earlier, is_refreshed = stored[1], stored[2], stored[3]
 if earlier then
   return earlier
 end
+-- The last 16 characters of the key are the token of this call.
 local token, answer = string.sub(reply_key, -16), time .. ' '
 local record, game_id, plan = nil, '', nil
 
--- The user's first connection, with a sid that nothing has, is written at once: the writes tell whether it is that.
+-- 1. The user's first connection, with a sid that nothing has, is written at once: the writes tell whether it is that.
+-- There is no plan then, and what follows is done with the answer, the record and the game as they are here.
 local is_first = not list
 if is_first then
   record = make_record('', make_body(user_id, time, '', '', server, metadata))
@@ -59,13 +61,14 @@ if is_first then
 end
 
 if not is_first then
-  -- The list of one connection and a kept answer is taken apart at once, any other as split_sids says.
-  local other, others, kept, was_kept = '', nil, '', false
+  -- 2. The user's list. One connection and a kept answer, as most hold, are taken apart here, anything else by
+  -- split_sids: others is nil where oldest is all there is.
+  local oldest, others, kept, was_kept = '', nil, '', false
   if list then
     local colon = string.find(list, ':', 1, true)
-    local last = colon + string.sub(list, 1, colon - 1)
-    other, kept = string.sub(list, colon + 1, last), string.sub(list, last + 2)
-    if string.sub(list, last + 1, last + 1) ~= '=' then
+    local sid_end = colon + string.sub(list, 1, colon - 1)
+    oldest, kept = string.sub(list, colon + 1, sid_end), string.sub(list, sid_end + 2)
+    if string.sub(list, sid_end + 1, sid_end + 1) ~= '=' then
       -- @include split_sids
       others, kept = split_sids(list)
     end
@@ -78,35 +81,36 @@ if not is_first then
     end
   end
   -- @include next_epoch
-  local scores = redis.call('ZMSCORE', last_seen_key, '', sid, other)
-  local epoch, other_score = next_epoch(scores[1], time), scores[3]
+  local scores = redis.call('ZMSCORE', last_seen_key, '', sid, oldest)
+  local epoch, own_score, oldest_score = next_epoch(scores[1], time), scores[2], scores[3]
 
-  -- See plan_registration for what a plan is. The usual one, with which the user's one connection goes, is made here.
+  -- 3. The plan: see plan_registration. The usual one, with which the user's one connection goes, is made here.
   local displaced
   if
-    connections_per_user == 1 and reject_ms == 0 and epoch == time and not scores[2]
-    and other_score and tonumber(other_score) >= 0 and not (others and others[2])
+    connections_per_user == 1 and reject_ms == 0 and epoch == time and not own_score
+    and oldest_score and tonumber(oldest_score) >= 0 and not (others and others[2])
   then
     -- @include take_record
-    displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
+    displaced = take_record(key_prefix, oldest, oldest_score, user_id, key_lifetime_ms)
   end
   if displaced then
     plan = {gone = {displaced}, was_online = true}
   else
     -- @include plan_registration
     plan = plan_registration(
-      key_prefix, last_seen_key, sid, user_id, others or list and {other} or {}, now, conn_ttl_ms,
+      key_prefix, last_seen_key, sid, user_id, others or list and {oldest} or {}, now, conn_ttl_ms,
       connections_per_user, reject_ms, key_lifetime_ms
     )
   end
 
+  -- 4. The new record, with what it keeps of the connection that it refreshes or whose seat it takes.
   local connected_at, seat = epoch == time and '' or now, plan.own or plan.resumed
   if seat then
     -- @include split_record
     -- @include split_body
-    local _, body = split_record(seat[2])
+    local _, body = split_record(seat.record)
     local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
-    game_id = seat[4]
+    game_id = seat.game_id
     metadata = metadata ~= '' and metadata or its_metadata
     if plan.own then
       connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
@@ -115,35 +119,37 @@ if not is_first then
   local body = make_body(user_id, epoch, connected_at, '', server, metadata)
   record = make_record(game_id, body)
 
+  -- 5. The answer.
   -- @include event
-  if plan.refusing then
-    return answer .. event('refused', plan.refusing)
+  local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
+  if refusing then
+    return answer .. event('refused', refusing.sid, refusing.record, refusing.score)
   end
-  if plan.replaced then
-    answer = answer .. event('replaced', plan.replaced)
+  if replaced then
+    answer = answer .. event('replaced', sid, replaced.record, replaced.score)
   end
-  if plan.resumed then
-    answer = answer .. event('resumed_from', plan.resumed)
+  if resumed then
+    answer = answer .. event('resumed_from', resumed.sid, resumed.record, resumed.score)
   end
   local displacements = {}
   for index, gone in ipairs(plan.gone) do
-    displacements[index] = event('displaced', gone)
+    displacements[index] = event('displaced', gone.sid, gone.record, gone.score)
   end
   answer = answer .. table.concat(displacements)
   if not displaced then
-    answer = answer .. event('registered', {sid, record, now})
+    answer = answer .. event('registered', sid, record, now)
   end
 
-  if plan.replaced then
+  -- 6. The writes. What had the sid goes first, the others last: the new connection enters before they go, so that no
+  -- key is deleted and made again in between.
+  if replaced then
     -- @include drop_from_indexes
     -- @include drop_from_user
-    local replaced = plan.replaced
-    drop_from_indexes(key_prefix, last_seen_key, sid, replaced[4], replaced[5])
-    if replaced[6] ~= user_id then
-      drop_from_user(key_prefix, replaced[6], sid, key_lifetime_ms, now)
+    drop_from_indexes(key_prefix, last_seen_key, sid, replaced.game_id, replaced.server)
+    if replaced.user_id ~= user_id then
+      drop_from_user(key_prefix, replaced.user_id, sid, key_lifetime_ms, now)
     end
   end
-  -- The new connection enters before others go, so that no key is deleted and made again in between.
   redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
   local sids = #sid .. ':' .. sid
   if plan.stay then
@@ -161,11 +167,12 @@ if not is_first then
     redis.call('HSET', game_conns_key, sid, body)
     redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
   end
-  if plan.own and plan.own[5] ~= '' and plan.own[5] ~= server then
-    redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own[5], sid)
+  if plan.own and plan.own.server ~= '' and plan.own.server ~= server then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own.server, sid)
   end
 end
 
+-- 7. What is shared with others: the TTL of last_seen, and the server.
 if not is_refreshed then
   -- One in 1,000 seconds does this for all: keys outlive their connections by a day.
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
@@ -183,38 +190,44 @@ if server ~= '' then
   end
   redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 end
+
+-- 8. The end of those that go, whose records and places in the user's list are gone already.
 if plan then
   -- @include drop_from_indexes
-  if plan.resumed and plan.resumed[1] ~= sid then
-    drop_from_indexes(key_prefix, last_seen_key, plan.resumed[1], plan.resumed[4], plan.resumed[5])
+  local resumed = plan.resumed
+  if resumed and resumed.sid ~= sid then
+    drop_from_indexes(key_prefix, last_seen_key, resumed.sid, resumed.game_id, resumed.server)
   end
   for _, gone in ipairs(plan.gone) do
-    drop_from_indexes(key_prefix, last_seen_key, gone[1], gone[4], gone[5])
+    drop_from_indexes(key_prefix, last_seen_key, gone.sid, gone.game_id, gone.server)
   end
 end
 
+-- 9. The events.
 if events ~= '' then
   -- @include event
   -- @include publish
-  local connection, channels = {sid, record, now, game_id}, {'user:' .. user_id}
+  local channels = {'user:' .. user_id}
   local message
   if not plan then
-    message = event('registered', connection) .. event('user_online', connection)
+    message = event('registered', sid, record, now) .. event('user_online', sid, record, now)
   else
+    local connection = {sid = sid, record = record, score = now, game_id = game_id}
     local told = {}
     -- @include has_attached
     local function tell(kind, of)
-      told[#told + 1] = event(kind, of)
-      if of[4] ~= '' then
-        channels[#channels + 1] = 'game:' .. of[4]
+      told[#told + 1] = event(kind, of.sid, of.record, of.score)
+      if of.game_id ~= '' then
+        channels[#channels + 1] = 'game:' .. of.game_id
       end
     end
     local replaced, resumed = plan.replaced, plan.resumed
     if replaced then
       tell('displaced', replaced)
-      if replaced[6] ~= user_id then
-        channels[#channels + 1] = 'user:' .. replaced[6]
-        if tonumber(replaced[3]) >= 0 and not has_attached(key_prefix, last_seen_key, replaced[6], sid) then
+      if replaced.user_id ~= user_id then
+        channels[#channels + 1] = 'user:' .. replaced.user_id
+        local was_attached = tonumber(replaced.score) >= 0
+        if was_attached and not has_attached(key_prefix, last_seen_key, replaced.user_id, sid) then
           tell('user_offline', replaced)
         end
       end
@@ -227,7 +240,7 @@ if events ~= '' then
       tell('resumed_from', resumed)
     end
     if not plan.was_online then
-      told[#told + 1] = event('user_online', connection)
+      tell('user_online', connection)
     end
     message = table.concat(told)
   end
