@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test test-all check format bench prove clean
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(MAKEFILE_LIST) | column -t -l 2 2>/dev/null || true
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -44,6 +44,6 @@ bench: $(READY)  ## Four ways to keep presence side by side, cost and scale (wit
 prove: $(READY)  ## Every interleaving, a storm of a million operations, and the check of its history
 	@$(RUN) -m bench.prove
 
-clean:  ## Remove what the other targets made
+clean:  ## Remove what the other targets made, but for the results of bench and prove
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

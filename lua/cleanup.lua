@@ -121,12 +121,13 @@ for index = 1, #found, 2 do
   elseif not taken[sid] then
     -- A connection that is stale and of a dead server is found twice.
     taken[sid] = true
-    local ended = {sid, record, score}
+    local ended = {sid = sid, record = record, score = score}
     if is_to_detach(server, score, lists[index]) then
-      ended = {sid, detached_record(record, score), as_argument(-now - server_grace_ms), record}
+      ended.attached_record = record
+      ended.record, ended.score = detached_record(record, score), as_argument(-now - server_grace_ms)
     end
     ends[#ends + 1] = ended
-    answer[#answer + 1], answer[#answer + 2], answer[#answer + 3] = ended[1], ended[2], ended[3]
+    answer[#answer + 1], answer[#answer + 2], answer[#answer + 3] = sid, ended.record, ended.score
   end
 end
 local earlier = answer_once(reply_key, answer)
@@ -135,15 +136,15 @@ if earlier then
 end
 
 for _, ended in ipairs(ends) do
-  local sid, told_record, told_score, record = ended[1], ended[2], ended[3], ended[4]
-  if record then
-    detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, record, told_record, told_score)
+  local sid, record, score, attached_record = ended.sid, ended.record, ended.score, ended.attached_record
+  if attached_record then
+    detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, attached_record, record, score)
   else
-    remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, told_record)
+    remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, record)
   end
   if events ~= '' then
-    local kind, was_attached = record and 'detached' or 'expired', record or tonumber(told_score) >= 0
-    publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, ended, was_attached)
+    local kind, was_attached = attached_record and 'detached' or 'expired', attached_record or tonumber(score) >= 0
+    publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, record, score, was_attached)
   end
 end
 for _, index in ipairs(strays) do

@@ -59,9 +59,9 @@ end
 if events ~= '' then
   -- @include event
   -- @include publish
-  local message, channels = event('joined', {sid, joined, score}), {'user:' .. user_id, 'game:' .. game_id}
+  local message, channels = event('joined', sid, joined, score), {'user:' .. user_id, 'game:' .. game_id}
   if left_game_id ~= '' then
-    message, channels[3] = event('left', {sid, record, score}) .. message, 'game:' .. left_game_id
+    message, channels[3] = event('left', sid, record, score) .. message, 'game:' .. left_game_id
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end

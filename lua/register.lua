@@ -15,10 +15,10 @@ finds it in one of the two.
 KEYS  conn, user_conns, last_seen, reply, refreshed
 ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user,
       reject_ms (0 = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
-Reply '<now us> ', and what there is to report, each as an event (see event) of its kind:
-      refused, the newest that is alive, and then nothing else; or replaced; resumed_from; displaced, oldest first;
-      registered, the new connection itself, unless now us is its epoch and it is in no game, connected now, and
-      replaced or resumed nothing
+Reply '<now us> ', and what there is to report, each as an event (see event) of one of these kinds, in this order:
+      refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
+      (oldest first), registered (the new connection itself; not of the usual one, all of which the caller knows: it
+      is in no game, connected now, its epoch is now us, and its metadata is what was passed)
 Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces;
       O(S) once, S = servers, where its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
@@ -39,16 +39,17 @@ local list, earlier, is_refreshed = stored[1], stored[2], stored[3]
 if earlier then
   return earlier
 end
+-- The last 16 characters of the key are the token of this call.
 local token, answer = string.sub(reply_key, -16), time .. ' '
 
--- The user's other connection, where the list has one, or all that it has; and the last answer, while it is recent.
+-- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
 local other, others, kept = nil, nil, ''
 if list then
   local colon = string.find(list, ':', 1, true)
-  local last = colon + string.sub(list, 1, colon - 1)
-  local after = string.sub(list, last + 1, last + 1)
+  local sid_end = colon + string.sub(list, 1, colon - 1)
+  local after = string.sub(list, sid_end + 1, sid_end + 1)
   if after == '' or after == '=' then
-    other, kept = string.sub(list, colon + 1, last), string.sub(list, last + 2)
+    other, kept = string.sub(list, colon + 1, sid_end), string.sub(list, sid_end + 2)
   else
     -- @include split_sids
     others, kept = split_sids(list)
@@ -61,16 +62,16 @@ if list then
   end
 end
 
--- The usual connection is written at once: nothing has its sid, and its user has no other, or one that is connected and
--- goes since the newest wins. The writes tell whether it is that.
+-- 2. The usual connection is written at once, without a plan: nothing has its sid, and its user has no other, or one
+-- that is connected and goes since the newest wins. The writes tell whether it is that.
 local is_usual, other_score = not list, nil
 if other and other ~= sid and connections_per_user == '1' and reject_ms == '0' then
   other_score = redis.call('ZSCORE', last_seen_key, other)
   is_usual = other_score and tonumber(other_score) >= 0
 end
-local record, game_id, displaced, plan
+local record, game_id = nil, ''
 if is_usual then
-  record, game_id = make_record('', make_body(user_id, time, '', '', server, metadata)), ''
+  record = make_record('', make_body(user_id, time, '', '', server, metadata))
   is_usual = redis.call('SET', conn_key, record, 'NX', 'PX', key_lifetime_ms)
   if is_usual then
     is_usual = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. time, '', now, sid) == 2
@@ -82,8 +83,16 @@ if is_usual then
   end
 end
 
-local sids = #sid .. ':' .. sid
-if not is_usual then
+local sids, displaced, plan = #sid .. ':' .. sid, nil, nil
+if is_usual and other then
+  -- @include event
+  -- @include take_record
+  displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
+  if displaced then
+    answer = answer .. event('displaced', other, displaced.record, other_score)
+  end
+elseif not is_usual then
+  -- 3. Any other has a plan.
   -- @include next_epoch
   -- @include plan_registration
   local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
@@ -92,48 +101,51 @@ if not is_usual then
     tonumber(connections_per_user), tonumber(reject_ms), key_lifetime_ms
   )
   -- @include event
-  if plan.refusing then
-    return answer .. event('refused', plan.refusing)
+  local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
+  if refusing then
+    return answer .. event('refused', refusing.sid, refusing.record, refusing.score)
   end
 
-  local connected_at, seat = epoch == time and '' or now, plan.own or plan.resumed
-  game_id = seat and seat[4] or ''
+  -- 4. The new record, with what it keeps of the connection that it refreshes or whose seat it takes.
+  local connected_at, seat = epoch == time and '' or now, plan.own or resumed
   if seat then
     -- @include split_record
     -- @include split_body
-    local _, body = split_record(seat[2])
+    local _, body = split_record(seat.record)
     local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
     metadata = metadata ~= '' and metadata or its_metadata
     if plan.own then
       connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
     end
   end
+  game_id = seat and seat.game_id or ''
   local body = make_body(user_id, epoch, connected_at, '', server, metadata)
   record = make_record(game_id, body)
 
+  -- 5. The answer.
   local reported = {answer}
-  if plan.replaced then
-    reported[#reported + 1] = event('replaced', plan.replaced)
+  if replaced then
+    reported[#reported + 1] = event('replaced', sid, replaced.record, replaced.score)
   end
-  if plan.resumed then
-    reported[#reported + 1] = event('resumed_from', plan.resumed)
+  if resumed then
+    reported[#reported + 1] = event('resumed_from', resumed.sid, resumed.record, resumed.score)
   end
   for _, gone in ipairs(plan.gone) do
-    reported[#reported + 1] = event('displaced', gone)
+    reported[#reported + 1] = event('displaced', gone.sid, gone.record, gone.score)
   end
-  reported[#reported + 1] = event('registered', {sid, record, now})
+  reported[#reported + 1] = event('registered', sid, record, now)
   answer = table.concat(reported)
 
-  if plan.replaced then
+  -- 6. The writes. What had the sid goes first, the others last: the new connection enters before they go, so that no
+  -- key is deleted and made again in between.
+  if replaced then
     -- @include drop_from_indexes
     -- @include drop_from_user
-    local replaced = plan.replaced
-    drop_from_indexes(key_prefix, last_seen_key, sid, replaced[4], replaced[5])
-    if replaced[6] ~= user_id then
-      drop_from_user(key_prefix, replaced[6], sid, key_lifetime_ms, now)
+    drop_from_indexes(key_prefix, last_seen_key, sid, replaced.game_id, replaced.server)
+    if replaced.user_id ~= user_id then
+      drop_from_user(key_prefix, replaced.user_id, sid, key_lifetime_ms, now)
     end
   end
-  -- The new connection enters before others go, so that no key is deleted and made again in between.
   redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
   redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
   -- @include make_sids
@@ -143,14 +155,9 @@ if not is_usual then
     redis.call('HSET', game_conns_key, sid, body)
     redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
   end
-  if plan.own and plan.own[5] ~= '' and plan.own[5] ~= server then
-    redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own[5], sid)
+  if plan.own and plan.own.server ~= '' and plan.own.server ~= server then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own.server, sid)
   end
-elseif other then
-  -- @include event
-  -- @include take_record
-  displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
-  answer = displaced and answer .. event('displaced', displaced) or answer
 end
 if kept ~= '' then
   -- @include keep_apart
@@ -158,6 +165,7 @@ if kept ~= '' then
 end
 redis.call('SET', user_conns_key, sids .. '=' .. token .. answer, 'PX', key_lifetime_ms)
 
+-- 7. What is shared with others: the TTL of last_seen, and the server.
 if not is_refreshed then
   -- One in 1,000 seconds does this for all: keys outlive their connections by a day.
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
@@ -175,42 +183,48 @@ if server ~= '' then
   end
   redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 end
+
+-- 8. The end of those that go, whose records and places in the user's list are gone already.
 if displaced then
   -- @include drop_from_indexes
-  drop_from_indexes(key_prefix, last_seen_key, other, displaced[4], displaced[5])
+  drop_from_indexes(key_prefix, last_seen_key, other, displaced.game_id, displaced.server)
 elseif plan then
   -- @include drop_from_indexes
-  if plan.resumed and plan.resumed[1] ~= sid then
-    drop_from_indexes(key_prefix, last_seen_key, plan.resumed[1], plan.resumed[4], plan.resumed[5])
+  local resumed = plan.resumed
+  if resumed and resumed.sid ~= sid then
+    drop_from_indexes(key_prefix, last_seen_key, resumed.sid, resumed.game_id, resumed.server)
   end
   for _, gone in ipairs(plan.gone) do
-    drop_from_indexes(key_prefix, last_seen_key, gone[1], gone[4], gone[5])
+    drop_from_indexes(key_prefix, last_seen_key, gone.sid, gone.game_id, gone.server)
   end
 end
 
+-- 9. The events.
 if events ~= '' then
   -- @include event
   -- @include publish
-  local connection, channels = {sid, record, now, game_id}, {'user:' .. user_id}
+  local channels = {'user:' .. user_id}
   local message
   if is_usual and not other then
-    message = event('registered', connection) .. event('user_online', connection)
+    message = event('registered', sid, record, now) .. event('user_online', sid, record, now)
   else
     plan = plan or {gone = {displaced}, was_online = true}
+    local connection = {sid = sid, record = record, score = now, game_id = game_id}
     local told = {}
     -- @include has_attached
     local function tell(kind, of)
-      told[#told + 1] = event(kind, of)
-      if of[4] ~= '' then
-        channels[#channels + 1] = 'game:' .. of[4]
+      told[#told + 1] = event(kind, of.sid, of.record, of.score)
+      if of.game_id ~= '' then
+        channels[#channels + 1] = 'game:' .. of.game_id
       end
     end
     local replaced, resumed = plan.replaced, plan.resumed
     if replaced then
       tell('displaced', replaced)
-      if replaced[6] ~= user_id then
-        channels[#channels + 1] = 'user:' .. replaced[6]
-        if tonumber(replaced[3]) >= 0 and not has_attached(key_prefix, last_seen_key, replaced[6], sid) then
+      if replaced.user_id ~= user_id then
+        channels[#channels + 1] = 'user:' .. replaced.user_id
+        local was_attached = tonumber(replaced.score) >= 0
+        if was_attached and not has_attached(key_prefix, last_seen_key, replaced.user_id, sid) then
           tell('user_offline', replaced)
         end
       end
@@ -223,7 +237,7 @@ if events ~= '' then
       tell('resumed_from', resumed)
     end
     if not plan.was_online then
-      told[#told + 1] = event('user_online', connection)
+      tell('user_online', connection)
     end
     message = table.concat(told)
   end

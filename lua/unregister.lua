@@ -55,7 +55,9 @@ else
 end
 if events ~= '' then
   -- @include publish_end
-  local kind, ended = grace_ms > 0 and 'detached' or 'unregistered', {sid, told_record, told_score}
-  publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, ended, not is_detached)
+  local kind = grace_ms > 0 and 'detached' or 'unregistered'
+  publish_end(
+    key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, told_record, told_score, not is_detached
+  )
 end
 return answer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +17,7 @@ import presence
 import presence.sync
 from tests.clock import let_time_pass
 from tests.invariants import Keyspace, read_keyspace, violations
+from tests.processes import PROCESSES, spawn
 from tests.server import LocalServer, NoServerError, Server, program, running_server
 
 if TYPE_CHECKING:
@@ -128,6 +131,14 @@ def make_manager(request: pytest.FixtureRequest, server_url: str, namespace: str
 @pytest.fixture
 def manager(make_manager: ManagerFactory) -> presence.sync.ConnectionManager:
     return make_manager()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as executor:
+        # All of them are up before the first test starts its clock.
+        list(executor.map(time.sleep, [0.2] * PROCESSES))
+        yield executor
 
 
 @pytest.fixture

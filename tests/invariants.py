@@ -26,7 +26,6 @@ class Keyspace:
     known_servers: dict[str, int] = field(default_factory=dict)
     last_seen: dict[str, int] = field(default_factory=dict)
     epoch: int = 0
-    stream_length: int = 0
     ttls_ms: dict[str, int] = field(default_factory=dict)
     """Of the keys in which connections live."""
     other_ttls_ms: dict[str, int] = field(default_factory=dict)
@@ -57,14 +56,12 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
             keyspace.servers[name] = {sid.decode() for sid in _ask(client, "SMEMBERS", key)}
         elif kind == "servers":
             keyspace.known_servers = _scores(client, key)
-        elif kind == "events":
-            keyspace.stream_length = int(_ask(client, "XLEN", key))
         elif kind == "last_seen":
             keyspace.last_seen = _scores(client, key)
             keyspace.epoch = -keyspace.last_seen.pop("", 0)
             if not keyspace.last_seen:
                 keyspace.other_ttls_ms[key] = keyspace.ttls_ms.pop(key)
-        elif kind not in ("reply", "refreshed"):
+        elif kind not in ("reply", "refreshed", "events"):
             raise AssertionError(f"unknown key {key!r}")
     return keyspace
 

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import random
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 import presence
 import presence.sync
 from tests.invariants import violations
+from tests.processes import PROCESSES, sleep_until, spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from concurrent.futures import ProcessPoolExecutor
 
     import redis
 
     from tests.conftest import Keys, ManagerFactory
 
-PROCESSES = 4
 TASKS = 8
 USERS = 6
 STORM_USERS = 40
 GAMES = 4
-
-# A forked child would share the parent's sockets.
-spawn = multiprocessing.get_context("spawn")
 
 
 @dataclass
@@ -52,14 +46,6 @@ class History:
         )
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as executor:
-        # All of them are up before the first test starts its clock.
-        list(executor.map(time.sleep, [0.2] * PROCESSES))
-        yield executor
-
-
 def at_once(
     processes: ProcessPoolExecutor, work: Callable[..., History], *arguments: Any, count: int = PROCESSES
 ) -> History:
@@ -70,7 +56,7 @@ def at_once(
 
 
 def begin(start: float, work: Callable[..., History], *arguments: Any) -> History:
-    time.sleep(max(0, start - time.time()))
+    sleep_until(start)
     return work(*arguments)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import presence.sync
 from presence import EventsLostError, EventType
 from presence.replies import Position
 from tests.conftest import Awaited
+from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -828,7 +828,6 @@ def seats_of(snapshot: presence.GameSnapshot) -> dict[str, presence.ConnectionIn
 
 def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_url: str, namespace: str) -> None:
     """However fast others write: a snapshot, folded with the events up to a later one, equals that."""
-    spawn = multiprocessing.get_context("spawn")
     writers = [
         spawn.Process(target=play_at_full_speed, args=(server_url, namespace, number), daemon=True)
         for number in range(2)

@@ -560,7 +560,7 @@ class TestAServerThatIsBusy:
             other.join(BOUND_SECONDS)
         assert hasty_manager.get_connection_count() == 2
 
-    def test_with_loading_its_data(self, make_manager: ManagerFactory, at_once: dict[str, Any], namespace: str) -> None:
+    def test_with_loading_its_data(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
         slowly = ("--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024")
         with LocalServer(program(), *slowly) as server, admin(server) as client:
             manager = make_manager(server.url, **at_once)

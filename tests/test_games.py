@@ -11,8 +11,6 @@ from presence import JoinResult
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import redis
-
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
 
@@ -148,7 +146,7 @@ class TestReads:
         assert manager.get_user_connection("user-expired") is None
         assert not manager.is_user_online("user-expired")
 
-    def test_a_large_game_is_read_whole(self, manager: ConnectionManager, client: redis.Redis) -> None:
+    def test_a_large_game_is_read_whole(self, manager: ConnectionManager) -> None:
         # More than the 1,000 values that a script passes to one command.
         operations = manager.operations
         size = 2_500

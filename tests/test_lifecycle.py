@@ -329,6 +329,36 @@ class TestAStateThatTheServerLostInPart:
         assert not manager.register_connection("another", "user")
         client.zrem(f"{{{namespace}}}:last_seen", "evicted")
 
+    def test_an_evicted_record_does_not_let_one_user_refuse_another(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        manager.register_connection("sid", "evicted user")
+        client.delete(f"{{{namespace}}}:conn:sid")
+        manager.register_connection("sid", "new owner")
+
+        registration = manager.register_connection("new", "evicted user")
+
+        assert registration
+        assert registration.displaced == ()
+        assert manager.is_user_online("new owner")
+
+    def test_what_is_alive_beside_an_evicted_record_still_refuses(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        for sid in ("alive", "evicted"):
+            make_manager(connections_per_user=2).register_connection(sid, "user")
+        client.delete(f"{{{namespace}}}:conn:evicted")
+        manager = make_manager(displacement="reject_while_alive")
+
+        registration = manager.register_connection("new", "user")
+
+        assert registration.refused
+        assert registration.connection.sid == "alive"
+        manager.unregister_connection("alive")
+        client.zrem(f"{{{namespace}}}:last_seen", "evicted")
+        client.delete(f"{{{namespace}}}:user_conns:user")
+
     @pytest.mark.parametrize(
         "score",
         [

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,27 +14,16 @@ import redis
 import presence.sync
 from presence import JoinResult, Registration
 from tests.invariants import violations
+from tests.processes import PROCESSES, sleep_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from concurrent.futures import ProcessPoolExecutor
 
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
     from tests.invariants import Keyspace
     from tests.server import LocalServer
-
-PROCESSES = 4
-
-# A forked child would share the parent's sockets.
-spawn = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as executor:
-        # All of them are up before the first test starts its clock.
-        list(executor.map(time.sleep, [0.2] * PROCESSES))
-        yield executor
 
 
 def at_once(processes: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -44,10 +31,6 @@ def at_once(processes: ProcessPoolExecutor, work: Callable[..., Any], *arguments
     start = time.time() + 0.2
     futures = [processes.submit(work, number, start, *arguments) for number in range(PROCESSES)]
     return [future.result(timeout=120) for future in futures]
-
-
-def sleep_until(moment: float) -> None:
-    time.sleep(max(0, moment - time.time()))
 
 
 def assert_unchanged(before: Keyspace, after: Keyspace) -> None:
@@ -306,9 +289,7 @@ def test_of_many_registers_at_once_one_is_accepted_and_all_others_are_told_which
 class TestEpochs:
     """Every registration has a number larger than all before it in the namespace."""
 
-    def test_grow_over_users_sids_and_registrations_of_the_same(
-        self, make_manager: ManagerFactory, wait: Callable[[float], None]
-    ) -> None:
+    def test_grow_over_users_sids_and_registrations_of_the_same(self, make_manager: ManagerFactory) -> None:
         managers = make_manager(), make_manager()
         epochs = [
             managers[number % 2].register_connection(sid, user_id).connection.epoch
@@ -344,7 +325,7 @@ class TestEpochs:
         assert detached is not None
         assert detached.epoch == epoch
 
-    def test_grow_after_everything_was_removed(self, manager: ConnectionManager, client: redis.Redis) -> None:
+    def test_grow_after_everything_was_removed(self, manager: ConnectionManager) -> None:
         first = manager.register_connection("sid", "user").connection.epoch
         manager.unregister_connection("sid")
         second = manager.register_connection("sid", "user").connection.epoch
@@ -496,9 +477,7 @@ class TestFencing:
         manager.join_game("sid", "game")
         return older, newer
 
-    def test_an_older_epoch_changes_nothing(
-        self, manager: ConnectionManager, wait: Callable[[float], None], keys: Keys, name: str
-    ) -> None:
+    def test_an_older_epoch_changes_nothing(self, manager: ConnectionManager, keys: Keys, name: str) -> None:
         older, _ = self.register_twice(manager)
         before = keys()
         call, refused, _ = FENCED[name]

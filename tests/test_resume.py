@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import random
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,11 @@ import pytest
 import presence.sync
 from presence import ConnectionInfo, JoinResult
 from tests.invariants import violations
+from tests.processes import sleep_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from concurrent.futures import ProcessPoolExecutor
 
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
@@ -480,20 +480,8 @@ def test_a_long_grace_keeps_the_seat_however_old_the_keys_are(
 
 # Several processes at once. Each round begins at the same moment in all of them.
 
-PROCESSES = 3
 ROUNDS = 200
 ROUND_SECONDS = 0.003
-
-# A forked child would share the parent's sockets.
-spawn = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as executor:
-        # All of them are up before the first test starts its clock.
-        list(executor.map(time.sleep, [0.2] * PROCESSES))
-        yield executor
 
 
 def at_once(processes: ProcessPoolExecutor, *work: tuple[Any, ...]) -> list[Any]:
@@ -501,10 +489,6 @@ def at_once(processes: ProcessPoolExecutor, *work: tuple[Any, ...]) -> list[Any]
     start = time.time() + 0.2
     futures = [processes.submit(function, start, *arguments) for function, *arguments in work]
     return [future.result(timeout=120) for future in futures]
-
-
-def sleep_until(moment: float) -> None:
-    time.sleep(max(0, moment - time.time()))
 
 
 def detach_many(manager: ConnectionManager, graces: list[float]) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import presence.sync
 from presence import PresenceError
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
+from tests.processes import PROCESSES, sleep_until, spawn
 from tests.server import free_port
 
 if TYPE_CHECKING:
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
 
-PROCESSES = 4
 BOUND_SECONDS = 30
-
-# A forked child would share the parent's sockets.
-spawn = multiprocessing.get_context("spawn")
 
 
 def sids(connections: Any) -> list[str]:
@@ -303,9 +299,7 @@ class TestARestart:
         assert set(keys().records) == {"another's", "new"}
         assert new.update_server_heartbeat()
 
-    def test_a_start_that_was_replaced_never_revives(
-        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
-    ) -> None:
+    def test_a_start_that_was_replaced_never_revives(self, make_manager: ManagerFactory, keys: Keys) -> None:
         first = make_manager(server_id="server")
         first.register_connection("sid-1", "user-1")
         assert first.update_server_heartbeat()
@@ -577,7 +571,7 @@ class TestRunServerHeartbeat:
 
 
 def clean_up(start: float, url: str, namespace: str, grace_seconds: float) -> list[str]:
-    time.sleep(max(0, start - time.time()))
+    sleep_until(start)
     with presence.sync.ConnectionManager.from_url(
         url, namespace=namespace, server_grace_seconds=grace_seconds
     ) as manager:
@@ -587,7 +581,12 @@ def clean_up(start: float, url: str, namespace: str, grace_seconds: float) -> li
 
 @pytest.mark.parametrize("grace_seconds", [0, 60])
 def test_of_many_cleanups_exactly_one_reports_each_connection_of_dead_servers(
-    server_url: str, namespace: str, wait: Callable[[float], None], keys: Keys, grace_seconds: float
+    processes: ProcessPoolExecutor,
+    server_url: str,
+    namespace: str,
+    wait: Callable[[float], None],
+    keys: Keys,
+    grace_seconds: float,
 ) -> None:
     names = []
     for number in range(5):
@@ -598,11 +597,9 @@ def test_of_many_cleanups_exactly_one_reports_each_connection_of_dead_servers(
     wait(91)
     with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
         assert all(manager.update_heartbeats(names).values())
-    with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as processes:
-        list(processes.map(time.sleep, [0.2] * PROCESSES))
-        start = time.time() + 0.1
-        futures = [processes.submit(clean_up, start, server_url, namespace, grace_seconds) for _ in range(PROCESSES)]
-        reports = [future.result(timeout=120) for future in futures]
+    start = time.time() + 0.1
+    futures = [processes.submit(clean_up, start, server_url, namespace, grace_seconds) for _ in range(PROCESSES)]
+    reports = [future.result(timeout=120) for future in futures]
 
     assert Counter(sid for report in reports for sid in report) == Counter(names)
     keyspace = keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from redis.exceptions import WatchError
@@ -13,8 +14,6 @@ from bench.contenders.plain import Plain
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from redis.asyncio import Redis
-
 Result = TypeVar("Result")
 
 
@@ -23,19 +22,12 @@ class Transaction(Plain):
 
     name: ClassVar[str] = "transaction"
 
-    def __init__(self, client: Redis, namespace: str) -> None:
-        super().__init__(client, namespace)
-        self.retries = 0
-        """How often an EXEC was refused and the operation began anew."""
-
     async def _transact(self, attempt: Callable[[Any], Awaitable[Result]]) -> Result:
         """Run an attempt on a pipeline until no watched key was changed meanwhile."""
         async with self._client.pipeline(transaction=True) as pipeline:
             while True:
-                try:
+                with suppress(WatchError):
                     return await attempt(pipeline)
-                except WatchError:
-                    self.retries += 1
 
     async def _read_to_clean(self, pipeline: Any, sid: str) -> tuple[dict[str, str], bool]:
         """Watch and read a connection's record, and whether its user's entry names it."""

@@ -4,16 +4,18 @@
 -- @include event
 -- @include publish
 -- Publish that a connection was removed or detached, and with the last one that is not detached, that its user is
--- offline. ended = {sid, record, score}, as they are then or, of one removed, as they were.
-local function publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, ended, is_attached)
-  local game_id, body = split_record(ended[2])
+-- offline. record and score are as they are then or, of one removed, as they were.
+local function publish_end(
+  key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, record, score, is_attached
+)
+  local game_id, body = split_record(record)
   local user_id = split_body(body)
-  local message, channels = event(kind, ended), {'user:' .. user_id}
+  local message, channels = event(kind, sid, record, score), {'user:' .. user_id}
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
-  if is_attached and not has_attached(key_prefix, last_seen_key, user_id, ended[1]) then
-    message = message .. event('user_offline', ended)
+  if is_attached and not has_attached(key_prefix, last_seen_key, user_id, sid) then
+    message = message .. event('user_offline', sid, record, score)
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end

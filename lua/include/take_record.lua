@@ -1,7 +1,7 @@
 -- @include split_record
 -- @include split_body
--- Take away the record of a connection of the user, and open it: {sid, record, score, game_id, server}. Nil when it was
--- evicted, and may be another user's by now.
+-- Take away the record of a connection of the user, and open it: {sid, record, score, game_id, server} by these names.
+-- Nil when it was evicted, and may be another user's by now.
 local function take_record(key_prefix, sid, score, user_id, key_lifetime_ms)
   local conn_key = key_prefix .. 'conn:' .. sid
   local record = redis.call('GETDEL', conn_key)
@@ -9,7 +9,7 @@ local function take_record(key_prefix, sid, score, user_id, key_lifetime_ms)
     local game_id, body = split_record(record)
     local its_user_id, _, _, _, server = split_body(body)
     if its_user_id == user_id then
-      return {sid, record, score, game_id, server}
+      return {sid = sid, record = record, score = score, game_id = game_id, server = server}
     end
     redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
   end
