@@ -255,7 +255,7 @@ class ConnectionManager:
 
         Returns:
             The connection, and the displaced ones, whose sockets are now the caller's to close: no other call on any
-            server reports them.
+            server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and refused it.
 
         Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server, N = connections in
         the namespace.
@@ -348,7 +348,7 @@ class ConnectionManager:
 
         Returns:
             Whether there is such a connection. False is final: it was displaced, removed or has expired, and a
-            heartbeat never brings it back; close its socket, or register it again.
+            heartbeat never brings it back. Close its socket: to register it again would displace what displaced it.
 
         Cost: one round trip; O(log N).
 
@@ -557,14 +557,15 @@ class ConnectionManager:
     async def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> CleanupResult:
         """Remove the connections that were not seen for longer than a threshold, or whose grace is over, in batches.
 
-        Any number of servers may do so at once: each connection is reported by exactly one of them.
+        Those of dead game servers go too, or are detached where ``server_grace_seconds`` keeps their seats. Any number
+        of servers may clean up at once: each connection is reported by exactly one of them.
 
         Args:
             threshold_seconds: seconds, 0 or more; None is three times ``heartbeat_seconds``, 90 by default.
 
         Returns:
-            The removed connections. If a fault stopped it after some were removed, they are reported all the same
-            and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
+            The removed and the detached connections. If a fault stopped it after some of them, they are reported all
+            the same and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
         Cost: a round trip for each 50 removed connections or 64 KiB of records; O(log N) for each removed connection.
 

@@ -201,6 +201,8 @@ class ServerNotStartedError(ValueError):
 class Operations:
     """The operations of one namespace, each method checking its arguments and describing one call.
 
+    Where a manager has a method of the same name, that says what the arguments and the result are.
+
     Args:
         namespace: the keyspace and, being the hash tag of every key, the cluster slot; no braces.
         conn_ttl_seconds: a connection without a heartbeat for longer has expired; 0.001 s to ten years.

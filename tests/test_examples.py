@@ -1,12 +1,21 @@
-"""What the README shows works as it is shown."""
+"""What the README and the documentation show works as it is shown."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import ClientSession, WSMsgType, web
+from aiohttp.test_utils import TestServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -33,17 +42,84 @@ def test_the_readmes_example_prints_what_it_says(server_url: str, namespace: str
     assert run(code, server_url, namespace) == printed
 
 
-def test_the_readmes_example_of_events_prints_what_it_says(server_url: str, namespace: str) -> None:
-    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"## Events\n.*?```python\n(.*?)```", readme, re.DOTALL)[1]  # type: ignore[index]
+def snippet(file: str, heading: str) -> str:
+    """Give the first piece of Python below a heading."""
+    text = (CHECKOUT / file).read_text(encoding="utf-8")
+    return re.search(rf"^## {heading}\n.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)[1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("heading", ["Servers and metadata", "Events"])
+def test_the_readmes_other_examples_print_what_they_say(server_url: str, namespace: str, heading: str) -> None:
+    code = snippet("README.md", heading)
     (printed,) = re.findall(r"print\(.*\)  # (.*)", code)
     assert run(code, server_url, namespace) == f"{printed}\n"
 
 
-def run(code: str, server_url: str, namespace: str) -> str:
-    """Run an example in a namespace of the test's; give what it prints."""
+def test_the_example_of_tests_passes() -> None:
+    code = snippet("docs/operating.md", "Tests of an application")
+    finished = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace: str) -> None:
+    example: dict[str, Any] = {}
+    exec(in_namespace(snippet("docs/operating.md", "Plain WebSockets"), server_url, namespace), example)
+    manager, sockets = example["presence"], example["sockets"]
+
+    async def accept(request: web.Request) -> web.WebSocketResponse:
+        websocket = web.WebSocketResponse()
+        await websocket.prepare(request)
+        await example["serve"](websocket, request.match_info["user"])
+        return websocket
+
+    async def until(holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not holds():  # noqa: ASYNC110, what a socket brings about has no event
+                await asyncio.sleep(0.01)
+
+    async def run() -> None:
+        app = web.Application()
+        app.add_routes([web.get("/{user}", accept)])
+        async with TestServer(app) as server, ClientSession() as session:
+            background = asyncio.create_task(example["run_in_background"]())
+            first = await session.ws_connect(server.make_url("/alice"))
+            await until(lambda: len(sockets) == 1)
+            second = await session.ws_connect(server.make_url("/alice"))
+            # What the second displaced is closed.
+            assert (await first.receive(timeout=10)).type is WSMsgType.CLOSE
+            await until(lambda: len(sockets) == 1)
+            assert (await manager.get_user_connection("alice")).sid in sockets
+
+            # So is what another server's register displaced, at the next heartbeat.
+            await manager.register_connection("elsewhere", "alice")
+            beating = asyncio.create_task(example["beat"]())
+            assert (await second.receive(timeout=10)).type is WSMsgType.CLOSE
+            await until(lambda: not sockets)
+            assert (await manager.get_user_connection("alice")).sid == "elsewhere"
+
+            third = await session.ws_connect(server.make_url("/bob"))
+            await until(lambda: len(sockets) == 1)
+            await third.close()
+            await until(lambda: not sockets)
+            for task in (beating, background):
+                task.cancel()
+            await asyncio.gather(beating, background, return_exceptions=True)
+        assert not await manager.is_user_online("bob")
+        await manager.unregister_connection("elsewhere")
+        await manager.aclose()
+
+    asyncio.run(run())
+
+
+def in_namespace(code: str, server_url: str, namespace: str) -> str:
     here = code.replace('"redis://localhost:6379/0"', f"{server_url!r}, namespace={namespace!r}")
     assert here != code
+    return here
+
+
+def run(code: str, server_url: str, namespace: str) -> str:
+    """Run an example in a namespace of the test's; give what it prints."""
+    here = in_namespace(code, server_url, namespace)
     finished = subprocess.run([sys.executable, "-c", here], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
