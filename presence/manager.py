@@ -75,6 +75,17 @@ class _Repetition:
         self.ended = asyncio.Event()
 
 
+async def _to_its_end(task: asyncio.Future[Result]) -> Result:
+    """Wait for a task; a cancellation waits for it too, however often one cancels."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(task)
+        raise
+
+
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for asyncio code.
 
@@ -230,14 +241,23 @@ class ConnectionManager:
             if running.loop is loop and asyncio.current_task() not in running.tasks:
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
-        if own is not None:
+        if own is None:
+            return
+        try:
             while own.in_flight:
                 own.idle.clear()
                 await own.idle.wait()
-            if own.shared is not None:
-                await own.shared.aclose()
-            if self._given_client is None:
-                await own.client.aclose()
+        except asyncio.CancelledError:
+            # What is under way goes on with it, so it is left to the next close.
+            self._own_clients.setdefault(loop, own)
+            raise
+        await _to_its_end(asyncio.ensure_future(self._close(own)))
+
+    async def _close(self, own: _OpenClient) -> None:
+        if own.shared is not None:
+            await own.shared.aclose()
+        if self._given_client is None:
+            await own.client.aclose()
 
     async def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
@@ -681,12 +701,7 @@ class ConnectionManager:
                 task = asyncio.ensure_future(step())
                 running.tasks.add(task)
                 try:
-                    pause = await asyncio.shield(task)
-                except asyncio.CancelledError:
-                    while not task.done():
-                        with suppress(asyncio.CancelledError):
-                            await asyncio.shield(task)
-                    raise
+                    pause = await _to_its_end(task)
                 finally:
                     running.tasks.discard(task)
                 if pause is None:

@@ -16,6 +16,7 @@ import redis.asyncio
 
 import presence
 from presence.operations import CLEANUP_BATCH_SIZE
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -151,6 +152,46 @@ class TestClosing:
         displaced = [gone.sid for registration in answers for gone in registration.displaced]
         assert len(answers) == 400
         assert len(displaced) == len(set(displaced)) == 399
+
+    def test_that_is_cancelled_leaves_no_connection_open(self, own_server: LocalServer) -> None:
+        async def run(turns: int) -> bool:
+            manager = presence.ConnectionManager.from_url(own_server.url, client_name="closing")
+            await manager.update_heartbeat("unknown")
+            close = asyncio.create_task(manager.aclose())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            is_over = close.done()
+            close.cancel()
+            await asyncio.wait([close])
+            return is_over
+
+        turns = 1  # Before the first it has not begun.
+        with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+            while not asyncio.run(run(turns)):
+                gc.collect()
+                turns += 1
+            names = [client["name"] for client in admin.client_list()]
+        assert turns > 2
+        assert "closing" not in names
+
+    def test_that_gives_up_while_calls_are_under_way_can_be_done_again(self, own_server: LocalServer) -> None:
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                manager = presence.ConnectionManager.from_url(proxy.url, client_name="closing")
+                await manager.register_connection("sid", "user")
+                await manager.update_heartbeat("sid")
+                proxy.fates = [Fate.HOLD_REPLY]
+                beat = asyncio.create_task(manager.update_heartbeat("sid"))
+                assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(manager.aclose(), 0.01)
+                proxy.release()
+                assert await beat
+                await manager.aclose()
+                assert manager._own_clients == {}
+
+        asyncio.run(run())
+        gc.collect()
 
     # A loop that ends without aclose() leaves sockets for the garbage collector, as with any asyncio client.
     @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
