@@ -236,7 +236,12 @@ class ConnectionManager:
         self._is_closed = True
         loop = asyncio.get_running_loop()
         for running in tuple(self._repetitions):
-            running.loop.call_soon_threadsafe(running.stop.set)
+            try:
+                running.loop.call_soon_threadsafe(running.stop.set)
+            except RuntimeError:
+                # Its loop was closed, without ending its tasks.
+                self._repetitions.discard(running)
+                continue
             # A callback of a cleanup itself may close the manager, and what another loop runs ends there.
             if running.loop is loop and asyncio.current_task() not in running.tasks:
                 await running.ended.wait()
@@ -810,8 +815,9 @@ class ConnectionManager:
                 address = self._address or clients.parse_default()
                 client = clients.connect_asyncio(address, self._client_options)
             # What a loop that has ended left behind can only be dropped.
-            for ended in [known for known in self._own_clients if known.is_closed()]:
-                del self._own_clients[ended]
+            for known in tuple(self._own_clients):  # Other threads have their loops here too.
+                if known.is_closed():
+                    self._own_clients.pop(known, None)
             own = self._own_clients[loop] = _OpenClient(client)
             self._is_closed = False
         return own
