@@ -63,6 +63,7 @@ class _OpenClient:
         # the first call goes alone.
         self.may_share = not isinstance(client, RedisCluster)
         self.first_call = asyncio.Lock()
+        self.wait_for_events: asyncio.Task[Exception | None] | None = None
 
 
 class _Repetition:
@@ -784,7 +785,8 @@ class ConnectionManager:
 
         Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
         too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
-        any operation, and the iteration may go on after it. It takes a connection of the client's pool.
+        any operation, and the iteration may go on after it. While it waits, it takes a connection of the
+        client's pool: all of an event loop take one together, those in threads one each.
 
         Args:
             game_id: only the events of connections in this game (those who leave it among them).
@@ -803,7 +805,19 @@ class ConnectionManager:
 
         """
         feed = Feed(self.operations, game_id, user_id, after)
-        return AsyncSubscription(feed, partial(self._run, alone=True), lambda: self._open_client().client)
+        return AsyncSubscription(feed, self._run, self._wait_for_events, lambda: self._open_client().client)
+
+    async def _wait_for_events(self, wait: Exchange[Exception | None]) -> Exception | None:
+        """Let the server wait for events, once for all who wait; each would take a connection away from the calls.
+
+        Who began to wait elsewhere in the stream is woken too late by the length of one wait, and reads on then.
+        """
+        own = self._open_client()
+        waiting = own.wait_for_events
+        if waiting is None or waiting.done():
+            waiting = own.wait_for_events = asyncio.create_task(self._run(wait, alone=True))
+        await asyncio.wait([waiting])
+        return None if waiting.cancelled() else waiting.result()
 
     def _open_client(self) -> _OpenClient:
         loop = asyncio.get_running_loop()

@@ -749,7 +749,8 @@ class ConnectionManager:
 
         Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
         too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
-        any operation, and the iteration may go on after it. It takes a connection of the client's pool.
+        any operation, and the iteration may go on after it. While it waits, it takes a connection of the
+        client's pool: all of an event loop take one together, those in threads one each.
 
         Args:
             game_id: only the events of connections in this game (those who leave it among them).
