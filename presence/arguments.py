@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 from uuid import UUID
 
-if TYPE_CHECKING:
-    from presence.operations import EventsMode
+Choice = TypeVar("Choice", bound=str)
 
 MAX_ID_LENGTH = 1024
 """Characters in a sid, user id, game id or namespace, at most."""
@@ -18,11 +17,22 @@ MAX_METADATA_BYTES = 4096
 MAX_SECONDS = 10 * 365 * 24 * 60 * 60
 """Ten years: the longest duration. The server's arithmetic on times stays exact far beyond it."""
 
+MAX_EPOCH = (1 << 63) - 1
+"""More than any epoch will ever be; hiredis crashes on an int of more than 4,300 digits."""
+
+
+def shown(value: object) -> str:
+    """Show the beginning of a refused value; it may have no repr, as an int of more than 4,300 digits."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:
+        return "(it cannot be shown)"
+
 
 def check_text(name: str, value: object) -> str:
     """Check an id, and give it back."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, not {type(value).__name__}: {value!r:.80}")
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}: {shown(value)}")
     if not value:
         raise ValueError(f"{name} must not be empty")
     if len(value) > MAX_ID_LENGTH:
@@ -35,7 +45,9 @@ def encode(name: str, value: object) -> bytes:
     try:
         return check_text(name, value).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} must not contain lone surrogates, which have no UTF-8 form: {value!r:.80}") from error
+        raise ValueError(
+            f"{name} must not contain lone surrogates, which have no UTF-8 form: {shown(value)}"
+        ) from error
 
 
 def encode_user_id(name: str, value: object) -> bytes:
@@ -43,20 +55,20 @@ def encode_user_id(name: str, value: object) -> bytes:
     if isinstance(value, UUID):
         return str(value).encode()
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str or a UUID, not {type(value).__name__}: {value!r:.80}")
+        raise TypeError(f"{name} must be a str or a UUID, not {type(value).__name__}: {shown(value)}")
     return encode(name, value)
 
 
 def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int:
     """Check a duration in seconds, and give it in whole milliseconds."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}: {seconds!r:.80}")
+        raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}: {shown(seconds)}")
     if seconds != seconds:  # NaN, the one number that is neither below nor above a limit
         raise ValueError(f"{name} must be a number of seconds, not {seconds}")
     if seconds < 0 or (seconds == 0 and not allow_zero):
-        raise ValueError(f"{name} must be {'0 or more' if allow_zero else 'positive'}, not {seconds!r:.80}")
+        raise ValueError(f"{name} must be {'0 or more' if allow_zero else 'positive'}, not {shown(seconds)}")
     if seconds > MAX_SECONDS:
-        raise ValueError(f"{name} must be at most {MAX_SECONDS} seconds (ten years), not {seconds!r:.80}")
+        raise ValueError(f"{name} must be at most {MAX_SECONDS} seconds (ten years), not {shown(seconds)}")
     whole = round(seconds * 1000)
     if whole == 0 and seconds > 0:
         raise ValueError(f"{name} must be at least 0.001 seconds, not {seconds}")
@@ -68,24 +80,21 @@ def check_epoch(epoch: object) -> int | str:
     if epoch is None:
         return ""
     if isinstance(epoch, bool) or not isinstance(epoch, int):
-        raise TypeError(f"epoch must be an int or None, not {type(epoch).__name__}: {epoch!r:.80}")
+        raise TypeError(f"epoch must be an int or None, not {type(epoch).__name__}: {shown(epoch)}")
     if epoch < 0:
-        raise ValueError(f"epoch must be 0 or more, not {epoch!r:.80}")
-    return epoch
+        raise ValueError(f"epoch must be 0 or more, not {shown(epoch)}")
+    if epoch > MAX_EPOCH:
+        raise ValueError(f"epoch must be at most {MAX_EPOCH}, not {shown(epoch)}")
+    return int(epoch)  # hiredis sends no subclass, such as an IntEnum.
 
 
-def check_displacement(displacement: object) -> str:
-    """Check the policy by which one connection gives way to another."""
-    if displacement not in ("newest_wins", "reject_while_alive"):
-        raise ValueError(f'displacement must be "newest_wins" or "reject_while_alive", not {displacement!r:.80}')
-    return str(displacement)
-
-
-def check_events(events: object) -> EventsMode:
-    """Check whether and how changes are to be published."""
-    if events not in ("off", "pubsub", "stream"):
-        raise ValueError(f'events must be "off", "pubsub" or "stream", not {events!r:.80}')
-    return events
+def check_choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
+    """Check that a value is one of several texts, and give that one: of a str with an Enum, ``str()`` is another."""
+    for choice in choices:
+        if isinstance(value, str) and value == choice:
+            return choice
+    quoted = [f'"{choice}"' for choice in choices]
+    raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {shown(value)}")
 
 
 def encode_metadata(metadata: object) -> bytes:
@@ -96,7 +105,7 @@ def encode_metadata(metadata: object) -> bytes:
         except UnicodeEncodeError as error:
             raise ValueError("metadata must not contain lone surrogates, which have no UTF-8 form") from error
     if not isinstance(metadata, bytes):
-        raise TypeError(f"metadata must be bytes or a str, not {type(metadata).__name__}: {metadata!r:.80}")
+        raise TypeError(f"metadata must be bytes or a str, not {type(metadata).__name__}: {shown(metadata)}")
     if len(metadata) > MAX_METADATA_BYTES:
         raise ValueError(f"metadata must be at most {MAX_METADATA_BYTES} bytes long, not {len(metadata)}")
     return metadata
@@ -105,8 +114,20 @@ def encode_metadata(metadata: object) -> bytes:
 def check_iterable(name: str, values: object) -> list[Any]:
     """Check that several ids were given, not one."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be several ids, as a list, not {type(values).__name__}: {values!r:.80}")
+        raise TypeError(f"{name} must be several ids, as a list, not {type(values).__name__}: {shown(values)}")
     return list(values)
+
+
+def check_different(name: str, values: object) -> list[Any]:
+    """Check that several ids were given, not one, and give each once."""
+    several = check_iterable(name, values)
+    try:
+        return list(dict.fromkeys(several))
+    except TypeError:
+        # What has no hash is no id.
+        for value in several:
+            check_text(name, value)
+        raise
 
 
 def check_users(name: str, values: object) -> list[str]:
@@ -116,17 +137,16 @@ def check_users(name: str, values: object) -> list[str]:
 
 def check_namespace(namespace: object) -> str:
     """Check a namespace: it is the hash tag of every key, so it may hold no brace."""
-    text = check_text("namespace", namespace)
+    text = encode("namespace", namespace).decode()
     if "{" in text or "}" in text:
-        raise ValueError(f"namespace must not contain braces, which would move its keys to other slots: {text!r:.80}")
-    encode("namespace", text)
+        raise ValueError(f"namespace must not contain braces, which would move its keys to other slots: {shown(text)}")
     return text
 
 
 def check_count(name: str, value: object, maximum: int) -> int:
     """Check a whole number from 1 to a maximum."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}: {value!r:.80}")
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}: {shown(value)}")
     if not 1 <= value <= maximum:
-        raise ValueError(f"{name} must be from 1 to {maximum}, not {value}")
-    return value
+        raise ValueError(f"{name} must be from 1 to {maximum}, not {shown(value)}")
+    return int(value)  # hiredis sends no subclass, such as an IntEnum.

@@ -90,7 +90,7 @@ def parse(url: str) -> Address:
     try:
         if "+" in scheme:
             return _parse_fleet(url, *scheme.split("+"))
-        redis.connection.parse_url(url)
+        _check_host(redis.connection.parse_url(url).get("host", ""))
     except ValueError as error:
         if str(error).startswith("Port could not"):
             # It would quote what may be half a password.
@@ -146,7 +146,17 @@ def _parse_host(text: str, default_port: int) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
         raise ValueError("a host is missing")
+    _check_host(parts.hostname)
     return parts.hostname, parts.port or default_port
+
+
+def _check_host(host: str) -> None:
+    try:
+        # As the socket module will, whose error is no fault of the network.
+        host.encode("idna")
+    except UnicodeError:
+        # It is not quoted: it may be half a password.
+        raise ValueError("a host is no host name: a part of it is empty or too long") from None
 
 
 def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class _OpenClient:
         # the first call goes alone.
         self.may_share = not isinstance(client, RedisCluster)
         self.first_call = asyncio.Lock()
+        self.wait_for_events: asyncio.Task[Exception | None] | None = None
 
 
 class _Repetition:
@@ -73,6 +74,17 @@ class _Repetition:
         self.tasks = {asyncio.current_task()}
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
+
+
+async def _to_its_end(task: asyncio.Future[Result]) -> Result:
+    """Wait for a task; a cancellation waits for it too, however often one cancels."""
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(task)
+        raise
 
 
 class ConnectionManager:
@@ -225,19 +237,33 @@ class ConnectionManager:
         self._is_closed = True
         loop = asyncio.get_running_loop()
         for running in tuple(self._repetitions):
-            running.loop.call_soon_threadsafe(running.stop.set)
+            try:
+                running.loop.call_soon_threadsafe(running.stop.set)
+            except RuntimeError:
+                # Its loop was closed, without ending its tasks.
+                self._repetitions.discard(running)
+                continue
             # A callback of a cleanup itself may close the manager, and what another loop runs ends there.
             if running.loop is loop and asyncio.current_task() not in running.tasks:
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
-        if own is not None:
+        if own is None:
+            return
+        try:
             while own.in_flight:
                 own.idle.clear()
                 await own.idle.wait()
-            if own.shared is not None:
-                await own.shared.aclose()
-            if self._given_client is None:
-                await own.client.aclose()
+        except asyncio.CancelledError:
+            # What is under way goes on with it, so it is left to the next close.
+            self._own_clients.setdefault(loop, own)
+            raise
+        await _to_its_end(asyncio.ensure_future(self._close(own)))
+
+    async def _close(self, own: _OpenClient) -> None:
+        if own.shared is not None:
+            await own.shared.aclose()
+        if self._given_client is None:
+            await own.client.aclose()
 
     async def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
@@ -682,12 +708,7 @@ class ConnectionManager:
                 task = asyncio.ensure_future(step())
                 running.tasks.add(task)
                 try:
-                    pause = await asyncio.shield(task)
-                except asyncio.CancelledError:
-                    while not task.done():
-                        with suppress(asyncio.CancelledError):
-                            await asyncio.shield(task)
-                    raise
+                    pause = await _to_its_end(task)
                 finally:
                     running.tasks.discard(task)
                 if pause is None:
@@ -765,7 +786,8 @@ class ConnectionManager:
 
         Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
         too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
-        any operation, and the iteration may go on after it. It takes a connection of the client's pool.
+        any operation, and the iteration may go on after it. While it waits, it takes a connection of the
+        client's pool: all of an event loop take one together, those in threads one each.
 
         Args:
             game_id: only the events of connections in this game (those who leave it among them).
@@ -784,7 +806,19 @@ class ConnectionManager:
 
         """
         feed = Feed(self.operations, game_id, user_id, after)
-        return AsyncSubscription(feed, partial(self._run, alone=True), lambda: self._open_client().client)
+        return AsyncSubscription(feed, self._run, self._wait_for_events, lambda: self._open_client().client)
+
+    async def _wait_for_events(self, wait: Exchange[Exception | None]) -> Exception | None:
+        """Let the server wait for events, once for all who wait; each would take a connection away from the calls.
+
+        Who began to wait elsewhere in the stream is woken too late by the length of one wait, and reads on then.
+        """
+        own = self._open_client()
+        waiting = own.wait_for_events
+        if waiting is None or waiting.done():
+            waiting = own.wait_for_events = asyncio.create_task(self._run(wait, alone=True))
+        await asyncio.wait([waiting])
+        return None if waiting.cancelled() else waiting.result()
 
     def _open_client(self) -> _OpenClient:
         loop = asyncio.get_running_loop()
@@ -796,8 +830,9 @@ class ConnectionManager:
                 address = self._address or clients.parse_default()
                 client = clients.connect_asyncio(address, self._client_options)
             # What a loop that has ended left behind can only be dropped.
-            for ended in [known for known in self._own_clients if known.is_closed()]:
-                del self._own_clients[ended]
+            for known in tuple(self._own_clients):  # Other threads have their loops here too.
+                if known.is_closed():
+                    self._own_clients.pop(known, None)
             own = self._own_clients[loop] = _OpenClient(client)
             self._is_closed = False
         return own

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from redis.exceptions import NoScriptError
 
@@ -241,14 +241,15 @@ class Operations:
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
         self._users_batch_size = min(USERS_BATCH_SIZE, USERS_BATCH_CONNECTIONS // self._connections_per_user)
-        self._reject_ms = self._stale_ms if arguments.check_displacement(displacement) == REJECT_WHILE_ALIVE else 0
+        policy: Displacement = arguments.check_choice("displacement", displacement, get_args(Displacement))
+        self._reject_ms = self._stale_ms if policy == REJECT_WHILE_ALIVE else 0
         self.server_id = None if server_id is None else arguments.encode("server_id", server_id).decode()
         self._server_grace_ms = self._grace_ms("server_grace_seconds", server_grace_seconds)
-        self.events_mode = arguments.check_events(events)
+        self.events_mode: EventsMode = arguments.check_choice("events", events, get_args(EventsMode))
         max_length = arguments.check_count("events_max_length", events_max_length, MAX_EVENTS)
         self._events = {"off": "", "pubsub": "pubsub", "stream": str(max_length)}[self.events_mode]
         self._key_lifetime_ms = self._conn_ttl_ms + RETENTION_MS
-        self._prefix = f"{{{namespace}}}:".encode()
+        self._prefix = f"{{{self.namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
         self._refreshed_key = self._prefix + b"refreshed"
         self._servers_key = self._prefix + b"servers"
@@ -268,7 +269,7 @@ class Operations:
         grace_ms = arguments.milliseconds(name, seconds, allow_zero=True)
         if grace_ms > self._conn_ttl_ms:
             at_most = f"conn_ttl_seconds ({self._conn_ttl_ms / 1000:g})"
-            raise ValueError(f"{name} must be at most {at_most}, not {seconds!r}")
+            raise ValueError(f"{name} must be at most {at_most}, not {arguments.shown(seconds)}")
         return grace_ms
 
     def _server(self) -> str:
@@ -420,7 +421,7 @@ class Operations:
 
     def heartbeat_batch(self, sids: Sequence[str]) -> Operation[list[HeartbeatStatus]]:
         """Describe at most 250 heartbeats in one script; ``update_heartbeats`` of a manager takes any number."""
-        sids_bytes = [arguments.encode("sids", sid) for sid in sids]
+        sids_bytes = [arguments.encode("sids", sid) for sid in arguments.check_iterable("sids", sids)]
         if not 1 <= len(sids_bytes) <= HEARTBEAT_BATCH_SIZE:
             raise ValueError(f"sids must be 1 to {HEARTBEAT_BATCH_SIZE} ids, not {len(sids_bytes)}")
         return Operation(
@@ -432,7 +433,7 @@ class Operations:
 
     def heartbeat_batches(self, sids: Iterable[str]) -> Batches[str, HeartbeatStatus]:
         """Describe any number of heartbeats, in scripts of bounded size."""
-        return Batches(arguments.check_iterable("sids", sids), HEARTBEAT_BATCH_SIZE, self.heartbeat_batch)
+        return Batches(arguments.check_different("sids", sids), HEARTBEAT_BATCH_SIZE, self.heartbeat_batch)
 
     def get_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
         """Describe the read of a connection."""
@@ -453,7 +454,7 @@ class Operations:
 
         Fewer than 100 where ``connections_per_user`` is more than ten: the script reads at most 1,000 connections.
         """
-        return self._get_users("user_ids", user_ids, list)
+        return self._get_users("user_ids", arguments.check_iterable("user_ids", user_ids), list)
 
     def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
         """Describe the read of the active connections of any number of users, in scripts of bounded size."""
@@ -482,7 +483,8 @@ class Operations:
 
     def users_online_batch(self, user_ids: Sequence[str]) -> Operation[list[bool]]:
         """Describe the question which of some users are online, as many as in ``users_connections_batch``."""
-        return self._ask_users("user_ids", user_ids, lambda reply: [bool(is_online) for is_online in reply])
+        users = arguments.check_iterable("user_ids", user_ids)
+        return self._ask_users("user_ids", users, lambda reply: [bool(is_online) for is_online in reply])
 
     def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, bool]:
         """Describe the question which of any number of users are online, in scripts of bounded size."""
@@ -506,6 +508,7 @@ class Operations:
 
     def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
         """Describe the snapshot of at most 50 games, all at one moment."""
+        game_ids = arguments.check_iterable("game_ids", game_ids)
         games = [arguments.encode("game_ids", game_id) for game_id in game_ids]
         if not 1 <= len(games) <= GAMES_BATCH_SIZE:
             raise ValueError(f"game_ids must be 1 to {GAMES_BATCH_SIZE} ids, not {len(games)}")
@@ -521,7 +524,7 @@ class Operations:
 
     def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
         """Describe the snapshot of any number of games, in scripts of bounded size."""
-        return Batches(arguments.check_iterable("game_ids", game_ids), GAMES_BATCH_SIZE, self.games_connections_batch)
+        return Batches(arguments.check_different("game_ids", game_ids), GAMES_BATCH_SIZE, self.games_connections_batch)
 
     def get_game_snapshot(self, game_id: str) -> Operation[GameSnapshot]:
         """Describe the snapshot of a game with its position in the stream of events."""
@@ -639,9 +642,8 @@ class Batches(Generic[Key, Result_co]):
     operations: list[Operation[list[Result_co]]]
 
     def __init__(
-        self, ids: Iterable[Key], size: int, describe: Callable[[list[Key]], Operation[list[Result_co]]]
+        self, different: list[Key], size: int, describe: Callable[[list[Key]], Operation[list[Result_co]]]
     ) -> None:
-        different = list(dict.fromkeys(ids))
         object.__setattr__(self, "ids", different)
         object.__setattr__(
             self,

@@ -98,11 +98,15 @@ class SharedConnection:
         self._waiting.append(_Request(commands, answer))
         # Both run after everything that is ready now, so they find what the others of this turn have asked for.
         if self._runner is None:
-            self._runner = self._loop.create_task(self._run())
+            self._start()
         elif self._reading is not None and not self._write_is_due:
             self._write_is_due = True
             self._loop.call_soon(self._write_beside)
         return answer
+
+    def _start(self) -> None:
+        # Not through the loop's task factory: an eager task would begin, and might even end, within this call.
+        self._runner = asyncio.Task(self._run(), loop=self._loop)
 
     async def aclose(self) -> None:
         """Give the connection back to the pool; whoever waited for a reply does not any more."""
@@ -125,19 +129,24 @@ class SharedConnection:
                     await self._pool.release(connection)
                     # Whoever waits for a connection of the pool comes first.
                     await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            # Whoever cancels all tasks there are, as asyncio.run does in the end, cancels this one, but not those who
+            # then call, as to unregister in their `finally`.
+            self._waiting = deque(self._take_unanswered())
+            raise
         except Exception as error:
-            for answer in self._unanswered():
-                answer.set_exception(error)
+            for request in self._take_unanswered():
+                request.answer.set_exception(error)
         finally:
-            for answer in self._unanswered():
-                answer.cancel()
-            for requests in (self._refused, self._sent, self._waiting):
-                requests.clear()
             self._runner = None
+            if self._waiting and not self._loop.is_closed():
+                self._start()
 
-    def _unanswered(self) -> list[asyncio.Future[list[Any]]]:
-        requests = (*self._refused, *self._sent, *self._waiting)
-        return [request.answer for request in requests if not request.answer.done()]
+    def _take_unanswered(self) -> list[_Request]:
+        requests = [request for request in (*self._refused, *self._sent, *self._waiting) if not request.answer.done()]
+        for taken_from in (self._refused, self._sent, self._waiting):
+            taken_from.clear()
+        return requests
 
     async def _use(self, connection: AbstractConnection) -> None:
         """Converse over a connection until there is nothing left to send, or it was kept for long enough."""

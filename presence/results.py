@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from presence.arguments import milliseconds
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -63,8 +65,13 @@ class ConnectionInfo:
         Returns:
             Whether ``observed_at - last_seen`` is longer than the threshold.
 
+        Raises:
+            TypeError: the threshold is no number.
+            ValueError: it is negative, NaN, or more than ten years.
+
         """
-        return self.observed_at - self.last_seen > timedelta(seconds=threshold_seconds)
+        threshold_ms = milliseconds("threshold_seconds", threshold_seconds, allow_zero=True)
+        return self.observed_at - self.last_seen > timedelta(milliseconds=threshold_ms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Feed:
         self._position = _BEYOND if after is None else Position.parse(after)
         self._game_id = self._user_id = None
         self._is_asked = False
+        self.is_at_end = False
         self.key = self.channel = operations.events_key
         if game_id is not None:
             self._game_id = game_id
@@ -81,20 +82,22 @@ class Feed:
         if self._position is _BEYOND:
             self._position = batch.position
 
-    def read(self, socket_timeout: float | None) -> Exchange[list[Event]]:
-        """Converse with the server to read on in the stream; where nothing is new, the server waits a moment."""
+    def read(self) -> Exchange[list[Event]]:
+        """Converse with the server to read on in the stream."""
         batch = yield from perform(self._operations.read_events(self._position))
         if batch.is_lost:
             raise EventsLostError("the stream was trimmed up to the position, or is another one now")
-        if batch.position == self._position:
-            # Well under the client's own timeout, which would take a wait for a fault.
-            block_ms = MAX_BLOCK_MS if socket_timeout is None else max(1, min(MAX_BLOCK_MS, int(socket_timeout * 500)))
-            last = self._position.entry_id
-            (reply,) = yield [("XREAD", "BLOCK", block_ms, "COUNT", 1, "STREAMS", self.key, last)]
-            if isinstance(reply, Exception):
-                raise explain(reply)
+        self.is_at_end = batch.position == self._position
         self._position = batch.position
         return [event for event in batch.events if self._concerns(event)]
+
+    def wait(self, socket_timeout: float | None) -> Exchange[Exception | None]:
+        """Converse with the server to wait a moment for what is new in the stream; give the fault, if any."""
+        # Well under the client's own timeout, which would take a wait for a fault.
+        block_ms = MAX_BLOCK_MS if socket_timeout is None else max(1, min(MAX_BLOCK_MS, int(socket_timeout * 500)))
+        last = self._position.entry_id
+        (reply,) = yield [("XREAD", "BLOCK", block_ms, "COUNT", 1, "STREAMS", self.key, last)]
+        return reply if isinstance(reply, Exception) else None
 
     def take(self, reply: Any) -> list[Event]:
         """Give the events in what came through pub/sub."""
@@ -117,7 +120,7 @@ class _State:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self.events: deque[Event] = deque()
-        self.is_open = False
+        self.is_open: bool | None = None
         self.lost: EventsLostError | None = None
 
     def next_event(self) -> Event | None:
@@ -127,6 +130,13 @@ class _State:
         if self.lost is not None:
             raise self.lost
         return None
+
+    def check_that_it_was_entered(self, how: str) -> None:
+        """Refuse to iterate over what was never subscribed: it would be over at once, as if nothing had happened."""
+        if self.is_open is None:
+            raise RuntimeError(
+                f"the subscription has not begun: enter it first, {how} manager.subscribe(...) as events"
+            )
 
     def lose(self, error: Exception) -> None:
         """Note that events are lost: whoever iterates is told, each time."""
@@ -140,17 +150,19 @@ class _State:
 class AsyncSubscription:
     """The events that ``ConnectionManager.subscribe`` was asked for; ``async with`` it, then ``async for`` over it.
 
-    A wait for the next event may be cancelled, as by ``asyncio.wait_for``, and loses none.
+    A wait for the next event may be cancelled, as by ``asyncio.wait_for``, and loses none. It is for one task only.
     """
 
     def __init__(
         self,
         feed: Feed,
         run: Callable[[Exchange[Any]], Awaitable[Any]],
+        wait: Callable[[Exchange[Exception | None]], Awaitable[Exception | None]],
         client: Callable[[], redis.asyncio.Redis | redis.asyncio.RedisCluster],
     ) -> None:
         self._state = _State(feed)
         self._run = run
+        self._wait = wait
         self._client = client
         self._connection: Any = None
         self._socket_timeout: float | None = None
@@ -201,9 +213,14 @@ class AsyncSubscription:
             if event is not None:
                 return event
             if state.feed.is_stream:
-                state.events.extend(await self._run(state.feed.read(self._socket_timeout)))
+                state.events.extend(await self._run(state.feed.read()))
+                if state.feed.is_at_end:
+                    fault = await self._wait(state.feed.wait(self._socket_timeout))
+                    if fault is not None:
+                        raise explain(fault)
             else:
                 await self._receive()
+        state.check_that_it_was_entered("async with")
         raise StopAsyncIteration
 
     async def _receive(self) -> None:
@@ -285,9 +302,14 @@ class Subscription:
             if event is not None:
                 return event
             if state.feed.is_stream:
-                state.events.extend(self._run(state.feed.read(self._socket_timeout)))
+                state.events.extend(self._run(state.feed.read()))
+                if state.feed.is_at_end:
+                    fault = self._run(state.feed.wait(self._socket_timeout))
+                    if fault is not None:
+                        raise explain(fault)
             else:
                 self._receive()
+        state.check_that_it_was_entered("with")
         raise StopIteration
 
     def _receive(self) -> None:

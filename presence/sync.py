@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from weakref import WeakSet
 
 from redis import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
@@ -52,6 +54,18 @@ class _OpenClient:
     def __init__(self, client: Redis | RedisCluster) -> None:
         self.client = client
         self.in_flight = 0
+
+
+_managers: WeakSet[ConnectionManager] = WeakSet()
+
+
+def _go_on_in_child() -> None:
+    for manager in tuple(_managers):
+        manager._forget_other_threads()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_go_on_in_child)
 
 
 class ConnectionManager:
@@ -130,6 +144,7 @@ class ConnectionManager:
         self._is_closed = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        _managers.add(self)
 
     @classmethod
     def from_url(
@@ -185,6 +200,14 @@ class ConnectionManager:
         manager._address = clients.parse(url)
         manager._client_options = client_options
         return manager
+
+    def _forget_other_threads(self) -> None:
+        """Wait for none of them any more, in a process that was forked and has only the thread that did it."""
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._repetitions.clear()
+        if self._own_client is not None:
+            self._own_client.in_flight = 0
 
     def __enter__(self) -> Self:
         self._is_closed = False
@@ -658,7 +681,7 @@ class ConnectionManager:
                 stop.wait(pause)
         finally:
             with self._changed:
-                del self._repetitions[stop]
+                self._repetitions.pop(stop, None)
                 self._changed.notify_all()
 
     def _beat_for_server(self, interval: float) -> float | None:
@@ -727,7 +750,8 @@ class ConnectionManager:
 
         Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
         too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
-        any operation, and the iteration may go on after it. It takes a connection of the client's pool.
+        any operation, and the iteration may go on after it. While it waits, it takes a connection of the
+        client's pool: all of an event loop take one together, those in threads one each.
 
         Args:
             game_id: only the events of connections in this game (those who leave it among them).

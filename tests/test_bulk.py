@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from presence import HeartbeatStatus
+from presence import HeartbeatStatus, Operations
 from presence.operations import HEARTBEAT_BATCH_SIZE, perform_batches
 
 if TYPE_CHECKING:
@@ -251,3 +251,36 @@ class TestReads:
     ) -> None:
         with pytest.raises(error, match="game_ids must" if "games" in read else "user_ids must"):
             getattr(make_manager("redis://127.0.0.1:1/0"), read)(["good", bad])
+
+
+BATCHES = {
+    "heartbeat_batch": "sids",
+    "users_connections_batch": "user_ids",
+    "users_online_batch": "user_ids",
+    "games_connections_batch": "game_ids",
+}
+
+
+@pytest.mark.parametrize("operation", BATCHES)
+class TestADescriptionOfABatch:
+    """For ``pipeline``; what it is given is checked as by the managers' methods for any number."""
+
+    def test_refuses_one_id_in_place_of_several(self, operation: str) -> None:
+        for bad in ("sid", b"sid", None, 7):
+            with pytest.raises(TypeError, match=f"{BATCHES[operation]} must be several ids"):
+                getattr(Operations(), operation)(bad)
+
+    def test_takes_any_iterable(self, manager: ConnectionManager, operation: str) -> None:
+        describe = getattr(manager.operations, operation)
+        (from_list,) = manager.pipeline([describe(["one", "two"])])
+        (from_iterator,) = manager.pipeline([describe(iter(["one", "two"]))])
+        assert from_iterator == from_list
+        assert len(from_list) == 2
+
+
+@pytest.mark.parametrize(
+    "read", ["update_heartbeats", "are_users_online", "get_users_connections", "get_games_connections"]
+)
+def test_a_list_among_the_ids_is_refused_and_named(manager: ConnectionManager, read: str) -> None:
+    with pytest.raises(TypeError, match=r"ids must be a str.*, not list"):
+        getattr(manager, read)(["good", ["bad"]])

@@ -748,6 +748,51 @@ class TestAConnection:
             assert list(events) == []
             closing.join()
 
+    def test_that_was_not_entered_is_refused(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
+        """Or it would be over at once, as if nothing had happened."""
+        manager = make_manager(events=mode)
+        if isinstance(manager, Awaited):
+
+            async def run() -> list[Event]:
+                return [event async for event in manager._manager.subscribe()]
+
+            with pytest.raises(RuntimeError, match=r"enter it first, async with manager\.subscribe"):
+                manager._runner.run(run())
+            return
+        with pytest.raises(RuntimeError, match=r"enter it first, with manager\.subscribe"):
+            list(manager.subscribe())
+
+
+def test_more_subscribers_to_the_stream_than_connections_hold_up_no_call(
+    server_url: str, namespace: str, client: redis.Redis
+) -> None:
+    games = [f"game-{number}" for number in range(20)]
+
+    async def run() -> None:
+        url = f"{server_url}?client_name=of-{namespace}"
+        options: dict[str, Any] = {"max_connections": 2, "timeout": 5}
+        async with presence.ConnectionManager.from_url(url, namespace=namespace, events="stream", **options) as manager:
+            entered = asyncio.Semaphore(0)
+
+            async def watch(game_id: str) -> list[str]:
+                async with manager.subscribe(game_id=game_id) as events:
+                    entered.release()
+                    return [(await anext(events)).connection.sid for _ in range(2)]
+
+            watching = [asyncio.create_task(watch(game_id)) for game_id in games]
+            for _ in games:
+                await entered.acquire()
+            for sid in ("first", "second"):
+                await manager.register_connection(sid, sid)
+                for game_id in games:
+                    await manager.join_game(sid, game_id)
+                await manager.leave_game(sid)
+            names = [one["name"] for one in client.client_list()]
+            assert names.count(f"of-{namespace}") <= 2
+            assert await asyncio.gather(*watching) == [["first", "first"]] * len(games)
+
+    asyncio.run(asyncio.wait_for(run(), 3 * BOUND_SECONDS))
+
 
 def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own_server: LocalServer) -> None:
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")

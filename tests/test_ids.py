@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from datetime import UTC, datetime
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -13,7 +15,7 @@ import presence.sync
 
 if TYPE_CHECKING:
     from presence.sync import ConnectionManager
-    from tests.conftest import Keys
+    from tests.conftest import Keys, ManagerFactory
 
 # Nothing listens there, so an operation that got as far as the network would raise another error.
 NOWHERE = "redis://127.0.0.1:1/0"
@@ -192,3 +194,73 @@ def test_namespaces_do_not_see_each_other(server_url: str, namespace: str, manag
         assert other.get_connection_count() == 0
         assert not other.cleanup_stale_connections(0)
     assert manager.is_user_online("user")
+
+
+class Shade(str, Enum):  # noqa: UP042 - a StrEnum shows its text, these do not.
+    """As an application keeps its settings; ``str()`` and ``format()`` of these are not their text."""
+
+    NAMESPACE = "shade"
+    DISPLACEMENT = "reject_while_alive"
+    EVENTS = "stream"
+
+
+class Small(IntEnum):
+    ONE = 1
+
+
+def test_an_option_may_be_an_enum_that_is_a_str(make_manager: ManagerFactory, namespace: str) -> None:
+    with presence.sync.ConnectionManager(namespace=Shade.NAMESPACE) as manager:
+        assert manager.operations.last_seen_key == b"{shade}:last_seen"
+    manager = make_manager(displacement=Shade.DISPLACEMENT, events=Shade.EVENTS)
+    assert manager.register_connection("sid", "user")
+    assert not manager.register_connection("next", "user")
+    assert manager.get_game_snapshot("game").position.endswith("/1")
+
+
+def test_a_number_may_be_an_enum_that_is_an_int(make_manager: ManagerFactory) -> None:
+    manager = make_manager(connections_per_user=Small.ONE, conn_ttl_seconds=Small.ONE)
+    registered = manager.register_connection("sid", "user").connection
+    epoch = IntEnum("Epoch", {"CURRENT": registered.epoch}).CURRENT  # type: ignore[attr-defined]
+    assert manager.join_game("sid", "game", capacity=Small.ONE, epoch=epoch)
+
+
+HUGE = 10**5_000
+"""Python refuses to show it, and hiredis ends the process when it is to send it."""
+
+
+@pytest.mark.parametrize("huge", [HUGE, -HUGE], ids=["huge", "minus huge"])
+@pytest.mark.parametrize(
+    ("operation", "argument"),
+    [
+        ("update_heartbeat", "sid"),
+        ("update_heartbeat", "epoch"),
+        ("join_game", "epoch"),
+        ("join_game", "capacity"),
+        ("leave_game", "epoch"),
+        ("unregister_connection", "epoch"),
+        ("unregister_connection", "grace_seconds"),
+        ("update_metadata", "epoch"),
+        ("update_metadata", "metadata"),
+        ("register_connection", "user_id"),
+        ("cleanup_stale_connections", "threshold_seconds"),
+        ("cleanup_server", "grace_seconds"),
+        ("update_heartbeats", "sids"),
+    ],
+)
+def test_a_number_that_python_cannot_show_is_refused_and_named(operation: str, argument: str, huge: int) -> None:
+    with presence.sync.ConnectionManager.from_url(NOWHERE) as manager:
+        method = getattr(manager, operation)
+        needed = [name for name, one in inspect.signature(method).parameters.items() if one.default is one.empty]
+        with pytest.raises((TypeError, ValueError), match=argument):
+            method(**dict.fromkeys(needed, "good") | {argument: huge})
+
+
+@pytest.mark.parametrize(
+    ("threshold", "error"),
+    [(-1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("90", TypeError), (None, TypeError)],
+)
+def test_a_bad_threshold_for_a_connection_is_refused_and_named(threshold: Any, error: type[Exception]) -> None:
+    now = datetime.now(UTC)
+    connection = presence.ConnectionInfo("sid", "user", None, now, now)
+    with pytest.raises(error, match="threshold_seconds"):
+        connection.is_stale(threshold)

@@ -6,7 +6,10 @@ import asyncio
 import copy
 import dataclasses
 import gc
+import os
 import pickle
+import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,9 @@ import redis
 import redis.asyncio
 
 import presence
+import presence.sync
 from presence.operations import CLEANUP_BATCH_SIZE
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -151,6 +156,46 @@ class TestClosing:
         displaced = [gone.sid for registration in answers for gone in registration.displaced]
         assert len(answers) == 400
         assert len(displaced) == len(set(displaced)) == 399
+
+    def test_that_is_cancelled_leaves_no_connection_open(self, own_server: LocalServer) -> None:
+        async def run(turns: int) -> bool:
+            manager = presence.ConnectionManager.from_url(own_server.url, client_name="closing")
+            await manager.update_heartbeat("unknown")
+            close = asyncio.create_task(manager.aclose())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            is_over = close.done()
+            close.cancel()
+            await asyncio.wait([close])
+            return is_over
+
+        turns = 1  # Before the first it has not begun.
+        with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+            while not asyncio.run(run(turns)):
+                gc.collect()
+                turns += 1
+            names = [client["name"] for client in admin.client_list()]
+        assert turns > 2
+        assert "closing" not in names
+
+    def test_that_gives_up_while_calls_are_under_way_can_be_done_again(self, own_server: LocalServer) -> None:
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                manager = presence.ConnectionManager.from_url(proxy.url, client_name="closing")
+                await manager.register_connection("sid", "user")
+                await manager.update_heartbeat("sid")
+                proxy.fates = [Fate.HOLD_REPLY]
+                beat = asyncio.create_task(manager.update_heartbeat("sid"))
+                assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(manager.aclose(), 0.01)
+                proxy.release()
+                assert await beat
+                await manager.aclose()
+                assert manager._own_clients == {}
+
+        asyncio.run(run())
+        gc.collect()
 
     # A loop that ends without aclose() leaves sockets for the garbage collector, as with any asyncio client.
     @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -295,6 +340,77 @@ class TestTheEndOfRunCleanup:
         asyncio.run(asyncio.wait_for(manager.aclose(), 5))
         thread.join(10)
         assert not thread.is_alive()
+
+    # The task of a loop that was closed without its end is dropped, as is its connection.
+    @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_when_its_event_loop_was_closed_under_it(self, server_url: str, namespace: str) -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)
+
+        async def begin() -> None:
+            running = loop.create_task(manager.run_cleanup())
+            await manager.get_connection_count()
+            assert manager._repetitions
+            assert not running.done()
+
+        loop.run_until_complete(begin())
+        loop.close()
+
+        async def use_and_close() -> None:
+            assert not await manager.update_heartbeat("unknown")
+            await manager.aclose()
+            assert not manager._repetitions
+
+        asyncio.run(use_and_close())
+        gc.collect()
+
+
+# The child goes on with one thread, so what it inherited of the others must hold nothing up.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+class TestAForkedProcess:
+    """It has the blocking manager without the other threads: neither their calls nor what they ran."""
+
+    @staticmethod
+    def in_child(work: Callable[[], object]) -> None:
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            try:
+                work()
+            finally:
+                os._exit(0 if sys.exc_info()[0] is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    @staticmethod
+    def use_and_close(manager: ConnectionManager) -> None:
+        assert manager.update_heartbeat("sid")
+        manager.close()
+
+    def test_waits_for_no_cleanup_of_its_parent(self, server_url: str, namespace: str) -> None:
+        with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+            manager.register_connection("sid", "user")
+            thread = threading.Thread(target=manager.run_cleanup, daemon=True)
+            thread.start()
+            while not manager._repetitions:
+                thread.join(0.01)
+            self.in_child(lambda: self.use_and_close(manager))
+        thread.join(10)
+        assert not thread.is_alive()
+
+    def test_waits_for_no_call_of_its_parent(self, own_server: LocalServer) -> None:
+        with Proxy(own_server.port) as proxy, presence.sync.ConnectionManager.from_url(proxy.url) as manager:
+            manager.register_connection("sid", "user")
+            manager.update_heartbeat("sid")
+            proxy.fates = [Fate.HOLD_REPLY]
+            thread = threading.Thread(target=manager.update_heartbeat, args=("sid",), daemon=True)
+            thread.start()
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            with manager._lock:  # As if another thread had just begun a call.
+                self.in_child(manager.close)
+            proxy.release()
+            thread.join(10)
+            self.use_and_close(manager)
 
 
 class TestAStateThatTheServerLostInPart:
