@@ -400,14 +400,19 @@ class TestEpochsAheadOfTheClock:
         assert epochs == [ahead + 1, ahead + 2, ahead + 3, ahead + 4]
         assert keys().epoch == ahead + 4
 
+    @pytest.mark.parametrize("earlier", ["none", "displaced", "resumed"])
     def test_a_connection_was_connected_when_the_clock_says(
-        self, manager: ConnectionManager, client: redis.Redis, ahead: int
+        self, manager: ConnectionManager, client: redis.Redis, ahead: int, earlier: str
     ) -> None:
+        if earlier != "none":
+            manager.register_connection("earlier", "user")
+        if earlier == "resumed":
+            manager.unregister_connection("earlier", grace_seconds=30)
         before = self.now_us(client)
         connection = manager.register_connection("sid", "user").connection
         after = self.now_us(client)
 
-        assert connection.epoch == ahead + 1
+        assert connection.epoch == ahead + (1 if earlier == "none" else 2)
         earliest = datetime.fromtimestamp(before / 1e6, UTC) - timedelta(milliseconds=1)
         assert earliest < connection.connected_at <= datetime.fromtimestamp(after / 1e6, UTC)
         assert connection.connected_at == connection.last_seen == connection.observed_at

@@ -92,13 +92,14 @@ def test_the_same_sid_and_user_is_refreshed_and_keeps_its_game(
     before = manager.get_connection("sid")
     assert before is not None
 
-    registration = manager.register_connection("sid", "user")
+    for _ in range(2):
+        registration = manager.register_connection("sid", "user")
 
-    assert registration.displaced == ()
-    assert registration.connection.game_id == "game"
-    assert registration.connection.connected_at == before.connected_at
-    assert registration.connection.last_seen >= before.last_seen + timedelta(seconds=60)
-    assert manager.get_game_connections("game") == [registration.connection]
+        assert registration.displaced == ()
+        assert registration.connection.game_id == "game"
+        assert registration.connection.connected_at == before.connected_at
+        assert registration.connection.last_seen >= before.last_seen + timedelta(seconds=60)
+        assert manager.get_game_connections("game") == [registration.connection]
 
 
 def test_the_same_sid_for_another_user_removes_the_old_owners_connection_completely(
