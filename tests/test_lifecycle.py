@@ -356,16 +356,19 @@ class TestAStateThatTheServerLostInPart:
         assert manager.cleanup_stale_connections().removed == ()
 
     def test_an_evicted_record_does_not_let_one_user_displace_another(
-        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys
     ) -> None:
         manager.register_connection("sid", "evicted user")
         client.delete(f"{{{namespace}}}:conn:sid")
         client.zrem(f"{{{namespace}}}:last_seen", "sid")
-        manager.register_connection("sid", "new owner")
+        owned = manager.register_connection("sid", "new owner").connection
+        lifetime_ms = min(keys().ttls_ms.values())
 
         assert manager.get_user_connection("evicted user") is None
         assert manager.register_connection("new", "evicted user").displaced == ()
         assert manager.is_user_online("new owner")
+        assert manager.get_connection("sid") == owned
+        assert min(keys().ttls_ms.values()) > lifetime_ms - 30_000
 
     def test_a_join_does_not_fail_halfway_when_the_users_key_was_evicted(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str
