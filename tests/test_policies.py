@@ -400,6 +400,14 @@ class TestEpochsAheadOfTheClock:
         assert epochs == [ahead + 1, ahead + 2, ahead + 3, ahead + 4]
         assert keys().epoch == ahead + 4
 
+    def test_the_boot_epochs_of_servers_are_among_them(
+        self, make_manager: ManagerFactory, ahead: int, keys: Keys
+    ) -> None:
+        servers = [make_manager(server_id="server") for _ in range(2)]
+        assert [server.start_server() for server in servers] == [ahead + 1, ahead + 2]
+        assert servers[1].register_connection("sid", "user").connection.epoch == ahead + 3
+        assert keys().epoch == ahead + 3
+
     @pytest.mark.parametrize("earlier", ["none", "displaced", "resumed"])
     def test_a_connection_was_connected_when_the_clock_says(
         self, manager: ConnectionManager, client: redis.Redis, ahead: int, earlier: str

@@ -276,6 +276,8 @@ def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
     assert aged_ms <= lifetime_ms - 2_000_000
     if call == "start_server":
         make_manager(server_id="server").start_server()
+        servers_ms: Any = client.pttl(f"{{{namespace}}}:servers")
+        assert servers_ms > lifetime_ms - 60_000
     else:
         make_manager().register_connection("second", "other user")
     refreshed_ms: Any = client.pttl(last_seen)
