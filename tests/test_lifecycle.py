@@ -502,16 +502,19 @@ class TestAStateThatTheServerLostInPart:
         assert manager.cleanup_stale_connections().removed == ()
 
     def test_an_evicted_record_does_not_let_one_user_displace_another(
-        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys
     ) -> None:
         manager.register_connection("sid", "evicted user")
         client.delete(f"{{{namespace}}}:conn:sid")
         client.zrem(f"{{{namespace}}}:last_seen", "sid")
-        manager.register_connection("sid", "new owner")
+        owned = manager.register_connection("sid", "new owner").connection
+        lifetime_ms = min(keys().ttls_ms.values())
 
         assert manager.get_user_connection("evicted user") is None
         assert manager.register_connection("new", "evicted user").displaced == ()
         assert manager.is_user_online("new owner")
+        assert manager.get_connection("sid") == owned
+        assert min(keys().ttls_ms.values()) > lifetime_ms - 30_000
 
     def test_a_join_does_not_fail_halfway_when_the_users_key_was_evicted(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str
@@ -537,3 +540,34 @@ class TestAStateThatTheServerLostInPart:
             wait(1800)
             assert manager.update_heartbeat("sid")
         assert manager.get_game_user_sids("game") == {"user": "sid"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda manager: manager.register_connection("sid", "user"), id="register again"),
+        pytest.param(lambda manager: manager.register_connection("new", "user"), id="displace"),
+        pytest.param(lambda manager: manager.register_connection("sid", "another user"), id="take the sid of another"),
+        pytest.param(lambda manager: manager.unregister_connection("sid"), id="unregister"),
+        pytest.param(lambda manager: manager.unregister_connection("sid", grace_seconds=30), id="detach"),
+        pytest.param(lambda manager: manager.join_game("sid", "game"), id="join"),
+        pytest.param(lambda manager: manager.leave_game("other"), id="leave"),
+        pytest.param(lambda manager: manager.update_metadata("other", "new"), id="update the metadata"),
+        pytest.param(lambda manager: manager.update_server_heartbeat(), id="beat as a server"),
+        pytest.param(lambda manager: manager.cleanup_server("server", grace_seconds=30), id="detach a server's"),
+    ],
+)
+def test_what_a_call_writes_lives_as_long_as_any_key_in_which_connections_live(
+    make_manager: ManagerFactory, keys: Keys, call: Callable[[ConnectionManager], object]
+) -> None:
+    manager = make_manager(conn_ttl_seconds=3600, connections_per_user=2, server_id="server", events="stream")
+    manager.register_connection("sid", "user")
+    manager.register_connection("other", "user")
+    manager.join_game("other", "game")
+
+    call(manager)
+
+    ttls_ms = keys().ttls_ms | keys().other_ttls_ms
+    lived_in = {key: ttl for key, ttl in ttls_ms.items() if "}:reply:" not in key and not key.endswith("}:refreshed")}
+    day_ms = 24 * 3_600_000
+    assert {key: ttl for key, ttl in lived_in.items() if not day_ms + 3_570_000 < ttl <= day_ms + 3_600_000} == {}

@@ -381,14 +381,27 @@ class TestEpochsAheadOfTheClock:
         assert epochs == [ahead + 1, ahead + 2, ahead + 3, ahead + 4]
         assert keys().epoch == ahead + 4
 
-    def test_a_connection_was_connected_when_the_clock_says(
-        self, manager: ConnectionManager, client: redis.Redis, ahead: int
+    def test_the_boot_epochs_of_servers_are_among_them(
+        self, make_manager: ManagerFactory, ahead: int, keys: Keys
     ) -> None:
+        servers = [make_manager(server_id="server") for _ in range(2)]
+        assert [server.start_server() for server in servers] == [ahead + 1, ahead + 2]
+        assert servers[1].register_connection("sid", "user").connection.epoch == ahead + 3
+        assert keys().epoch == ahead + 3
+
+    @pytest.mark.parametrize("earlier", ["none", "displaced", "resumed"])
+    def test_a_connection_was_connected_when_the_clock_says(
+        self, manager: ConnectionManager, client: redis.Redis, ahead: int, earlier: str
+    ) -> None:
+        if earlier != "none":
+            manager.register_connection("earlier", "user")
+        if earlier == "resumed":
+            manager.unregister_connection("earlier", grace_seconds=30)
         before = self.now_us(client)
         connection = manager.register_connection("sid", "user").connection
         after = self.now_us(client)
 
-        assert connection.epoch == ahead + 1
+        assert connection.epoch == ahead + (1 if earlier == "none" else 2)
         earliest = datetime.fromtimestamp(before / 1e6, UTC) - timedelta(milliseconds=1)
         assert earliest < connection.connected_at <= datetime.fromtimestamp(after / 1e6, UTC)
         assert connection.connected_at == connection.last_seen == connection.observed_at

@@ -92,13 +92,14 @@ def test_the_same_sid_and_user_is_refreshed_and_keeps_its_game(
     before = manager.get_connection("sid")
     assert before is not None
 
-    registration = manager.register_connection("sid", "user")
+    for _ in range(2):
+        registration = manager.register_connection("sid", "user")
 
-    assert registration.displaced == ()
-    assert registration.connection.game_id == "game"
-    assert registration.connection.connected_at == before.connected_at
-    assert registration.connection.last_seen >= before.last_seen + timedelta(seconds=60)
-    assert manager.get_game_connections("game") == [registration.connection]
+        assert registration.displaced == ()
+        assert registration.connection.game_id == "game"
+        assert registration.connection.connected_at == before.connected_at
+        assert registration.connection.last_seen >= before.last_seen + timedelta(seconds=60)
+        assert manager.get_game_connections("game") == [registration.connection]
 
 
 def test_the_same_sid_for_another_user_removes_the_old_owners_connection_completely(
@@ -235,6 +236,30 @@ class TestSeveralConnectionsPerUser:
         assert [gone.sid for gone in displaced] == ["first", "second", "third"]
 
 
+@pytest.mark.parametrize("sid", ["sid", "new"])
+def test_a_registration_keeps_every_key_that_it_lives_in_from_expiring(
+    make_manager: ManagerFactory, client: redis.Redis, keys: Keys, sid: str
+) -> None:
+    """Where the same sid is registered again, and where a new one takes the seat in the game over."""
+    manager = make_manager(server_id="server")
+    manager.register_connection("sid", "user")
+    manager.join_game("sid", "game")
+    lifetime_ms = min(keys().ttls_ms.values())
+    if sid == "new":
+        manager.unregister_connection("sid", grace_seconds=30)
+    for key in keys().ttls_ms | keys().other_ttls_ms:
+        if key.endswith(":refreshed"):
+            client.delete(key)
+        else:
+            client.pexpire(key, 60_000)
+
+    assert manager.register_connection(sid, "user").connection.game_id == "game"
+
+    kept_ms = {key: ttl for key, ttl in (keys().ttls_ms | keys().other_ttls_ms).items() if ":re" not in key}
+    assert len(kept_ms) == 6  # the connection, its user's list, its game, its server's list, the servers, last_seen
+    assert min(kept_ms.values()) > lifetime_ms - 30_000
+
+
 @pytest.mark.parametrize("call", ["register_connection", "start_server"])
 def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
     make_manager: ManagerFactory,
@@ -251,6 +276,8 @@ def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
     assert aged_ms <= lifetime_ms - 2_000_000
     if call == "start_server":
         make_manager(server_id="server").start_server()
+        servers_ms: Any = client.pttl(f"{{{namespace}}}:servers")
+        assert servers_ms > lifetime_ms - 60_000
     else:
         make_manager().register_connection("second", "other user")
     refreshed_ms: Any = client.pttl(last_seen)

@@ -316,6 +316,17 @@ class TestARestart:
         assert sids(second.cleanup_stale_connections()) == ["sid-2"]
         assert second.update_server_heartbeat()
 
+    def test_a_registration_of_a_start_that_was_replaced_keeps_nothing_from_the_next_cleanup(
+        self, make_manager: ManagerFactory
+    ) -> None:
+        first, second = make_manager(server_id="server"), make_manager(server_id="server")
+        first.register_connection("before", "user-1")
+        second.start_server()
+
+        first.register_connection("after", "user-2")
+
+        assert sids(second.cleanup_stale_connections()) == ["after", "before"]
+
     def test_however_often_it_restarts_no_start_is_missed(self, make_manager: ManagerFactory, keys: Keys) -> None:
         count = 25
         for number in range(count):
