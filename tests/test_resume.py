@@ -462,16 +462,20 @@ def test_a_grace_may_be_as_long_as_the_ttl(make_manager: ManagerFactory, grace_s
     assert connection.detached_until == connection.observed_at + timedelta(seconds=grace_seconds)
 
 
-@pytest.mark.parametrize("seen_before_seconds", [0, 59])
+TEN_DAYS = 10 * 24 * 60 * 60
+
+
+@pytest.mark.parametrize(("conn_ttl_seconds", "seen_before_seconds"), [(60, 0), (60, 59), (TEN_DAYS, TEN_DAYS - 1)])
 def test_a_long_grace_keeps_the_seat_however_old_the_keys_are(
-    make_manager: ManagerFactory, wait: Callable[[float], None], seen_before_seconds: float
+    make_manager: ManagerFactory, wait: Callable[[float], None], conn_ttl_seconds: float, seen_before_seconds: float
 ) -> None:
-    manager = make_manager(conn_ttl_seconds=60)
+    """The day by which keys outlive their connections is less than a long TTL, so the detaching refreshes them all."""
+    manager = make_manager(conn_ttl_seconds=conn_ttl_seconds)
     manager.register_connection("sid", "user")
     manager.join_game("sid", "game")
     wait(seen_before_seconds)
-    manager.unregister_connection("sid", grace_seconds=60)
-    wait(59)
+    manager.unregister_connection("sid", grace_seconds=conn_ttl_seconds)
+    wait(conn_ttl_seconds - 1)
 
     registration = manager.register_connection("new", "user")
 
