@@ -427,6 +427,24 @@ class TestSeveralConnectionsPerUser:
         assert [registration.displaced for registration in taken] == [(), ()]
         assert {registration.connection.game_id for registration in taken} == {"first game", "second game"}
 
+    @pytest.mark.parametrize("resumed_from", [None, "own"])
+    def test_a_sid_that_is_registered_again_keeps_its_own_place_and_leaves_the_other_seat(
+        self, make_manager: ManagerFactory, resumed_from: str | None
+    ) -> None:
+        manager = make_manager(connections_per_user=2)
+        for sid in ("own", "other"):
+            manager.register_connection(sid, "user")
+            manager.join_game(sid, f"{sid} game")
+        for sid in ("own", "other") if resumed_from else ("other",):
+            manager.unregister_connection(sid, grace_seconds=GRACE)
+        seat = manager.get_connection("other")
+
+        registration = manager.register_connection("own", "user")
+
+        assert sid_of(registration.resumed_from) == resumed_from
+        assert registration.connection.game_id == "own game"
+        assert manager.get_connection("other") == seat
+
 
 @pytest.mark.parametrize(
     ("grace_seconds", "error", "message"),
