@@ -39,8 +39,8 @@ local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumb
 local key_lifetime_ms, batch_size, server_threshold_ms = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8], ARGV[9]
 
--- A record may hold 4 KiB of metadata and ids as long, and is copied several times.
-local MAX_BYTES = 64 * 1024
+-- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 64 KiB for a batch of 50.
+local MAX_BYTES = 64 * 1024 / 50 * batch_size
 
 local now = now_ms()
 -- sid and score, one after the other.

@@ -68,9 +68,13 @@ SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: 
 SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
 
 CLEANUP_BATCH_SIZE = 50
-"""Connections that one cleanup script removes, if their records hold no more than 64 KiB: about a millisecond."""
+"""Connections that one cleanup script removes, if their records hold no more than 64 KiB: about a millisecond. Fewer
+where users may have more than 20: each that goes has its user's whole list written again."""
 HEARTBEAT_BATCH_SIZE = 250
-"""Heartbeats that one script takes: about a millisecond of the server."""
+"""Heartbeats that one script takes, if users may have no more than 20 connections: about a millisecond."""
+LISTED_CONNECTIONS_PER_BATCH = 1000
+"""Connections that may be in the lists of all users whose connections one cleanup script removes; five times as many of
+those whose heartbeats one script takes, for a refresh reads the list and seldom writes it."""
 USERS_BATCH_SIZE = 100
 """Users that one script reads, if they may have no more than ten connections."""
 USERS_BATCH_CONNECTIONS = 1000
@@ -241,6 +245,9 @@ class Operations:
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
         self._users_batch_size = min(USERS_BATCH_SIZE, USERS_BATCH_CONNECTIONS // self._connections_per_user)
+        listed = LISTED_CONNECTIONS_PER_BATCH // self._connections_per_user
+        self._cleanup_batch_size = min(CLEANUP_BATCH_SIZE, listed)
+        self._heartbeat_batch_size = min(HEARTBEAT_BATCH_SIZE, 5 * listed)
         policy: Displacement = arguments.check_choice("displacement", displacement, get_args(Displacement))
         self._reject_ms = self._stale_ms if policy == REJECT_WHILE_ALIVE else 0
         self.server_id = None if server_id is None else arguments.encode("server_id", server_id).decode()
@@ -420,10 +427,13 @@ class Operations:
         )
 
     def heartbeat_batch(self, sids: Sequence[str]) -> Operation[list[HeartbeatStatus]]:
-        """Describe at most 250 heartbeats in one script; ``update_heartbeats`` of a manager takes any number."""
+        """Describe at most 250 heartbeats in one script; ``update_heartbeats`` of a manager takes any number.
+
+        Fewer than 250 where ``connections_per_user`` is more than 20, down to 50.
+        """
         sids_bytes = [arguments.encode("sids", sid) for sid in arguments.check_iterable("sids", sids)]
-        if not 1 <= len(sids_bytes) <= HEARTBEAT_BATCH_SIZE:
-            raise ValueError(f"sids must be 1 to {HEARTBEAT_BATCH_SIZE} ids, not {len(sids_bytes)}")
+        if not 1 <= len(sids_bytes) <= self._heartbeat_batch_size:
+            raise ValueError(f"sids must be 1 to {self._heartbeat_batch_size} ids, not {len(sids_bytes)}")
         return Operation(
             HEARTBEATS,
             (self.last_seen_key,),
@@ -433,7 +443,7 @@ class Operations:
 
     def heartbeat_batches(self, sids: Iterable[str]) -> Batches[str, HeartbeatStatus]:
         """Describe any number of heartbeats, in scripts of bounded size."""
-        return Batches(arguments.check_different("sids", sids), HEARTBEAT_BATCH_SIZE, self.heartbeat_batch)
+        return Batches(arguments.check_different("sids", sids), self._heartbeat_batch_size, self.heartbeat_batch)
 
     def get_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
         """Describe the read of a connection."""
@@ -613,13 +623,13 @@ class Operations:
                 threshold_ms,
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
-                CLEANUP_BATCH_SIZE,
+                self._cleanup_batch_size,
                 self._stale_ms,
                 server_grace_ms,
                 server_id,
                 self._events,
             ),
-            partial(parse_cleanup, CLEANUP_BATCH_SIZE, server_grace_ms > 0),
+            partial(parse_cleanup, self._cleanup_batch_size, server_grace_ms > 0),
         )
 
     def start_server(self) -> Operation[int]:

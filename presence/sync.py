@@ -364,7 +364,8 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed; the others took effect.
 
-        Cost: one round trip; O(log N) for each sid, in scripts of 250, N = connections in the namespace.
+        Cost: one round trip; O(log N) for each sid, in scripts of 250 (fewer where ``connections_per_user`` is more
+        than 20), N = connections in the namespace.
 
         """
         return self._run(perform_batches(self.operations.heartbeat_batches(sids)))
@@ -564,7 +565,8 @@ class ConnectionManager:
             The removed and the detached connections. If a fault stopped it after some of them, they are reported all
             the same and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
-        Cost: a round trip for each 50 removed connections or 64 KiB of records; O(log N) for each removed connection.
+        Cost: a round trip for each 50 removed connections or 64 KiB of records (fewer where ``connections_per_user`` is
+        more than 20); O(log N) for each removed connection.
 
         """
         return self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))
@@ -581,8 +583,7 @@ class ConnectionManager:
             The removed and the detached connections; no other call reports them. Of a fault as
             :meth:`cleanup_stale_connections`.
 
-        Cost: a round trip for each 50 connections or 64 KiB of records; O(log N) for each connection, and O(S),
-        S = servers.
+        Cost: as :meth:`cleanup_stale_connections`, and O(S), S = servers, for each round trip.
 
         """
         describe_batch = partial(self.operations.cleanup_server_batch, server_id, grace_seconds=grace_seconds)

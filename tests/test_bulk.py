@@ -96,6 +96,19 @@ class TestHeartbeats:
         assert [sid for sid, status in statuses.items() if not status] == ["unknown"]
         assert evalsha_calls(client) - calls == 3
 
+    @pytest.mark.parametrize(("connections_per_user", "scripts"), [(20, 1), (100, 5)])
+    def test_fewer_in_a_script_where_users_may_have_many_connections(
+        self, make_manager: ManagerFactory, client: redis.Redis, connections_per_user: int, scripts: int
+    ) -> None:
+        """A refresh of the TTLs reads the list of the user's connections."""
+        manager = make_manager(connections_per_user=connections_per_user)
+        manager.update_heartbeats(["sid-0"])
+        calls = evalsha_calls(client)
+
+        manager.update_heartbeats([f"sid-{number}" for number in range(HEARTBEAT_BATCH_SIZE)])
+
+        assert evalsha_calls(client) - calls == scripts
+
     @pytest.mark.parametrize("interval_seconds", [30, 890, 6 * 60 * 60 - 400])
     def test_a_player_who_beats_in_batches_never_falls_out(
         self, make_manager: ManagerFactory, wait: Callable[[float], None], interval_seconds: int

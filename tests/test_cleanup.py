@@ -138,6 +138,33 @@ def test_a_batch_is_bounded_by_what_its_records_hold(
     assert keys().ttls_ms == {}
 
 
+@pytest.mark.parametrize(
+    ("connections_per_user", "sid_length", "removed_at_once"), [(20, 8, 50), (100, 8, 10), (100, 1024, 3)]
+)
+def test_a_batch_is_bounded_by_what_is_listed_for_its_users(
+    make_manager: ManagerFactory,
+    wait: Callable[[float], None],
+    keys: Keys,
+    connections_per_user: int,
+    sid_length: int,
+    removed_at_once: int,
+) -> None:
+    """Each connection that goes has the list of its user's connections read and written."""
+    manager = make_manager(connections_per_user=connections_per_user)
+    names = [f"{number:08}".rjust(sid_length, "\N{VIDEO GAME}") for number in range(100)]
+    users = [f"user-{number // connections_per_user}" for number in range(100)]
+    manager.pipeline(list(map(manager.operations.register_connection, names, users)))
+    wait(91)
+
+    (batch,) = manager.pipeline([manager.operations.cleanup_batch()])
+    removed = [*batch.removed, *manager.cleanup_stale_connections()]
+
+    assert len(batch.removed) == removed_at_once
+    assert not batch.is_last
+    assert sorted(gone.sid for gone in removed) == sorted(names)
+    assert keys().ttls_ms == {}
+
+
 def test_an_entry_without_a_record_is_dropped_unreported(
     manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None], keys: Keys
 ) -> None:

@@ -108,6 +108,39 @@ def test_every_key_outlives_its_connection_from_each_operation_on(
         assert shortest_ttl_seconds() > 100
 
 
+def resume(manager: ConnectionManager) -> None:
+    manager.unregister_connection("sid", grace_seconds=1)
+    assert manager.register_connection("new", "user").resumed
+
+
+@pytest.mark.parametrize(
+    "see",
+    [
+        lambda manager: manager.update_heartbeat("sid"),
+        lambda manager: manager.update_heartbeats(["sid"]),
+        lambda manager: manager.register_connection("sid", "user"),
+        resume,
+    ],
+    ids=["heartbeat", "heartbeats", "register", "resume"],
+)
+def test_what_marks_it_as_seen_keeps_every_key_for_as_long_as_it_is_live_then(
+    make_manager: ManagerFactory,
+    wait: Callable[[float], None],
+    keys: Keys,
+    see: Callable[[ConnectionManager], object],
+) -> None:
+    """Of a TTL of ten days, the day by which keys outlive their connections would not hide a key that is forgotten."""
+    seconds = 10 * 24 * 60 * 60
+    manager = make_manager(conn_ttl_seconds=seconds, server_id="server")
+    manager.register_connection("sid", "user")
+    manager.join_game("sid", "game")
+    wait(seconds - 1)
+
+    see(manager)
+
+    assert min(keys().ttls_ms.values()) > seconds * 1000
+
+
 @pytest.mark.parametrize("of", ["one", "many"])
 def test_the_ttls_are_refreshed_at_the_latest_after_15_minutes(
     make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys, of: str

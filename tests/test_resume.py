@@ -427,6 +427,24 @@ class TestSeveralConnectionsPerUser:
         assert [registration.displaced for registration in taken] == [(), ()]
         assert {registration.connection.game_id for registration in taken} == {"first game", "second game"}
 
+    @pytest.mark.parametrize("resumed_from", [None, "own"])
+    def test_a_sid_that_is_registered_again_keeps_its_own_place_and_leaves_the_other_seat(
+        self, make_manager: ManagerFactory, resumed_from: str | None
+    ) -> None:
+        manager = make_manager(connections_per_user=2)
+        for sid in ("own", "other"):
+            manager.register_connection(sid, "user")
+            manager.join_game(sid, f"{sid} game")
+        for sid in ("own", "other") if resumed_from else ("other",):
+            manager.unregister_connection(sid, grace_seconds=GRACE)
+        seat = manager.get_connection("other")
+
+        registration = manager.register_connection("own", "user")
+
+        assert sid_of(registration.resumed_from) == resumed_from
+        assert registration.connection.game_id == "own game"
+        assert manager.get_connection("other") == seat
+
 
 @pytest.mark.parametrize(
     ("grace_seconds", "error", "message"),
@@ -462,17 +480,20 @@ def test_a_grace_may_be_as_long_as_the_ttl(make_manager: ManagerFactory, grace_s
     assert connection.detached_until == connection.observed_at + timedelta(seconds=grace_seconds)
 
 
-# Keys outlive the connections in them by a day: a TTL of less than that would forgive a key that is not kept longer.
-@pytest.mark.parametrize("seen_before_seconds", [0, 10 * 86_400 - 1])
+TEN_DAYS = 10 * 24 * 60 * 60
+
+
+@pytest.mark.parametrize(("conn_ttl_seconds", "seen_before_seconds"), [(60, 0), (60, 59), (TEN_DAYS, TEN_DAYS - 1)])
 def test_a_long_grace_keeps_the_seat_however_old_the_keys_are(
-    make_manager: ManagerFactory, wait: Callable[[float], None], seen_before_seconds: float
+    make_manager: ManagerFactory, wait: Callable[[float], None], conn_ttl_seconds: float, seen_before_seconds: float
 ) -> None:
-    manager = make_manager(conn_ttl_seconds=10 * 86_400)
+    """The day by which keys outlive their connections is less than a long TTL, so the detaching refreshes them all."""
+    manager = make_manager(conn_ttl_seconds=conn_ttl_seconds)
     manager.register_connection("sid", "user")
     manager.join_game("sid", "game")
     wait(seen_before_seconds)
-    manager.unregister_connection("sid", grace_seconds=10 * 86_400)
-    wait(10 * 86_400 - 1)
+    manager.unregister_connection("sid", grace_seconds=conn_ttl_seconds)
+    wait(conn_ttl_seconds - 1)
     assert [seat.sid for seat in manager.get_game_connections("game")] == ["sid"]
 
     registration = manager.register_connection("new", "user")
