@@ -216,7 +216,7 @@ class Operations:
         server_id: the game server that connections are registered for; None for none.
         server_grace_seconds: how long the seats of a dead server's connections are kept, 0 to ``conn_ttl_seconds``.
         events: whether changes are published: ``"off"``, ``"pubsub"`` or ``"stream"``.
-        events_max_length: events that the stream keeps, about, 1 to 100,000,000.
+        events_max_length: changes that the stream keeps, about, 1 to 100,000,000.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -81,7 +81,7 @@ class Registration:
     connection: ConnectionInfo
     """The connection that is the user's active one now; where it was refused, the one that is alive."""
     displaced: tuple[ConnectionInfo, ...] = ()
-    """The user's earlier connections that it displaced. They are gone: close their sockets. Nobody else is told."""
+    """The user's earlier connections that it displaced: close their sockets. No other call reports them."""
     resumed: bool = False
     """Whether it took over the seat of a detached connection, with its game."""
     replaced: ConnectionInfo | None = None
@@ -180,7 +180,7 @@ class GameSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class CleanupResult:
-    """What one ``cleanup_stale_connections`` removed; its length is how many."""
+    """What a cleanup removed and detached; its length is how many it removed."""
 
     removed: tuple[ConnectionInfo, ...] = ()
     """The connections that this call removed, longest silent first. No other call reports them."""

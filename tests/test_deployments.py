@@ -76,6 +76,7 @@ MORE_TO_SUBSCRIBE = {
     mode: rights(rf"^To subscribe.*?`([^`]*)` with `events=\"{mode}\"`") for mode in ("pubsub", "stream")
 }
 MORE_ON_A_CLUSTER = rights(r"^On a cluster, the same and `([^`]*)`")
+RIGHTS_ON_SENTINELS = rights(r"^Of the sentinels, .*? `([^`]*)`")
 
 
 class TestAnACLUserWithTheLeastRights:
@@ -284,6 +285,18 @@ class TestSentinel:
         manager = make_manager(steady.url.replace("/game", "/gmae"), **at_once)
         with pytest.raises(presence.ServerUnreachableError, match="No master found for 'gmae'"):
             manager.get_connection_count()
+
+    def test_leads_a_user_with_the_least_rights(
+        self, make_manager: ManagerFactory, steady: Sentinels, at_once: dict[str, Any]
+    ) -> None:
+        url = f"{steady.url}?sentinel_username=watcher&sentinel_password=password"
+        with admin(steady.sentinel) as sentinel:
+            sentinel.execute_command("ACL", "SETUSER", "watcher", "reset", "on", ">password")
+            manager = make_manager(url, **at_once)
+            with pytest.raises(presence.PermissionDeniedError, match="README lists the rights"):
+                manager.get_connection_count()
+            sentinel.execute_command("ACL", "SETUSER", "watcher", *RIGHTS_ON_SENTINELS)
+            assert manager.get_connection_count() == 0
 
     def test_that_cannot_be_reached_is_named(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
         manager = make_manager(f"redis+sentinel://127.0.0.1:{free_port()}/game", **at_once)
