@@ -101,8 +101,8 @@ _POOL_IN_USE: _Explanation = (
 )
 _UNFIT_SERVER: _Explanation = (
     UnexpectedReplyError,
-    "the server cannot run presence's scripts; they need Redis 7.0.1 or newer, or Valkey 8 or newer, with every command "
-    "under its name",
+    "the server cannot run presence's scripts; they need Redis 7.0.1 or newer, or Valkey 8 or newer, with every "
+    "command under its name",
 )
 _UNREACHABLE: _Explanation = (
     ServerUnreachableError,
