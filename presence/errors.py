@@ -99,6 +99,11 @@ _POOL_IN_USE: _Explanation = (
     ServerUnreachableError,
     "every connection of the client's pool is in use; raise max_connections of the client",
 )
+_UNFIT_SERVER: _Explanation = (
+    UnexpectedReplyError,
+    "the server cannot run presence's scripts; they need Redis 7.0.1 or newer, or Valkey 8 or newer, with every "
+    "command under its name",
+)
 _UNREACHABLE: _Explanation = (
     ServerUnreachableError,
     "the server cannot be reached; check that it runs, the host and port in the URL, and the network",
@@ -138,6 +143,8 @@ _BY_WORDS: dict[str, _Explanation] = {
         "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
     ),
     "No connection available": _POOL_IN_USE,
+    "Error compiling script": _UNFIT_SERVER,
+    "unknown command": _UNFIT_SERVER,
 }
 
 # By redis-py's class. The first that the error is an instance of decides, so a subclass comes before its base.

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -613,6 +614,26 @@ class TestForeignData:
         with pytest.raises(presence.UnexpectedReplyError, match="use another namespace") as raised:
             call(hasty_manager, name)
         assert_cause(raised.value, redis.ResponseError)
+
+
+class TestAServerThatCannotRunTheScripts:
+    """It is told which one can."""
+
+    NEEDED = "Redis 7.0.1 or newer, or Valkey 8 or newer"
+
+    @pytest.mark.parametrize("command", ["EVALSHA", "SCRIPT"])
+    def test_for_want_of_a_command(self, make_manager: ManagerFactory, command: str) -> None:
+        with LocalServer(program(), "--rename-command", command, "") as server:
+            with pytest.raises(presence.UnexpectedReplyError, match=self.NEEDED) as raised:
+                make_manager(server.url).get_connection_count()
+            assert_cause(raised.value, redis.ResponseError)
+
+    def test_since_it_cannot_read_them(self, manager: ConnectionManager) -> None:
+        """As Redis 6 cannot read the first line of ours."""
+        operation = manager.operations.get_connection_count()
+        operation.script = replace(operation.script, source="!# flags", sha="0" * 40)
+        with pytest.raises(presence.PipelineError, match=self.NEEDED):
+            manager.pipeline([operation])
 
 
 class TestAPipelineWithAFault:
