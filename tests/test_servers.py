@@ -15,6 +15,7 @@ import pytest
 import presence
 import presence.sync
 from presence import PresenceError
+from presence.arguments import MAX_METADATA_BYTES
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
 from tests.server import free_port
@@ -250,6 +251,20 @@ class TestADeadServer:
         unnamed = make_manager()
         assert unnamed.register_connection("sid", "user").connection.server_id is None
         assert keys().servers == {}
+
+    def test_it_stays_known_while_its_records_are_too_large_for_one_batch(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        """Its clients beat, so only as long as it is known does cleanup find what is left of it."""
+        dead, other = make_manager(server_id="dead"), make_manager()
+        names = register_many(dead, CLEANUP_BATCH_SIZE // 2)
+        for sid in names:
+            dead.update_metadata(sid, b"x" * MAX_METADATA_BYTES)
+        wait(91)
+        assert all(other.update_heartbeats(names).values())
+
+        assert sids(other.cleanup_stale_connections().removed) == names
+        assert keys().known_servers == {}
 
     @pytest.mark.parametrize("is_there", [True, False])
     def test_what_eviction_left_in_its_list_ends_no_connection_of_another_and_stays_nowhere(
