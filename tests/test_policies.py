@@ -15,6 +15,7 @@ import redis
 
 import presence.sync
 from presence import JoinResult, Registration
+from presence.scripts import lua_folder
 from tests.invariants import violations
 
 if TYPE_CHECKING:
@@ -403,18 +404,28 @@ class TestEpochsAheadOfTheClock:
     def test_a_connection_was_connected_when_the_clock_says(
         self, manager: ConnectionManager, client: redis.Redis, ahead: int
     ) -> None:
-        before = self.now_us(client)
-        connection = manager.register_connection("sid", "user").connection
-        after = self.now_us(client)
+        for number, sid in enumerate(("first", "displacing"), 1):
+            before = self.now_us(client)
+            connection = manager.register_connection(sid, "user").connection
+            after = self.now_us(client)
 
-        assert connection.epoch == ahead + 1
-        earliest = datetime.fromtimestamp(before / 1e6, UTC) - timedelta(milliseconds=1)
-        assert earliest < connection.connected_at <= datetime.fromtimestamp(after / 1e6, UTC)
-        assert connection.connected_at == connection.last_seen == connection.observed_at
-        manager.join_game("sid", "game")
-        for read in (manager.get_connection("sid"), *manager.get_game_connections("game")):
-            assert read is not None
-            assert (read.epoch, read.connected_at) == (connection.epoch, connection.connected_at)
+            assert connection.epoch == ahead + number
+            earliest = datetime.fromtimestamp(before / 1e6, UTC) - timedelta(milliseconds=1)
+            assert earliest < connection.connected_at <= datetime.fromtimestamp(after / 1e6, UTC)
+            assert connection.connected_at == connection.last_seen == connection.observed_at
+            manager.join_game(sid, "game")
+            for read in (manager.get_connection(sid), *manager.get_game_connections("game")):
+                assert read is not None
+                assert (read.epoch, read.connected_at) == (connection.epoch, connection.connected_at)
+
+    def test_the_start_of_a_server_is_one_of_them(self, make_manager: ManagerFactory, ahead: int) -> None:
+        assert make_manager(server_id="server").start_server() == ahead + 1
+        assert make_manager().register_connection("sid", "user").connection.epoch == ahead + 2
+
+    def test_the_same_microsecond_does_not_give_the_last_one_again(self, client: redis.Redis) -> None:
+        includes = [(lua_folder() / "include" / f"{name}.lua").read_text() for name in ("as_argument", "next_epoch")]
+        calls = "return {next_epoch(false, '5'), next_epoch('-5', '4'), next_epoch('-5', '5'), next_epoch('-5', '6')}"
+        assert client.eval("\n".join([*includes, calls]), 0) == [b"5", b"6", b"6", b"6"]
 
     def test_the_newest_registration_still_wins_and_resumes(self, manager: ConnectionManager, ahead: int) -> None:
         manager.register_connection("old", "user")
