@@ -89,6 +89,16 @@ class TestADeadServer:
         assert set(keys().records) == {"another's", "nobody's"}
         assert len(keys().known_servers) == 1
 
+    def test_its_registrations_are_no_heartbeats(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        dead = make_manager(server_id="dead")
+        dead.register_connection("early", "user-1")
+        wait(80)
+        dead.register_connection("late", "user-2")
+        wait(11)
+        assert sids(make_manager().cleanup_stale_connections()) == ["early", "late"]
+
     def test_it_lives_for_three_heartbeats(self, make_manager: ManagerFactory, wait: Callable[[float], None]) -> None:
         silent, other = make_manager(server_id="silent"), make_manager()
         silent.register_connection("sid", "user")
@@ -327,7 +337,9 @@ class TestARestart:
         second = make_manager(server_id="server")
         epoch = second.start_server()
         assert not first.update_server_heartbeat()
-        assert sids(second.cleanup_stale_connections()) == ["sid-1"]
+        first.register_connection("sid-0", "user-0")
+        assert not first.update_server_heartbeat()
+        assert sids(second.cleanup_stale_connections()) == ["sid-0", "sid-1"]
 
         # Cleanup has forgotten it by now.
         assert not first.update_server_heartbeat()
