@@ -89,6 +89,15 @@ class TestADeadServer:
         assert set(keys().records) == {"another's", "nobody's"}
         assert len(keys().known_servers) == 1
 
+    def test_a_stale_connection_of_no_server_has_no_grace(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(server_grace_seconds=30)
+        manager.register_connection("sid", "user")
+        wait(91)
+        result = manager.cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid"], ())
+
     def test_its_registrations_are_no_heartbeats(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
