@@ -96,6 +96,20 @@ class TestHeartbeats:
         assert [sid for sid, status in statuses.items() if not status] == ["unknown"]
         assert evalsha_calls(client) - calls == 3
 
+    def test_of_a_batch_as_many_refresh_their_ttls_as_their_silence_asks_for(
+        self, manager: ConnectionManager, client: redis.Redis, wait: Callable[[float], None]
+    ) -> None:
+        sids = [f"sid-{number}" for number in range(HEARTBEAT_BATCH_SIZE)]
+        manager.pipeline([manager.operations.register_connection(sid, f"user of {sid}") for sid in sids])
+        wait(36)
+        client.config_resetstat()
+
+        assert all(manager.update_heartbeats(sids).values())
+
+        # Each reads its record and its user's list. 36 s are 0.04 of 15 minutes, and a little time passes besides.
+        stats: Any = client.info("commandstats")
+        assert 10 <= stats["cmdstat_get"]["calls"] / 2 <= 12
+
     @pytest.mark.parametrize(("connections_per_user", "scripts"), [(20, 1), (100, 5)])
     def test_fewer_in_a_script_where_users_may_have_many_connections(
         self, make_manager: ManagerFactory, client: redis.Redis, connections_per_user: int, scripts: int

@@ -13,6 +13,7 @@ import redis
 
 import presence.sync
 from presence import JoinResult, Registration
+from presence.scripts import lua_folder
 from tests.invariants import violations
 from tests.processes import PROCESSES, sleep_until
 
@@ -409,6 +410,11 @@ class TestEpochsAheadOfTheClock:
         for read in (manager.get_connection("sid"), *manager.get_game_connections("game")):
             assert read is not None
             assert (read.epoch, read.connected_at) == (connection.epoch, connection.connected_at)
+
+    def test_the_same_microsecond_does_not_give_the_last_one_again(self, client: redis.Redis) -> None:
+        includes = [(lua_folder() / "include" / f"{name}.lua").read_text() for name in ("as_argument", "next_epoch")]
+        calls = "return {next_epoch(false, '5'), next_epoch('-5', '4'), next_epoch('-5', '5'), next_epoch('-5', '6')}"
+        assert client.eval("\n".join([*includes, calls]), 0) == [b"5", b"6", b"6", b"6"]
 
     def test_the_newest_registration_still_wins_and_resumes(self, manager: ConnectionManager, ahead: int) -> None:
         manager.register_connection("old", "user")

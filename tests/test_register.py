@@ -282,3 +282,24 @@ def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
         make_manager().register_connection("second", "other user")
     refreshed_ms: Any = client.pttl(last_seen)
     assert refreshed_ms > lifetime_ms - 60_000
+
+
+def test_registered_again_it_stays_connected_since_the_first_time_whatever_comes(
+    manager: ConnectionManager, wait: Callable[[float], None]
+) -> None:
+    manager.register_connection("sid", "user")
+    wait(10)
+    connected_at = manager.register_connection("sid", "user").connection.connected_at
+    changes: list[Callable[[], object]] = [
+        lambda: manager.join_game("sid", "game"),
+        lambda: manager.update_metadata("sid", b"metadata"),
+        lambda: manager.leave_game("sid"),
+        lambda: manager.unregister_connection("sid", grace_seconds=30),
+        lambda: manager.register_connection("sid", "user"),
+    ]
+    for change in changes:
+        assert change()
+        connection = manager.get_connection("sid")
+        assert connection is not None
+        assert connection.connected_at == connected_at
+        assert connection.last_seen - connected_at >= timedelta(seconds=10)

@@ -14,6 +14,7 @@ import pytest
 import presence
 import presence.sync
 from presence import PresenceError
+from presence.arguments import MAX_METADATA_BYTES
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
 from tests.processes import PROCESSES, sleep_until, spawn
@@ -83,6 +84,25 @@ class TestADeadServer:
         assert other.cleanup_stale_connections() == presence.CleanupResult()
         assert set(keys().records) == {"another's", "nobody's"}
         assert len(keys().known_servers) == 1
+
+    def test_a_stale_connection_of_no_server_has_no_grace(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(server_grace_seconds=30)
+        manager.register_connection("sid", "user")
+        wait(91)
+        result = manager.cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid"], ())
+
+    def test_its_registrations_are_no_heartbeats(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        dead = make_manager(server_id="dead")
+        dead.register_connection("early", "user-1")
+        wait(80)
+        dead.register_connection("late", "user-2")
+        wait(11)
+        assert sids(make_manager().cleanup_stale_connections()) == ["early", "late"]
 
     def test_it_lives_for_three_heartbeats(self, make_manager: ManagerFactory, wait: Callable[[float], None]) -> None:
         silent, other = make_manager(server_id="silent"), make_manager()
@@ -247,6 +267,20 @@ class TestADeadServer:
         assert unnamed.register_connection("sid", "user").connection.server_id is None
         assert keys().servers == {}
 
+    def test_it_stays_known_while_its_records_are_too_large_for_one_batch(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        """Its clients beat, so only as long as it is known does cleanup find what is left of it."""
+        dead, other = make_manager(server_id="dead"), make_manager()
+        names = register_many(dead, CLEANUP_BATCH_SIZE // 2)
+        for sid in names:
+            dead.update_metadata(sid, b"x" * MAX_METADATA_BYTES)
+        wait(91)
+        assert all(other.update_heartbeats(names).values())
+
+        assert sids(other.cleanup_stale_connections().removed) == names
+        assert keys().known_servers == {}
+
     @pytest.mark.parametrize("is_there", [True, False])
     def test_what_eviction_left_in_its_list_ends_no_connection_of_another_and_stays_nowhere(
         self,
@@ -306,7 +340,9 @@ class TestARestart:
         second = make_manager(server_id="server")
         epoch = second.start_server()
         assert not first.update_server_heartbeat()
-        assert sids(second.cleanup_stale_connections()) == ["sid-1"]
+        first.register_connection("sid-0", "user-0")
+        assert not first.update_server_heartbeat()
+        assert sids(second.cleanup_stale_connections()) == ["sid-0", "sid-1"]
 
         # Cleanup has forgotten it by now.
         assert not first.update_server_heartbeat()
