@@ -182,6 +182,14 @@ class TestSeveralConnectionsPerUser:
         assert connection is not None
         assert connection.sid == "sid-3"
 
+    def test_the_newest_win_within_one_millisecond_too(self, make_manager: ManagerFactory, keys: Keys) -> None:
+        manager = make_manager(connections_per_user=2)
+        registrations: list[Any] = manager.pipeline(
+            [manager.operations.register_connection(f"sid-{number}", "user") for number in range(100)]
+        )
+        assert all(registrations)
+        assert keys().users == {"user": ["sid-98", "sid-99"]}
+
     def test_an_expired_one_goes_before_an_older_live_one(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
