@@ -297,6 +297,11 @@ CASES_OF_TWO: dict[str, tuple[Any, Any, list[Told]]] = {
         lambda scene: (scene.unregister_connection("a", grace_seconds=9), scene.register_connection("c", "alice")),
         [("detached", "a", "g"), ("resumed", "c", "g")],
     ),
+    "resume beside an older one": (
+        twice,
+        lambda scene: (scene.unregister_connection("b", grace_seconds=9), scene.register_connection("c", "alice")),
+        [("detached", "b", None), ("resumed", "c", None)],
+    ),
     "replace one of two": (
         twice,
         lambda scene: scene.register_connection("a", "bob"),

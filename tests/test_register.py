@@ -243,6 +243,21 @@ class TestSeveralConnectionsPerUser:
 
         assert [gone.sid for gone in displaced] == ["first", "second", "third"]
 
+    def test_an_expired_one_does_not_count_where_a_lower_limit_displaces(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        for sid in ("expired", "second", "third"):
+            make_manager(connections_per_user=3, conn_ttl_seconds=60).register_connection(sid, "user")
+        wait(40)
+        manager = make_manager(connections_per_user=2, conn_ttl_seconds=60)
+        manager.update_heartbeats(["second", "third"])
+        wait(40)
+
+        displaced = manager.register_connection("new", "user").displaced
+
+        assert [gone.sid for gone in displaced] == ["expired", "second"]
+        assert keys().users == {"user": ["third", "new"]}
+
 
 @pytest.mark.parametrize("sid", ["sid", "new"])
 def test_a_registration_keeps_every_key_that_it_lives_in_from_expiring(
