@@ -651,6 +651,10 @@ class TestCapacity:
         assert manager.join_game("sid", "game", capacity=2).is_full
         assert manager.get_game_connection_count("game") == 3
 
+    def test_the_largest_capacity_is_accepted(self, manager: ConnectionManager) -> None:
+        manager.register_connection("sid", "user")
+        assert manager.join_game("sid", "game", capacity=1_000_000)
+
     def test_without_a_capacity_any_number_may_join(self, manager: ConnectionManager) -> None:
         fill(manager, *(f"sid-{number}" for number in range(20)))
         assert manager.get_game_connection_count("game") == 20
