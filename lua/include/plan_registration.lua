@@ -22,9 +22,9 @@ local function plan_registration(
   local function is_detached(score)
     return -score >= tonumber(now)
   end
-  -- Nobody is where the newest wins.
+  -- Of those that are live or detached. Nobody is where the newest wins.
   local function is_alive(score)
-    return reject_ms > 0 and is_live(score) and tonumber(score) >= now - reject_ms
+    return reject_ms > 0 and tonumber(score) >= now - reject_ms
   end
 
   local record = own_score and redis.call('GET', key_prefix .. 'conn:' .. sid)
