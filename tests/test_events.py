@@ -16,6 +16,7 @@ import redis
 import presence
 import presence.sync
 from presence import EventsLostError, EventType
+from presence.operations import EVENTS_BATCH_SIZE
 from presence.replies import Position
 from tests.conftest import Awaited
 from tests.processes import spawn
@@ -179,6 +180,11 @@ CASES: dict[str, tuple[Any, Any, list[Told]]] = {
             ("user_online", "a", None),
         ],
     ),
+    "register replaces a detached one of another user": (
+        detached,
+        lambda scene: scene.register_connection("a", "bob"),
+        [("displaced", "a", "g"), ("registered", "a", None), ("user_online", "a", None)],
+    ),
     "register resumes": (
         detached,
         lambda scene: scene.register_connection("b", "alice"),
@@ -290,6 +296,11 @@ CASES_OF_TWO: dict[str, tuple[Any, Any, list[Told]]] = {
         twice,
         lambda scene: (scene.unregister_connection("a", grace_seconds=9), scene.register_connection("c", "alice")),
         [("detached", "a", "g"), ("resumed", "c", "g")],
+    ),
+    "resume beside an older one": (
+        twice,
+        lambda scene: (scene.unregister_connection("b", grace_seconds=9), scene.register_connection("c", "alice")),
+        [("detached", "b", None), ("resumed", "c", None)],
     ),
     "replace one of two": (
         twice,
@@ -546,6 +557,8 @@ class TestTheStream:
         start = manager.get_game_snapshot("g").position
         sids = [f"sid-{number:03}" for number in range(250)]
         manager.pipeline([manager.operations.register_connection(sid, sid) for sid in sids])
+        (batch,) = manager.pipeline([manager.operations.read_events(Position.parse(start))])
+        assert [event.connection.sid for event in batch.events[::2]] == sids[:EVENTS_BATCH_SIZE]
         with subscribed(manager, after=start) as events:
             assert [event.connection.sid for event in events.take(500)[::2]] == sids
             assert until_the_end(manager, events) == []

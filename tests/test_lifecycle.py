@@ -501,6 +501,22 @@ class TestAStateThatTheServerLostInPart:
         assert manager.is_user_online("user")
         assert manager.cleanup_stale_connections().removed == ()
 
+    @pytest.mark.parametrize("sid", ["sid", "new"])
+    def test_a_connection_whose_score_was_lost_is_no_part_of_the_users_next_connection(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str, sid: str
+    ) -> None:
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "game")
+        client.zrem(f"{{{namespace}}}:last_seen", "sid")
+        client.delete(f"{{{namespace}}}:game_conns:game")
+        assert manager.get_connection("sid") is None
+
+        registration = manager.register_connection(sid, "user")
+
+        assert (registration.connection.game_id, registration.resumed) == (None, False)
+        assert [gone.sid for gone in registration.displaced] == ["sid"] * (sid == "new")
+        assert manager.get_user_connection("user") == registration.connection
+
     def test_an_evicted_record_does_not_let_one_user_displace_another(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys
     ) -> None:

@@ -248,6 +248,27 @@ class TestRejectWithSeveralConnectionsPerUser:
         assert manager.register_connection("new", "user").connection.sid == "third"
         assert_unchanged(before, keys())
 
+    def test_more_than_are_allowed_by_now_do_not_refuse_one_of_them(self, make_manager: ManagerFactory) -> None:
+        for sid in ("first", "second", "third"):
+            make_manager(connections_per_user=3).register_connection(sid, "user")
+        manager = make_manager(displacement="reject_while_alive")
+
+        registration = manager.register_connection("first", "user")
+
+        assert (registration.refused, registration.resumed, registration.displaced) == (False, False, ())
+
+    def test_more_than_are_allowed_by_now_refuse_a_resume_by_the_same_sid(
+        self, make_manager: ManagerFactory, keys: Keys
+    ) -> None:
+        for sid in ("first", "second"):
+            make_manager(connections_per_user=2).register_connection(sid, "user")
+        manager = make_manager(displacement="reject_while_alive")
+        manager.unregister_connection("first", grace_seconds=30)
+        before = keys()
+
+        assert manager.register_connection("first", "user").connection.sid == "second"
+        assert_unchanged(before, keys())
+
 
 @pytest.mark.parametrize("displacement", ["", "reject", "NEWEST_WINS", None, True])
 def test_an_unknown_policy_is_refused(make_manager: ManagerFactory, displacement: Any) -> None:
@@ -614,6 +635,10 @@ class TestCapacity:
         fill(manager, "sid", game_id="current game")
         assert manager.join_game("sid", "game", capacity=2).is_full
         assert manager.get_game_connection_count("game") == 3
+
+    def test_the_largest_capacity_is_accepted(self, manager: ConnectionManager) -> None:
+        manager.register_connection("sid", "user")
+        assert manager.join_game("sid", "game", capacity=1_000_000)
 
     def test_without_a_capacity_any_number_may_join(self, manager: ConnectionManager) -> None:
         fill(manager, *(f"sid-{number}" for number in range(20)))

@@ -182,6 +182,14 @@ class TestSeveralConnectionsPerUser:
         assert connection is not None
         assert connection.sid == "sid-3"
 
+    def test_the_newest_win_within_one_millisecond_too(self, make_manager: ManagerFactory, keys: Keys) -> None:
+        manager = make_manager(connections_per_user=2)
+        registrations: list[Any] = manager.pipeline(
+            [manager.operations.register_connection(f"sid-{number}", "user") for number in range(100)]
+        )
+        assert all(registrations)
+        assert keys().users == {"user": ["sid-98", "sid-99"]}
+
     def test_an_expired_one_goes_before_an_older_live_one(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
@@ -234,6 +242,21 @@ class TestSeveralConnectionsPerUser:
         displaced = make_manager(connections_per_user=1).register_connection("new", "user").displaced
 
         assert [gone.sid for gone in displaced] == ["first", "second", "third"]
+
+    def test_an_expired_one_does_not_count_where_a_lower_limit_displaces(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        for sid in ("expired", "second", "third"):
+            make_manager(connections_per_user=3, conn_ttl_seconds=60).register_connection(sid, "user")
+        wait(40)
+        manager = make_manager(connections_per_user=2, conn_ttl_seconds=60)
+        manager.update_heartbeats(["second", "third"])
+        wait(40)
+
+        displaced = manager.register_connection("new", "user").displaced
+
+        assert [gone.sid for gone in displaced] == ["expired", "second"]
+        assert keys().users == {"user": ["third", "new"]}
 
 
 @pytest.mark.parametrize("sid", ["sid", "new"])

@@ -511,6 +511,23 @@ class TestACallThatComesAgainLate:
         assert manager.get_game_user_sids("next game") == {"user": "old"}
         assert manager.get_game_connections("game") == []
 
+    @pytest.mark.parametrize("by_now", ["gone", "registered again"])
+    def test_a_join_or_an_update_still_says_what_it_did_when_its_registration_is_no_more(
+        self, manager: ConnectionManager, by_now: str
+    ) -> None:
+        epoch = manager.register_connection("sid", "user").connection.epoch
+        operations: list[Any] = [
+            manager.operations.join_game("sid", "game", epoch=epoch),
+            manager.operations.update_metadata("sid", "metadata", epoch=epoch),
+        ]
+        first = manager.pipeline(operations)
+        assert all(first)
+        if by_now == "gone":
+            manager.unregister_connection("sid")
+        else:
+            manager.register_connection("sid", "user")
+        assert manager.pipeline(operations) == first
+
     def test_a_join_still_says_that_it_joined_when_the_game_is_full_by_now(
         self, manager: ConnectionManager, client: redis.Redis
     ) -> None:

@@ -192,6 +192,15 @@ class TestADeadServer:
         result = manager.cleanup_stale_connections()
         assert (sids(result.removed), result.detached) == (["sid"], ())
 
+    def test_a_stale_connection_of_no_server_is_removed_at_once(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        make_manager().register_connection("sid", "user")
+        other = make_manager(server_id="other", server_grace_seconds=60)
+        wait(91)
+        result = other.cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid"], ())
+
     def test_an_expired_connection_of_it_is_removed_and_not_brought_back_as_a_seat(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
@@ -249,6 +258,18 @@ class TestADeadServer:
         assert keys().known_servers == {}
         assert late.update_server_heartbeat()
         assert list(keys().known_servers) == [f"{epoch}:late"]
+
+    def test_one_taken_for_dead_is_not_replaced_by_a_later_start_of_another(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        late = make_manager(server_id="late")
+        late.start_server()
+        wait(91)
+        other = make_manager(server_id="other")
+        other.start_server()
+        other.cleanup_stale_connections()
+
+        assert late.update_server_heartbeat()
 
     def test_a_connection_that_moved_to_another_server_is_not_taken_with_the_first(
         self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys

@@ -28,9 +28,9 @@ local function plan_registration(
   local function holds(score)
     return is_live(score) or is_seat(score)
   end
-  -- Nobody is where the newest wins.
+  -- Of those that hold a place. Nobody is where the newest wins.
   local function is_alive(score)
-    return reject_ms > 0 and is_live(score) and tonumber(score) >= now - reject_ms
+    return reject_ms > 0 and tonumber(score) >= now - reject_ms
   end
 
   -- 1. What has the sid already.
