@@ -413,21 +413,6 @@ class TestSeveralConnectionsPerUser:
         assert registration.connection.game_id == "game on the phone"
         assert manager.get_connection("desktop") is not None
 
-    def test_a_live_connection_that_registers_again_takes_no_seat_over(self, make_manager: ManagerFactory) -> None:
-        manager = make_manager(connections_per_user=2)
-        for sid in ("phone", "desktop"):
-            manager.register_connection(sid, "user")
-            manager.join_game(sid, f"game on the {sid}")
-        manager.unregister_connection("desktop", grace_seconds=GRACE)
-
-        registration = manager.register_connection("phone", "user")
-
-        assert (registration.resumed, registration.displaced) == (False, ())
-        assert registration.connection.game_id == "game on the phone"
-        seat = manager.get_connection("desktop")
-        assert seat is not None
-        assert (seat.is_detached, seat.game_id) == (True, "game on the desktop")
-
     def test_of_several_seats_the_newest_is_taken_over_and_the_other_kept(self, make_manager: ManagerFactory) -> None:
         manager = make_manager(connections_per_user=2)
         for sid in ("first", "second"):

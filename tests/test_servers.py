@@ -192,15 +192,6 @@ class TestADeadServer:
         result = manager.cleanup_stale_connections()
         assert (sids(result.removed), result.detached) == (["sid"], ())
 
-    def test_a_stale_connection_of_no_server_is_removed_at_once(
-        self, make_manager: ManagerFactory, wait: Callable[[float], None]
-    ) -> None:
-        make_manager().register_connection("sid", "user")
-        other = make_manager(server_id="other", server_grace_seconds=60)
-        wait(91)
-        result = other.cleanup_stale_connections()
-        assert (sids(result.removed), result.detached) == (["sid"], ())
-
     def test_an_expired_connection_of_it_is_removed_and_not_brought_back_as_a_seat(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
