@@ -37,7 +37,7 @@ Cost  O(log N) for each connection that it removes, N = connections in the names
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local key_lifetime_ms, batch_size, server_threshold_ms = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
-local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8], ARGV[9]
+local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8] or '', ARGV[9] or ''
 
 -- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 64 KiB for a batch of 50.
 local MAX_BYTES = 64 * 1024 / 50 * batch_size

@@ -8,7 +8,7 @@ client that beats every 30 seconds would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
-ARGV  key_prefix, sid, epoch ('' = any), conn_ttl_ms, key_lifetime_ms
+ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, epoch ('' = any)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
@@ -17,8 +17,8 @@ Cost  O(log N), N = connections in the namespace
 -- @include refresh_chance
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
-local key_prefix, sid, epoch = ARGV[1], ARGV[2], ARGV[3]
-local conn_ttl_ms, key_lifetime_ms = tonumber(ARGV[4]), ARGV[5]
+local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local epoch = ARGV[5] or ''
 
 local time = now_us()
 local now = string.sub(time, 1, -4)

@@ -7,7 +7,7 @@ the game full stays in its current one. The game keeps what a snapshot needs of 
 open every member's record.
 
 KEYS  conn, game_conns, last_seen, reply
-ARGV  key_prefix, sid, game_id, epoch ('' = any), capacity (0 = any number), conn_ttl_ms, key_lifetime_ms,
+ARGV  key_prefix, sid, game_id, conn_ttl_ms, key_lifetime_ms, capacity ('' = any number), epoch ('' = any),
       events ('' = off)
 Reply the game left, '' when it left none; 0 when there is no such live connection, or it is not the registration of
       that epoch; 1 when the game is full
@@ -23,8 +23,8 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include answer_once
 
 local conn_key, game_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local key_prefix, sid, game_id, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local capacity, conn_ttl_ms, key_lifetime_ms, events = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local key_prefix, sid, game_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local capacity, epoch, events = ARGV[6] or '', ARGV[7] or '', ARGV[8] or ''
 
 local now = now_ms()
 local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
@@ -39,9 +39,9 @@ end
 if left_game_id == game_id then
   return earlier_answer(reply_key) or ''
 end
-if capacity > 0 then
+if capacity ~= '' then
   -- @include has_free_seat
-  if not has_free_seat(game_conns_key, last_seen_key, capacity, now, conn_ttl_ms) then
+  if not has_free_seat(game_conns_key, last_seen_key, tonumber(capacity), now, conn_ttl_ms) then
     return earlier_answer(reply_key) or 1
   end
 end

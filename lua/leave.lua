@@ -3,7 +3,7 @@
 Leave the current game.
 
 KEYS  conn, last_seen, reply
-ARGV  key_prefix, sid, epoch ('' = any), conn_ttl_ms, key_lifetime_ms, events ('' = off)
+ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, epoch ('' = any), events ('' = off)
 Reply the game left, or '' when there is no such live connection, it is not the registration of that epoch, or it is in
       no game
 Cost  O(1)
@@ -17,8 +17,8 @@ Cost  O(1)
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, epoch, conn_ttl_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local key_lifetime_ms, events = ARGV[5], ARGV[6]
+local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local epoch, events = ARGV[5] or '', ARGV[6] or ''
 
 local now = now_ms()
 local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)

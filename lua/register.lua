@@ -13,9 +13,9 @@ a refresh of its TTL; one which is less than a minute old moves to its own key, 
 finds it in one of the two.
 
 KEYS  conn, user_conns, last_seen, reply, refreshed
-ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user,
-      reject_ms (0 = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
-Reply '<now us> ', and what there is to report, each as an event (see event) of one of these kinds, in this order:
+ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user ('' = 1),
+      reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
+Reply '<now us>', and where there is something to report, a space and each as an event (see event), in this order:
       refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
       (oldest first), registered (the new connection itself; not of the usual one, all of which the caller knows: it
       is in no game, connected now, its epoch is now us, and its metadata is what was passed)
@@ -24,13 +24,12 @@ Cost  O(log N), N = connections in the namespace, for itself and for each connec
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
--- @include make_record
--- @include make_body
+-- @include new_record
 
 local conn_key, user_conns_key, last_seen_key, reply_key, refreshed_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local connections_per_user, reject_ms = ARGV[6], ARGV[7]
-local server, metadata, events = ARGV[8], ARGV[9], ARGV[10]
+local connections_per_user, reject_ms = ARGV[6] or '', ARGV[7] or ''
+local server, metadata, events = ARGV[8] or '', ARGV[9] or '', ARGV[10] or ''
 
 local time = now_us()
 local now = string.sub(time, 1, -4)
@@ -40,7 +39,7 @@ if earlier then
   return earlier
 end
 -- The last 16 characters of the key are the token of this call.
-local token, answer = string.sub(reply_key, -16), time .. ' '
+local token, answer = string.sub(reply_key, -16), time
 
 -- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
 local other, others, kept = nil, nil, ''
@@ -65,14 +64,15 @@ end
 -- 2. The usual connection is written at once, without a plan: nothing has its sid, and its user has no other, or one
 -- that is connected and goes since the newest wins. The writes tell whether it is that.
 local is_usual, other_score = not list, nil
-if other and other ~= sid and connections_per_user == '1' and reject_ms == '0' then
+if other and other ~= sid and connections_per_user == '' and reject_ms == '' then
   other_score = redis.call('ZSCORE', last_seen_key, other)
   is_usual = other_score and tonumber(other_score) >= 0
 end
 local record, game_id = nil, ''
 if is_usual then
-  record = make_record('', make_body(user_id, time, '', '', server, metadata))
-  is_usual = redis.call('SET', conn_key, record, 'NX', 'PX', key_lifetime_ms)
+  record = new_record(user_id, time, server, metadata)
+  -- GET: nothing, where nothing was there, costs less than OK.
+  is_usual = not redis.call('SET', conn_key, record, 'NX', 'GET', 'PX', key_lifetime_ms)
   if is_usual then
     is_usual = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. time, '', now, sid) == 2
     if not is_usual then
@@ -83,13 +83,13 @@ if is_usual then
   end
 end
 
-local sids, displaced, plan = #sid .. ':' .. sid, nil, nil
+local stay, displaced, plan = '', nil, nil
 if is_usual and other then
   -- @include event
   -- @include take_record
   displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
   if displaced then
-    answer = answer .. event('displaced', other, displaced.record, other_score)
+    answer = time .. ' ' .. event('displaced', other, displaced.record, other_score)
   end
 elseif not is_usual then
   -- 3. Any other has a plan.
@@ -98,12 +98,12 @@ elseif not is_usual then
   local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
   plan = plan_registration(
     key_prefix, last_seen_key, sid, user_id, others or {other}, now, tonumber(conn_ttl_ms),
-    tonumber(connections_per_user), tonumber(reject_ms), key_lifetime_ms
+    tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, key_lifetime_ms
   )
   -- @include event
   local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
   if refusing then
-    return answer .. event('refused', refusing.sid, refusing.record, refusing.score)
+    return time .. ' ' .. event('refused', refusing.sid, refusing.record, refusing.score)
   end
 
   -- 4. The new record, with what it keeps of the connection that it refreshes or whose seat it takes.
@@ -118,12 +118,14 @@ elseif not is_usual then
       connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
     end
   end
+  -- @include make_record
+  -- @include make_body
   game_id = seat and seat.game_id or ''
   local body = make_body(user_id, epoch, connected_at, '', server, metadata)
   record = make_record(game_id, body)
 
   -- 5. The answer.
-  local reported = {answer}
+  local reported = {time, ' '}
   if replaced then
     reported[#reported + 1] = event('replaced', sid, replaced.record, replaced.score)
   end
@@ -149,7 +151,7 @@ elseif not is_usual then
   redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
   redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
   -- @include make_sids
-  sids = make_sids(plan.stay, '') .. sids
+  stay = make_sids(plan.stay, '')
   if game_id ~= '' then
     local game_conns_key = key_prefix .. 'game_conns:' .. game_id
     redis.call('HSET', game_conns_key, sid, body)
@@ -163,7 +165,7 @@ if kept ~= '' then
   -- @include keep_apart
   keep_apart(key_prefix, kept)
 end
-redis.call('SET', user_conns_key, sids .. '=' .. token .. answer, 'PX', key_lifetime_ms)
+redis.call('SET', user_conns_key, stay .. #sid .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
 
 -- 7. What is shared with others: the TTL of last_seen, and the server.
 if not is_refreshed then

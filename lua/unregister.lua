@@ -6,7 +6,7 @@ A newer connection of the same user is never touched (guarantee 3). To detach a 
 nothing; without a grace it is removed.
 
 KEYS  conn, last_seen, reply
-ARGV  key_prefix, sid, epoch ('' = any), grace_ms (0 = none), conn_ttl_ms, key_lifetime_ms, events ('' = off)
+ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, grace_ms (0 = none), epoch ('' = any), events ('' = off)
 Reply {now ms, record (see split_record), score (see find_record)} of the connection, as it was when removed or as it is
       when detached, or {} when there is none that is live or detached, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
@@ -19,8 +19,8 @@ Cost  O(log N), N = connections in the namespace
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, epoch, grace_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local conn_ttl_ms, key_lifetime_ms, events = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local grace_ms, epoch, events = tonumber(ARGV[5]), ARGV[6] or '', ARGV[7] or ''
 
 local now = now_ms()
 local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)

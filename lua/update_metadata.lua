@@ -3,7 +3,7 @@
 Replace the metadata of a connection.
 
 KEYS  conn, last_seen, reply
-ARGV  key_prefix, sid, metadata ('' = none), epoch ('' = any), conn_ttl_ms, key_lifetime_ms, events ('' = off)
+ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, metadata ('' = none), epoch ('' = any), events ('' = off)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(1)
 Error OOM when the server's memory is full; nothing is changed then
@@ -18,8 +18,8 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, metadata, epoch = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local conn_ttl_ms, key_lifetime_ms, events = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local metadata, epoch, events = ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
 
 local now = now_ms()
 local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)

@@ -106,27 +106,27 @@ REGISTER = scripts.load(
 UNREGISTER = scripts.load(
     "unregister",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "epoch", "grace_ms", "conn_ttl_ms", "key_lifetime_ms", "events"),
+    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "grace_ms", "epoch", "events"),
 )
 JOIN = scripts.load(
     "join",
     keys=("conn", "game_conns", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "game_id", "epoch", "capacity", "conn_ttl_ms", "key_lifetime_ms", "events"),
+    arguments=("key_prefix", "sid", "game_id", "conn_ttl_ms", "key_lifetime_ms", "capacity", "epoch", "events"),
 )
 LEAVE = scripts.load(
     "leave",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "epoch", "conn_ttl_ms", "key_lifetime_ms", "events"),
+    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "epoch", "events"),
 )
 UPDATE_METADATA = scripts.load(
     "update_metadata",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "metadata", "epoch", "conn_ttl_ms", "key_lifetime_ms", "events"),
+    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "metadata", "epoch", "events"),
 )
 HEARTBEAT = scripts.load(
     "heartbeat",
     keys=("conn", "last_seen"),
-    arguments=("key_prefix", "sid", "epoch", "conn_ttl_ms", "key_lifetime_ms"),
+    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "epoch"),
 )
 HEARTBEATS = scripts.load(
     "heartbeats", keys=("last_seen",), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
@@ -191,8 +191,12 @@ class Operation(Generic[Result_co]):
     parse: Callable[[Any], Result_co]
 
     def command(self) -> Command:
-        """Give the EVALSHA command to send."""
-        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.arguments)
+        """Give the EVALSHA command to send, without the empty arguments at its end: each would cost time."""
+        values = self.arguments
+        end = len(values)
+        while end and not values[end - 1] and not isinstance(values[end - 1], int):
+            end -= 1
+        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *values[:end])
 
 
 class ServerNotStartedError(ValueError):
@@ -322,8 +326,8 @@ class Operations:
                 user_bytes,
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
-                self._connections_per_user,
-                self._reject_ms,
+                "" if self._connections_per_user == 1 else self._connections_per_user,
+                self._reject_ms or "",
                 self._server(),
                 metadata_bytes,
                 self._events,
@@ -343,10 +347,10 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                arguments.check_epoch(epoch),
-                grace_ms,
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                grace_ms,
+                arguments.check_epoch(epoch),
                 self._events,
             ),
             partial(parse_connection, sid),
@@ -358,7 +362,6 @@ class Operations:
         """Describe a join."""
         sid_bytes = arguments.encode("sid", sid)
         game_bytes = arguments.encode("game_id", game_id)
-        limit = 0 if capacity is None else arguments.check_count("capacity", capacity, MAX_CAPACITY)
         return Operation(
             JOIN,
             (self._conn(sid_bytes), self._game_conns(game_bytes), self.last_seen_key, self._reply()),
@@ -366,10 +369,10 @@ class Operations:
                 self._prefix,
                 sid_bytes,
                 game_bytes,
-                arguments.check_epoch(epoch),
-                limit,
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                "" if capacity is None else arguments.check_count("capacity", capacity, MAX_CAPACITY),
+                arguments.check_epoch(epoch),
                 self._events,
             ),
             parse_join,
@@ -384,9 +387,9 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                arguments.check_epoch(epoch),
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                arguments.check_epoch(epoch),
                 self._events,
             ),
             text_or_none,
@@ -401,10 +404,10 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                arguments.encode_metadata(metadata),
-                arguments.check_epoch(epoch),
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                arguments.encode_metadata(metadata),
+                arguments.check_epoch(epoch),
                 self._events,
             ),
             bool,
@@ -419,9 +422,9 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                arguments.check_epoch(epoch),
                 self._conn_ttl_ms,
                 self._key_lifetime_ms,
+                arguments.check_epoch(epoch),
             ),
             bool,
         )

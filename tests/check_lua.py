@@ -45,7 +45,7 @@ def main() -> int:
                 # An include that is spliced into a block is moved to the right, and names its own parameters.
                 "--no-max-line-length",
                 "--ignore",
-                "431",
+                "43[12]",
             ]
             finished = subprocess.run([luacheck, "--no-color", "--codes", "-q", *standard, "--", *files], check=False)
             if finished.returncode:

@@ -167,14 +167,23 @@ class Header:
             return ()
         return tuple(name.strip() for name in re.sub(r"\([^)]*\)", "", self.fields[field]).split(","))
 
+    def optional(self) -> list[str]:
+        """Give the arguments that may be empty, as a remark says, and have only such after them."""
+        remarks = re.findall(r"(\w+)(?: \(([^)]*)\))?(?:,|$)", self.fields["ARGV"])
+        first = len(remarks)
+        while first and "'' =" in remarks[first - 1][1]:
+            first -= 1
+        return [name for name, _ in remarks[first:]]
+
     def bindings(self) -> list[tuple[str, str, int]]:
         """Give (local's name, KEYS or ARGV, number) for each slot, as the Lua code binds it."""
         bound = []
         rest = re.search(r"^local (\w+) = \{unpack\((KEYS|ARGV), (\d+)\)\}$", self.body, re.MULTILINE)
         for names, values in re.findall(r"^local ([\w, ]+) = (.*(?:KEYS|ARGV)\[.*)$", self.body, re.MULTILINE):
             for name, value in zip(names.split(", "), values.split(", "), strict=True):
-                slot = re.fullmatch(r"(?:tonumber\()?(KEYS|ARGV)\[(\d+)\]\)?", value)
+                slot = re.fullmatch(r"(?:tonumber\()?(KEYS|ARGV)\[(\d+)\]\)?( or '')?", value)
                 assert slot, f"{name} = {value} binds no slot"
+                assert bool(slot[3]) is (name in self.optional()), f"{name} may be left out, or may not"
                 bound.append((name, slot[1], int(slot[2])))
         return bound + ([(rest[1], rest[2], int(rest[3]))] if rest else [])
 
@@ -284,7 +293,7 @@ EXPECTED_ARGUMENTS = {
     "batch_size": CLEANUP_BATCH_SIZE,
     "epoch": "",
     "grace_ms": 0,
-    "capacity": 0,
+    "capacity": "",
     "sids": b"sid",
     "reject_ms": 21_000,
     "user_ids": b"user",
@@ -350,10 +359,33 @@ class TestOperation:
         expected = EXPECTED_ARGUMENTS | DIFFERENT_ARGUMENTS.get(name, {})
         assert operation.arguments == tuple(expected[argument] for argument in operation.script.arguments)
 
-    def test_it_is_one_evalsha(self, name: str) -> None:
+    def test_it_is_one_evalsha_without_the_empty_arguments_at_its_end(self, name: str) -> None:
         operation = DESCRIBED[name]
-        sent = ("EVALSHA", operation.script.sha, len(operation.keys), *operation.keys, *operation.arguments)
-        assert operation.command() == sent
+        all_of_it = ("EVALSHA", operation.script.sha, len(operation.keys), *operation.keys, *operation.arguments)
+        sent = operation.command()
+        assert sent == all_of_it[: len(sent)]
+        assert sent[-1] not in ("", b"")
+        assert set(all_of_it[len(sent) :]) <= {"", b""}
+        assert len(all_of_it) - len(sent) <= len(Header(operation.script.name).optional())
+
+
+@pytest.mark.parametrize(
+    ("operation", "count"),
+    [
+        (Operations("ns").register_connection("sid", "user"), 5),
+        (Operations("ns", connections_per_user=2).register_connection("sid", "user"), 6),
+        (Operations("ns").register_connection("sid", "user", metadata="m"), 9),
+        (Operations("ns", events="pubsub").register_connection("sid", "user"), 10),
+        (Operations("ns").join_game("sid", "game"), 5),
+        (Operations("ns").update_heartbeat("sid"), 4),
+        (Operations("ns").update_heartbeat("sid", epoch=0), 5),
+        (Operations("ns").unregister_connection("sid"), 5),
+        (Operations("ns").cleanup_batch(), 7),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else value.script.name,
+)
+def test_a_usual_call_sends_no_empty_arguments_and_a_zero_is_not_empty(operation: Operation[Any], count: int) -> None:
+    assert len(operation.command()) == len(("EVALSHA", "sha", "number")) + len(operation.keys) + count
 
 
 def test_every_script_is_used_by_an_operation() -> None:
