@@ -91,6 +91,11 @@ def parse(url: str) -> Address:
         if "+" in scheme:
             return _parse_fleet(url, *scheme.split("+"))
         _check_host(redis.connection.parse_url(url).get("host", ""))
+        parts = urlsplit(url)
+        if scheme != "unix":
+            _parse_database(parts.path.strip("/"))
+        elif parts.hostname or not parts.path:
+            raise ValueError("it must name the socket's path after three slashes: unix:///path/to.sock")
     except ValueError as error:
         if str(error).startswith("Port could not"):
             # It would quote what may be half a password.
@@ -128,7 +133,7 @@ def _parse_fleet(url: str, base: str, deployment: str) -> Address:
     elif not service_name:
         raise ValueError("it must name the sentinels' service: redis+sentinel://host:26379/service")
     if database:
-        options["db"] = int(database)
+        options["db"] = _parse_database(database)
     if deployment == "cluster" and options.pop("db", 0):
         raise ValueError("a cluster has no database but 0")
     sentinel_options = {
@@ -148,6 +153,14 @@ def _parse_host(text: str, default_port: int) -> tuple[str, int]:
         raise ValueError("a host is missing")
     _check_host(parts.hostname)
     return parts.hostname, parts.port or default_port
+
+
+def _parse_database(text: str) -> int:
+    # redis-py would take another database, 0, for a number that it cannot read.
+    if not re.fullmatch(r"\d*", text, re.ASCII):
+        # It is not quoted: it may be half a password.
+        raise ValueError("the database is no number; special characters in a password must be percent-encoded")
+    return int(text or 0)
 
 
 def _check_host(host: str) -> None:

@@ -143,6 +143,15 @@ _BY_WORDS: dict[str, _Explanation] = {
         "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
     ),
     "No connection available": _POOL_IN_USE,
+    "DB index is out of range": (
+        UnexpectedReplyError,
+        "the server has no database of the number in the URL; correct it, or raise the server's `databases`",
+    ),
+    "unknown command 'SENTINEL'": (
+        UnexpectedReplyError,
+        "a server that the URL names is no sentinel; name the sentinels and their port, 26379 by default, or use a "
+        "redis:// URL",
+    ),
     "Error compiling script": _UNFIT_SERVER,
     "unknown command": _UNFIT_SERVER,
 }

@@ -260,10 +260,16 @@ class TestAUrl:
             ("redis+sentinel://localhost/", "url is malformed: it must name the sentinels' service"),
             ("redis+sentinel:///service", "url is malformed: a host is missing"),
             ("redis+sentinel://one,,two/service", "url is malformed: a host is missing"),
-            ("redis+sentinel://localhost/service/database", "url is malformed: .*'database'"),
+            ("redis://localhost/O", "url is malformed: the database is no number"),
+            ("rediss://localhost/-1", "url is malformed: the database is no number"),
+            ("redis://user:p@ss/word@localhost", "^url is malformed: the database is no number; .* percent-encoded$"),
+            ("redis+sentinel://localhost/service/database", "url is malformed: the database is no number"),
             ("redis+sentinel://one,two:65536/service", "url is malformed: Port out of range"),
             ("redis+cluster://", "url is malformed: a host is missing"),
             ("redis+cluster://localhost/1", "url is malformed: a cluster has no database but 0"),
+            ("redis+cluster://localhost/database", "url is malformed: the database is no number"),
+            ("unix://", "url is malformed: it must name the socket's path"),
+            ("unix://path/to.sock", "url is malformed: it must name the socket's path"),
         ],
     )
     def test_that_is_wrong_is_refused_with_what_is_wrong(self, manager_type: Any, url: str, message: str) -> None:
@@ -277,8 +283,9 @@ class TestAUrl:
 
     @pytest.mark.parametrize("scheme", clients.SCHEMES)
     def test_that_leads_nowhere_is_accepted_until_it_is_used(self, manager_type: Any, scheme: str) -> None:
-        path = "" if scheme.endswith("cluster") else "/service"
-        assert manager_type.from_url(f"{scheme}://nowhere.invalid{path}").operations.namespace == "presence"
+        host = "" if scheme == "unix" else "nowhere.invalid"
+        path = "/service" if scheme in ("unix", "redis+sentinel", "rediss+sentinel") else "/0"
+        assert manager_type.from_url(f"{scheme}://{host}{path}").operations.namespace == "presence"
 
 
 class TestTheUrlOfSeveralServers:

@@ -112,6 +112,24 @@ class TestAServerThatCannotBeReached:
         assert hasty_manager.get_connection_count() == 2
 
 
+def test_a_database_that_the_server_does_not_have_is_named(
+    make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+) -> None:
+    manager = make_manager(f"redis://127.0.0.1:{own_server.port}/99", **at_once)
+    with pytest.raises(presence.UnexpectedReplyError, match="no database of the number in the URL") as raised:
+        manager.get_connection_count()
+    assert_cause(raised.value, redis.ResponseError)
+
+
+def test_a_server_that_is_no_sentinel_is_named(
+    make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+) -> None:
+    manager = make_manager(f"redis+sentinel://127.0.0.1:{own_server.port}/service", **at_once)
+    with pytest.raises(presence.UnexpectedReplyError, match="is no sentinel") as raised:
+        manager.get_connection_count()
+    assert_cause(raised.value, redis.ResponseError)
+
+
 class TestAServerThatKnowsNeitherUserNorPassword:
     """The error says which of both it is, and where it is to be corrected."""
 
