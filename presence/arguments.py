@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, TypeVar
 from uuid import UUID
@@ -126,13 +127,21 @@ def check_different(name: str, values: object) -> list[Any]:
     except TypeError:
         # What has no hash is no id.
         for value in several:
-            check_text(name, value)
+            check_text(f"each of {name}", value)
         raise
 
 
 def check_users(name: str, values: object) -> list[str]:
     """Check several user ids, and give each once, as text."""
-    return list(dict.fromkeys(encode_user_id(name, value).decode() for value in check_iterable(name, values)))
+    several = check_iterable(name, values)
+    return list(dict.fromkeys(encode_user_id(f"each of {name}", value).decode() for value in several))
+
+
+def check_callback(name: str, callback: object, *, is_awaited: bool) -> None:
+    """Check what is to be called back, if anything is; a coroutine that nobody awaits would do nothing."""
+    if callback is not None and (not callable(callback) or (not is_awaited and inspect.iscoroutinefunction(callback))):
+        kind = "a function" if is_awaited else "a function without async"
+        raise TypeError(f"{name} must be {kind}, or None, not {shown(callback)}")
 
 
 def check_namespace(namespace: object) -> str:

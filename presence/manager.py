@@ -672,6 +672,7 @@ class ConnectionManager:
 
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
+        arguments.check_callback("on_removed", on_removed, is_awaited=True)
         describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
         describe_batch()  # A bad threshold is refused here, not in the background.
         await self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed))

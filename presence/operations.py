@@ -434,7 +434,7 @@ class Operations:
 
         Fewer than 250 where ``connections_per_user`` is more than 20, down to 50.
         """
-        sids_bytes = [arguments.encode("sids", sid) for sid in arguments.check_iterable("sids", sids)]
+        sids_bytes = [arguments.encode("each of sids", sid) for sid in arguments.check_iterable("sids", sids)]
         if not 1 <= len(sids_bytes) <= self._heartbeat_batch_size:
             raise ValueError(f"sids must be 1 to {self._heartbeat_batch_size} ids, not {len(sids_bytes)}")
         return Operation(
@@ -522,7 +522,7 @@ class Operations:
     def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
         """Describe the snapshot of at most 50 games, all at one moment."""
         game_ids = arguments.check_iterable("game_ids", game_ids)
-        games = [arguments.encode("game_ids", game_id) for game_id in game_ids]
+        games = [arguments.encode("each of game_ids", game_id) for game_id in game_ids]
         if not 1 <= len(games) <= GAMES_BATCH_SIZE:
             raise ValueError(f"game_ids must be 1 to {GAMES_BATCH_SIZE} ids, not {len(games)}")
 

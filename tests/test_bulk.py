@@ -309,5 +309,5 @@ class TestADescriptionOfABatch:
     "read", ["update_heartbeats", "are_users_online", "get_users_connections", "get_games_connections"]
 )
 def test_a_list_among_the_ids_is_refused_and_named(manager: ConnectionManager, read: str) -> None:
-    with pytest.raises(TypeError, match=r"ids must be a str.*, not list"):
+    with pytest.raises(TypeError, match=r"each of (sids|user_ids|game_ids) must be a str.*, not list"):
         getattr(manager, read)(["good", ["bad"]])

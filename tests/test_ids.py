@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from datetime import UTC, datetime
 from enum import Enum, IntEnum
@@ -155,6 +156,19 @@ def test_a_bad_threshold_is_refused_before_the_network(threshold: Any, error: ty
         pytest.raises(error, match="threshold_seconds"),
     ):
         manager.cleanup_stale_connections(threshold)
+
+
+def test_what_cannot_be_called_back_is_refused_before_anything_is_removed() -> None:
+    async def awaited(result: presence.CleanupResult) -> None:
+        """Nobody would await it for the blocking manager."""
+
+    with presence.sync.ConnectionManager.from_url(NOWHERE) as manager:
+        for wrong in ("tell", awaited):
+            with pytest.raises(TypeError, match="on_removed must be a function"):
+                manager.run_cleanup(on_removed=wrong)  # type: ignore[arg-type]
+    asyncio_manager = presence.ConnectionManager.from_url(NOWHERE)
+    with pytest.raises(TypeError, match="on_removed must be a function"):
+        asyncio.run(asyncio_manager.run_cleanup(on_removed="tell"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
