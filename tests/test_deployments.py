@@ -75,6 +75,7 @@ LEAST_RIGHTS = rights(r"^ACL SETUSER game-server on >password (.*)$")
 MORE_TO_SUBSCRIBE = {
     mode: rights(rf"^To subscribe.*?`([^`]*)` with `events=\"{mode}\"`") for mode in ("pubsub", "stream")
 }
+MORE_FOR_ANOTHER_DATABASE = rights(r"^For a database other than 0, `([^`]*)`")
 MORE_ON_A_CLUSTER = rights(r"^On a cluster, the same and `([^`]*)`")
 RIGHTS_ON_SENTINELS = rights(r"^Of the sentinels, .*? `([^`]*)`")
 
@@ -112,6 +113,16 @@ class TestAnACLUserWithTheLeastRights:
         with subscribed(manager) as events:
             manager.register_connection("sid-1", "user-1")
             assert events.next().connection.sid == "sid-1"
+
+    def test_can_use_another_database_with_the_right_listed_for_that(
+        self, make_manager: ManagerFactory, user_url: str, own_server: LocalServer, at_once: dict[str, Any]
+    ) -> None:
+        manager = make_manager(f"{user_url.removesuffix('/0')}/1", namespace="presence", **at_once)
+        with pytest.raises(presence.PermissionDeniedError, match="select"):
+            manager.get_connection_count()
+        with admin(own_server) as client:
+            client.execute_command("ACL", "SETUSER", "game-server", *MORE_FOR_ANOTHER_DATABASE)
+        play(manager)
 
     def test_cannot_touch_another_namespace(
         self, make_manager: ManagerFactory, user_url: str, at_once: dict[str, Any]
