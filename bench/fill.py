@@ -64,7 +64,7 @@ def run_and_forget(client: redis.Redis, calls: Sequence[Operation[Any]]) -> None
     Otherwise its tables would be sized for the answers of a fill that no fleet of servers does in a minute.
     """
     send(client, [call.command() for call in calls])
-    send(client, [("DEL", call.keys[-1]) for call in calls])
+    send(client, [("DEL", call.keys[call.script.keys.index("reply")]) for call in calls])
 
 
 class Population:
