@@ -73,11 +73,11 @@ def rights(pattern: str) -> list[str]:
 
 LEAST_RIGHTS = rights(r"^ACL SETUSER game-server on >password (.*)$")
 MORE_TO_SUBSCRIBE = {
-    mode: rights(rf"^To subscribe.*?`([^`]*)` with `events=\"{mode}\"`") for mode in ("pubsub", "stream")
+    mode: rights(rf"^To subscribe,.*?`([^`]*)` with `events=\"{mode}\"`") for mode in ("pubsub", "stream")
 }
-MORE_FOR_ANOTHER_DATABASE = rights(r"^For a database other than 0, `([^`]*)`")
-MORE_ON_A_CLUSTER = rights(r"^On a cluster, the same and `([^`]*)`")
-RIGHTS_ON_SENTINELS = rights(r"^Of the sentinels, .*? `([^`]*)`")
+MORE_FOR_ANOTHER_DATABASE = rights(r"^For a database other than 0, it also needs `([^`]*)`")
+MORE_ON_A_CLUSTER = rights(r"^On a cluster, it also needs `([^`]*)`")
+RIGHTS_ON_SENTINELS = rights(r"^Where the sentinels ask for a user, .*? `([^`]*)`")
 
 
 class TestAnACLUserWithTheLeastRights:
