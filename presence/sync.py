@@ -176,7 +176,8 @@ class ConnectionManager:
             server_grace_seconds: see the class.
             events: see the class.
             events_max_length: see the class.
-            client_options: more options for redis-py's client, over the defaults of presence.
+            client_options: more options for redis-py's client, over the defaults of presence. redis-py checks them when
+                it connects: an unknown one is a TypeError of the first operation.
 
         Returns:
             The manager; close it with ``close()`` or use it as ``with``.
