@@ -14,6 +14,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from presence import arguments, clients
 from presence.errors import PresenceError
 from presence.operations import (
+    CLEANUP_FAILED,
     ON_REMOVED_FAILED,
     SCRIPT_LOAD,
     SERVER_HEARTBEAT_FAILED,
@@ -745,7 +746,7 @@ class ConnectionManager:
         try:
             done = await self._run(batch)
         except PresenceError as error:
-            logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
+            logger.warning(CLEANUP_FAILED, interval, error)
             return interval
         if on_removed is not None and (done.removed or done.detached):
             try:

@@ -63,6 +63,7 @@ SCRIPT_LOADS = 2
 HEARTBEATS_UNTIL_STALE = 3
 
 # What both managers log of what they run in the background.
+CLEANUP_FAILED = "cleanup failed, next attempt in %g s: %s"
 ON_REMOVED_FAILED = "on_removed failed for some of %d connections that were removed or detached"
 SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: %s"
 SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"

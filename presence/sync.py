@@ -15,6 +15,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from presence import arguments, clients
 from presence.errors import PresenceError, explain
 from presence.operations import (
+    CLEANUP_FAILED,
     ON_REMOVED_FAILED,
     SCRIPT_LOAD,
     SERVER_HEARTBEAT_FAILED,
@@ -709,7 +710,7 @@ class ConnectionManager:
         try:
             done = self._run(batch)
         except PresenceError as error:
-            logger.warning("cleanup failed, next attempt in %g s: %s", interval, error)
+            logger.warning(CLEANUP_FAILED, interval, error)
             return interval
         if on_removed is not None and (done.removed or done.detached):
             try:
