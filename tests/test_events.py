@@ -478,6 +478,25 @@ class TestAFilter:
             assert told(of_game.next()) == ("joined", odd, odd)
             assert [event.type.value for event in of_user.take(3)] == ["registered", "user_online", "joined"]
 
+    def test_tells_the_old_owner_and_the_game_of_a_sid_that_changes_hands(
+        self, make_manager: ManagerFactory, mode: str
+    ) -> None:
+        manager = make_manager(events=mode)
+        playing(manager)  # type: ignore[arg-type]
+        with (
+            subscribed(manager, user_id="alice") as of_alice,
+            subscribed(manager, user_id="bob") as of_bob,
+            subscribed(manager, game_id="g") as of_game,
+        ):
+            manager.register_connection("a", "bob")
+            # Who was not told would be told of this first.
+            manager.register_connection("b", "alice")
+            manager.join_game("b", "g")
+            manager.join_game("a", "h")
+            assert [told(event) for event in of_alice.take(2)] == [("displaced", "a", "g"), ("user_offline", "a", "g")]
+            assert [told(event) for event in of_bob.take(2)] == [("registered", "a", None), ("user_online", "a", None)]
+            assert told(of_game.next()) == ("displaced", "a", "g")
+
 
 class TestOff:
     """It publishes nothing, and says so to who wants to subscribe."""

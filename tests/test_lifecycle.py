@@ -508,7 +508,6 @@ class TestAStateThatTheServerLostInPart:
         manager.register_connection("sid", "user")
         manager.join_game("sid", "game")
         client.zrem(f"{{{namespace}}}:last_seen", "sid")
-        client.delete(f"{{{namespace}}}:game_conns:game")
         assert manager.get_connection("sid") is None
 
         registration = manager.register_connection(sid, "user")
@@ -516,6 +515,31 @@ class TestAStateThatTheServerLostInPart:
         assert (registration.connection.game_id, registration.resumed) == (None, False)
         assert [gone.sid for gone in registration.displaced] == ["sid"] * (sid == "new")
         assert manager.get_user_connection("user") == registration.connection
+
+    @pytest.mark.parametrize("user_id", ["user", "another"])
+    @pytest.mark.parametrize("connections_per_user", [1, 2])
+    def test_a_sid_whose_score_was_lost_is_registered_anew_and_stays_in_no_game_or_list_of_before(
+        self,
+        make_manager: ManagerFactory,
+        client: redis.Redis,
+        namespace: str,
+        keys: Keys,
+        user_id: str,
+        connections_per_user: int,
+    ) -> None:
+        manager = make_manager(connections_per_user=connections_per_user, server_id="before")
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "game")
+        client.zrem(f"{{{namespace}}}:last_seen", "sid")
+
+        registration = make_manager(connections_per_user=connections_per_user).register_connection("sid", user_id)
+
+        assert registration.replaced is not None
+        assert (registration.replaced.user_id, registration.replaced.game_id) == ("user", "game")
+        assert registration.connection.game_id is None
+        assert manager.get_game_connections("game") == []
+        keyspace = keys()
+        assert (keyspace.users, keyspace.games, keyspace.servers) == ({user_id: ["sid"]}, {}, {})
 
     def test_an_evicted_record_does_not_let_one_user_displace_another(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys

@@ -113,6 +113,16 @@ class TestRejectWhileAlive:
         wait(31)
         assert rejecting.register_connection("new", "user")
 
+    def test_who_is_refused_is_told_for_how_long_the_other_was_not_seen(
+        self, rejecting: ConnectionManager, wait: Callable[[float], None]
+    ) -> None:
+        rejecting.register_connection("silent", "user")
+        wait(60)
+
+        connection = rejecting.register_connection("new", "user").connection
+
+        assert timedelta(seconds=60) <= connection.observed_at - connection.last_seen < timedelta(seconds=90)
+
     def test_an_expired_one_locks_nobody_out(self, make_manager: ManagerFactory, wait: Callable[[float], None]) -> None:
         # It expires before it would be stale.
         manager = make_manager(displacement="reject_while_alive", conn_ttl_seconds=60)

@@ -6,14 +6,16 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
+
+from tests.clock import let_time_pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import redis
-
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
+    from tests.server import LocalServer
 
 
 def test_a_new_connection_is_known_everywhere_at_once(manager: ConnectionManager, keys: Keys) -> None:
@@ -281,6 +283,31 @@ def test_a_registration_keeps_every_key_that_it_lives_in_from_expiring(
     kept_ms = {key: ttl for key, ttl in (keys().ttls_ms | keys().other_ttls_ms).items() if ":re" not in key}
     assert len(kept_ms) == 6  # the connection, its user's list, its game, its server's list, the servers, last_seen
     assert min(kept_ms.values()) > lifetime_ms - 30_000
+
+
+def test_the_usual_registration_takes_few_commands(
+    make_manager: ManagerFactory, own_server: LocalServer, namespace: str
+) -> None:
+    """As docs/design.md counts them: the first of a user, and one that displaces a player, soon and later."""
+    manager = make_manager(own_server.url)
+    with redis.Redis.from_url(own_server.url) as client:
+
+        def commands(sid: str, user_id: str) -> dict[str, int]:
+            client.config_resetstat()
+            assert manager.register_connection(sid, user_id)
+            stats: Any = client.info("commandstats")
+            calls = {name.removeprefix("cmdstat_"): about["calls"] for name, about in stats.items()}
+            return {name: count for name, count in calls.items() if name not in ("evalsha", "config|resetstat")}
+
+        manager.register_connection("other", "other user")  # The script is loaded, and the TTL of last_seen fresh.
+        first = {"time": 1, "mget": 1, "set": 2, "zadd": 1}
+        assert commands("first", "user") == first
+        displacing = first | {"zscore": 1, "getdel": 1, "zrem": 1, "hdel": 1}
+        manager.join_game("first", "game")
+        assert commands("soon", "user") == displacing | {"set": 3}
+        manager.join_game("soon", "game")
+        let_time_pass(client, namespace, 61)
+        assert commands("later", "user") == displacing
 
 
 @pytest.mark.parametrize("call", ["register_connection", "start_server"])

@@ -427,6 +427,20 @@ class TestSeveralConnectionsPerUser:
         assert [registration.displaced for registration in taken] == [(), ()]
         assert {registration.connection.game_id for registration in taken} == {"first game", "second game"}
 
+    def test_a_seat_that_is_taken_over_makes_room_for_one_under_a_lower_limit(
+        self, make_manager: ManagerFactory, keys: Keys
+    ) -> None:
+        for sid in ("first", "seat", "third"):
+            make_manager(connections_per_user=3).register_connection(sid, "user")
+        manager = make_manager(connections_per_user=2)
+        manager.unregister_connection("seat", grace_seconds=GRACE)
+
+        registration = manager.register_connection("new", "user")
+
+        assert sid_of(registration.resumed_from) == "seat"
+        assert [gone.sid for gone in registration.displaced] == ["first"]
+        assert keys().users == {"user": ["third", "new"]}
+
     @pytest.mark.parametrize("resumed_from", [None, "own"])
     def test_a_sid_that_is_registered_again_keeps_its_own_place_and_leaves_the_other_seat(
         self, make_manager: ManagerFactory, resumed_from: str | None

@@ -233,6 +233,7 @@ class TestADeadServer:
 
         late.register_connection("new", "user")
 
+        assert list(keys().known_servers.values()) == [keys().last_seen["new"]]
         assert not other.cleanup_stale_connections()
         assert late.update_server_heartbeat()
         wait(91)
@@ -318,6 +319,23 @@ class TestADeadServer:
 
         assert list(keys().records) == names[:is_there]
         assert set().union(*keys().servers.values()) == set(names[:is_there])
+
+
+@pytest.mark.parametrize(
+    ("there", "sid", "user_id"),
+    [(["first"], "new", "user"), (["first", "second"], "new", "user"), (["first"], "first", "another user")],
+    ids=["displaced", "two displaced", "replaced"],
+)
+def test_a_connection_that_a_register_ends_leaves_the_list_of_its_server(
+    make_manager: ManagerFactory, keys: Keys, there: list[str], sid: str, user_id: str
+) -> None:
+    before, after = make_manager(server_id="before", connections_per_user=2), make_manager(server_id="after")
+    for earlier in there:
+        before.register_connection(earlier, "user")
+
+    after.register_connection(sid, user_id)
+
+    assert list(keys().servers.values()) == [{sid}]
 
 
 class TestARestart:

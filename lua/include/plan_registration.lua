@@ -33,8 +33,9 @@ local function plan_registration(
     return reject_ms > 0 and tonumber(score) >= now - reject_ms
   end
 
-  -- 1. What has the sid already.
-  local own_record = own_score and redis.call('GET', key_prefix .. 'conn:' .. sid)
+  -- 1. What has the sid already. Where its score was lost, its record still tells where else it is listed.
+  own_score = own_score or 0
+  local own_record = redis.call('GET', key_prefix .. 'conn:' .. sid)
   if own_record then
     local game_id, body = split_record(own_record)
     local its_user_id, _, _, _, server = split_body(body)
