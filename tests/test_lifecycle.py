@@ -307,6 +307,7 @@ class TestTheEndOfRunCleanup:
         async def bounded() -> None:
             manager = presence.ConnectionManager.from_url(url, namespace=namespace)
             await asyncio.wait_for(work(manager), 10)
+            assert not manager._repetitions
             await manager.aclose()
 
         asyncio.run(bounded())
