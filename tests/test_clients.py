@@ -280,7 +280,7 @@ class TestAUrl:
         ],
     )
     def test_that_is_wrong_shows_nothing_of_a_password(self, manager_type: Any, url: str) -> None:
-        with pytest.raises(ValueError, match="special characters in a password must be percent-encoded$") as caught:
+        with pytest.raises(ValueError, match=r"special characters in a password must be percent-encoded$") as caught:
             manager_type.from_url(url)
         assert "half" not in "".join(traceback.format_exception(caught.value))
 
