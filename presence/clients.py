@@ -34,6 +34,12 @@ SCHEMES = (
     "rediss+cluster",
 )
 
+_QUOTING = {
+    "Port could not": "the port is no number",
+    "netloc ": "a character before the path is not allowed there",
+}
+"""How the errors begin that quote what may be a password, and what is said instead."""
+
 MAX_CONNECTIONS = 64
 """Connections of one manager's pool. Operations beyond it wait for a free one instead of failing."""
 
@@ -97,11 +103,11 @@ def parse(url: str) -> Address:
         elif parts.hostname or not parts.path:
             raise ValueError("it must name the socket's path after three slashes: unix:///path/to.sock")
     except ValueError as error:
-        if str(error).startswith("Port could not"):
-            # It would quote what may be half a password.
-            raise ValueError(
-                "url is malformed: the port is no number; special characters in a password must be percent-encoded"
-            ) from None
+        for beginning, problem in _QUOTING.items():
+            if str(error).startswith(beginning):
+                raise ValueError(
+                    f"url is malformed: {problem}; special characters in a password must be percent-encoded"
+                ) from None
         raise ValueError(f"url is malformed: {error}") from error
     return Address(url)
 

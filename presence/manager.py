@@ -72,7 +72,7 @@ class _Repetition:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.tasks = {asyncio.current_task()}
+        self.step: asyncio.Future[float | None] | None = None
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -246,7 +246,7 @@ class ConnectionManager:
                 self._repetitions.discard(running)
                 continue
             # A callback of a cleanup itself may close the manager, and what another loop runs ends there.
-            if running.loop is loop and asyncio.current_task() not in running.tasks:
+            if running.loop is loop and asyncio.current_task() is not running.step:
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
         if own is None:
@@ -709,12 +709,8 @@ class ConnectionManager:
         try:
             while not running.stop.is_set():
                 # What a batch removes only its answer reports, so its end is waited for, however often one cancels.
-                task = asyncio.ensure_future(step())
-                running.tasks.add(task)
-                try:
-                    pause = await _to_its_end(task)
-                finally:
-                    running.tasks.discard(task)
+                running.step = asyncio.ensure_future(step())
+                pause = await _to_its_end(running.step)
                 if pause is None:
                     return
                 if pause:

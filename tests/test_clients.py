@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from contextlib import contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -249,7 +250,6 @@ class TestAUrl:
             ("http://localhost", "url must start with one of redis://"),
             ("sentinel://localhost/service", "url must start with .*redis\\+sentinel://"),
             ("redis://localhost:port", "url is malformed: the port is no number"),
-            ("redis://:half/secret@localhost", "^url is malformed: the port is no number; .* must be percent-encoded$"),
             ("redis://localhost:65536", "url is malformed: Port out of range"),
             ("redis://localhost?socket_timeout=soon", "url is malformed: .*socket_timeout"),
             ("redis://.example", "url is malformed: a host is no host name"),
@@ -275,6 +275,20 @@ class TestAUrl:
     def test_that_is_wrong_is_refused_with_what_is_wrong(self, manager_type: Any, url: str, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             manager_type.from_url(url)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://:half/secret@localhost",
+            "redis+cluster://user:half/secret@localhost",
+            "redis://:half\N{ACCOUNT OF}secret@localhost",
+            "redis+sentinel://:half\N{ACCOUNT OF}secret@localhost/service",
+        ],
+    )
+    def test_that_is_wrong_shows_nothing_of_a_password(self, manager_type: Any, url: str) -> None:
+        with pytest.raises(ValueError, match=r"special characters in a password must be percent-encoded$") as caught:
+            manager_type.from_url(url)
+        assert "half" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.parametrize("url", [None, b"redis://localhost", 6379])
     def test_that_is_no_text_is_refused(self, manager_type: Any, url: Any) -> None:

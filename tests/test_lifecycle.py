@@ -124,6 +124,40 @@ class TestClosing:
         manager.close()
         assert manager.update_heartbeat("sid")
 
+    @pytest.mark.parametrize("how", ["entered", "called"])
+    def test_a_closed_manager_that_is_used_again_cleans_up_again(
+        self, server_url: str, namespace: str, wait: Callable[[float], None], how: str
+    ) -> None:
+        reported: list[str] = []
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+        blocking = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace)
+
+        async def report_and_close(result: CleanupResult) -> None:
+            reported.extend(gone.sid for gone in result)
+            await manager.aclose()
+
+        def report_and_close_blocking(result: CleanupResult) -> None:
+            reported.extend(gone.sid for gone in result)
+            blocking.close()
+
+        async def run() -> None:
+            await manager.register_connection("sid-1", "user")
+            wait(91)
+            await manager.aclose()
+            await (manager.__aenter__() if how == "entered" else manager.get_connection_count())
+            await manager.run_cleanup(0.01, on_removed=report_and_close)
+
+        asyncio.run(run())
+        blocking.register_connection("sid-2", "user")
+        wait(91)
+        blocking.close()
+        if how == "entered":
+            blocking.__enter__()
+        else:
+            blocking.get_connection_count()
+        blocking.run_cleanup(0.01, on_removed=report_and_close_blocking)
+        assert reported == ["sid-1", "sid-2"]
+
     def test_operations_under_way_are_answered_first(self, server_url: str, namespace: str) -> None:
         async def run() -> list[Any]:
             manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
@@ -273,6 +307,7 @@ class TestTheEndOfRunCleanup:
         async def bounded() -> None:
             manager = presence.ConnectionManager.from_url(url, namespace=namespace)
             await asyncio.wait_for(work(manager), 10)
+            assert not manager._repetitions
             await manager.aclose()
 
         asyncio.run(bounded())
