@@ -65,6 +65,8 @@ class _OpenClient:
         self.may_share = not isinstance(client, RedisCluster)
         self.first_call = asyncio.Lock()
         self.wait_for_events: asyncio.Task[Exception | None] | None = None
+        self.unclosed: list[_OpenClient] = []
+        """Those before it that a close which was cancelled has left to the next."""
 
 
 class _Repetition:
@@ -252,16 +254,22 @@ class ConnectionManager:
         if own is None:
             return
         try:
-            while own.in_flight:
-                own.idle.clear()
-                await own.idle.wait()
+            for awaited in (*own.unclosed, own):
+                while awaited.in_flight:
+                    awaited.idle.clear()
+                    await awaited.idle.wait()
         except asyncio.CancelledError:
             # What is under way goes on with it, so it is left to the next close.
-            self._own_clients.setdefault(loop, own)
+            newer = self._own_clients.setdefault(loop, own)
+            if newer is not own:
+                newer.unclosed += (*own.unclosed, own)
+                own.unclosed = []
             raise
         await _to_its_end(asyncio.ensure_future(self._close(own)))
 
     async def _close(self, own: _OpenClient) -> None:
+        for earlier in own.unclosed:
+            await self._close(earlier)
         if own.shared is not None:
             await own.shared.aclose()
         if self._given_client is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,11 @@ from presence import CleanupResult, ConnectionInfo, JoinResult, Registration, cl
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, call, check, set_the_scene
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
+from tests.test_faults import is_held, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
@@ -207,6 +210,87 @@ class TestEventLoops:
         removed = asyncio.run(unregister())
         assert removed is not None
         assert (removed.sid, removed.user_id) == (sid, str(user_id))
+
+
+class TestClosing:
+    """It waits for the calls under way, and leaves no connection open that belongs to what it closes."""
+
+    @pytest.fixture
+    def connections(self, own_server: LocalServer) -> Iterator[Callable[[], int]]:
+        """Counts the connections of the managers that the test names "presence"."""
+        with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+
+            def count() -> int:
+                clients: Any = admin.client_list()
+                return [client["name"] for client in clients].count("presence")
+
+            yield count
+
+    def test_waits_for_the_calls_under_way(self, own_server: LocalServer) -> None:
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                manager = presence.ConnectionManager.from_url(proxy.url)
+                await manager.register_connection("sid", "user")
+                proxy.fates = [Fate.HOLD_REPLY]
+                calls = [asyncio.create_task(manager.unregister_connection("sid")) for _ in range(2)]
+                await is_held(proxy)
+                closing = asyncio.create_task(manager.aclose())
+                assert not (await asyncio.wait([closing], timeout=0.1))[0]
+                proxy.release()
+                await asyncio.wait_for(closing, BOUND_SECONDS)
+                removed, unknown = await asyncio.gather(*calls)
+                assert removed is not None
+                assert (removed.sid, unknown) == ("sid", None)
+                assert proxy.accepted == 1
+
+        asyncio.run(run())
+
+    def test_waits_for_the_calls_under_way_in_other_threads(self, own_server: LocalServer) -> None:
+        with Proxy(own_server.port) as proxy, ThreadPoolExecutor(2) as threads:
+            manager = presence.sync.ConnectionManager.from_url(proxy.url)
+            manager.register_connection("sid", "user")
+            proxy.fates = [Fate.HOLD_REPLY]
+            call = threads.submit(manager.unregister_connection, "sid")
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            closing = threads.submit(manager.close)
+            try:
+                with pytest.raises(TimeoutError):
+                    closing.result(0.1)
+            finally:
+                proxy.release()
+            closing.result(BOUND_SECONDS)
+            removed = call.result(BOUND_SECONDS)
+            assert removed is not None
+            assert removed.sid == "sid"
+            assert proxy.accepted == 1
+
+    def test_that_is_cancelled_leaves_the_rest_to_the_next(
+        self, own_server: LocalServer, connections: Callable[[], int]
+    ) -> None:
+        """Also when a call that came meanwhile has connected anew."""
+
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                manager = presence.ConnectionManager.from_url(proxy.url, client_name="presence")
+                await manager.get_connection_count()
+                proxy.fates = [Fate.HOLD_REPLY]
+                call = asyncio.create_task(manager.get_connection_count())
+                await is_held(proxy)
+                for _ in range(2):
+                    closing = asyncio.create_task(manager.aclose())
+                    await asyncio.sleep(0)
+                    assert await manager.get_connection_count() == 0
+                    closing.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await closing
+                closing = asyncio.create_task(manager.aclose())
+                assert not (await asyncio.wait([closing], timeout=0.1))[0]
+                proxy.release()
+                assert await call == 0
+                await asyncio.wait_for(closing, BOUND_SECONDS)
+                await asyncio.to_thread(wait_until, lambda: connections() == 0)
+
+        asyncio.run(run())
 
 
 class TestTheDefaultUrl:
