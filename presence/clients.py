@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis
 import redis.asyncio
+import redis.asyncio.connection
 import redis.asyncio.retry
 import redis.asyncio.sentinel
 import redis.cluster
@@ -96,7 +97,8 @@ def parse(url: str) -> Address:
     try:
         if "+" in scheme:
             return _parse_fleet(url, *scheme.split("+"))
-        _check_host(redis.connection.parse_url(url).get("host", ""))
+        options = dict(redis.connection.parse_url(url))
+        _check_host(options.get("host", ""))
         parts = urlsplit(url)
         if scheme != "unix":
             _parse_database(parts.path.strip("/"))
@@ -109,7 +111,8 @@ def parse(url: str) -> Address:
                     f"url is malformed: {problem}; special characters in a password must be percent-encoded"
                 ) from None
         raise ValueError(f"url is malformed: {error}") from error
-    return Address(url)
+    options.pop("connection_class", None)  # Each kind of client has its own.
+    return Address(url, options=options)
 
 
 def parse_default() -> Address:
@@ -269,7 +272,8 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
             del options["retry_on_error"]
             options["connection_pool_class"] = redis.BlockingConnectionPool
             return redis.RedisCluster(startup_nodes=nodes, **options)
-    pool = redis.BlockingConnectionPool.from_url(address.url, **options)
+    # Not the pool's own from_url, in which the URL's options would win over the caller's.
+    pool = redis.BlockingConnectionPool(**{**redis.connection.parse_url(address.url), **options})
     return redis.Redis.from_pool(pool)
 
 
@@ -293,5 +297,5 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
             # This client cannot let an operation wait for a free connection: beyond the limit it would fail.
             options["max_connections"] = given.get("max_connections", MAX_CLUSTER_CONNECTIONS)
             return redis.asyncio.RedisCluster(startup_nodes=nodes, **options)
-    pool = redis.asyncio.BlockingConnectionPool.from_url(address.url, **options)
+    pool = redis.asyncio.BlockingConnectionPool(**{**redis.asyncio.connection.parse_url(address.url), **options})
     return redis.asyncio.Redis.from_pool(pool)

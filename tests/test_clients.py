@@ -424,6 +424,55 @@ def test_options_reach_redis_py_from_the_url_and_from_the_call(
         assert {"from-the-url", "from-the-call"} < {client["name"] for client in admin.client_list()}
 
 
+CONNECT: dict[str, Any] = {"asyncio": clients.connect_asyncio, "blocking": clients.connect_blocking}
+
+URLS_OF_A_POOL = ["redis://one", "rediss://one", "unix:///one", "redis+sentinel://one/two", "rediss+sentinel://one/two"]
+"""Those whose client has one pool, and needs no server before it is used."""
+
+
+@pytest.mark.parametrize("kind", CONNECT)
+class TestTheOptionsOfAClient:
+    """The call's, else the URL's, else the defaults that the README names."""
+
+    @pytest.mark.parametrize("url", URLS_OF_A_POOL)
+    def test_are_by_default_those_of_the_readme(self, kind: str, url: str) -> None:
+        client = CONNECT[kind](clients.parse(url), {})
+        pool = client.connection_pool
+        options = pool.connection_kwargs
+        assert (pool.max_connections, options["socket_timeout"]) == (64, 5)
+        # A unix socket connects at once, and redis-py may be unable to speak RESP3 over it, so that is left to it.
+        expected = (None, None) if url.startswith("unix") else (5, 3)
+        assert (options.get("socket_connect_timeout"), options.get("protocol")) == expected
+        assert isinstance(pool, redis.BlockingConnectionPool | redis.asyncio.BlockingConnectionPool)
+        check_the_retries(client.get_retry())
+        assert options["retry_on_error"] == [redis.exceptions.ReadOnlyError]
+
+    def test_of_sentinels_have_the_same_timeouts(self, kind: str) -> None:
+        client = CONNECT[kind](clients.parse("redis+sentinel://one/two"), {"socket_timeout": 2})
+        (sentinel,) = client.connection_pool.sentinel_manager.sentinels
+        options = sentinel.connection_pool.connection_kwargs
+        assert (options["socket_timeout"], options["socket_connect_timeout"]) == (2, 5)
+
+    @pytest.mark.parametrize("url", URLS_OF_A_POOL)
+    def test_are_the_calls_rather_than_the_urls(self, kind: str, url: str) -> None:
+        address = clients.parse(f"{url}?max_connections=7&socket_timeout=2")
+        assert self.limits(CONNECT[kind](address, {})) == (7, 2)
+        assert self.limits(CONNECT[kind](address, {"max_connections": 9})) == (9, 2)
+        assert self.limits(CONNECT[kind](address, {"socket_timeout": 3})) == (7, 3)
+
+    @staticmethod
+    def limits(client: Any) -> tuple[int, float]:
+        pool = client.connection_pool
+        return pool.max_connections, pool.connection_kwargs["socket_timeout"]
+
+
+def check_the_retries(retry: Any) -> None:
+    """Up to 6 retries over two to three seconds: on average, because of the jitter."""
+    assert retry.get_retries() == 6
+    pauses = [sum(retry._backoff.compute(failures) for failures in range(1, 7)) for _ in range(200)]
+    assert 2 < sum(pauses) / len(pauses) < 3
+
+
 def test_more_calls_at_once_than_connections_wait_for_a_free_one(own_server: LocalServer) -> None:
     async def run() -> None:
         async with presence.ConnectionManager.from_url(own_server.url, max_connections=3) as manager:
