@@ -17,7 +17,7 @@ import redis.exceptions
 
 import presence
 import presence.sync
-from presence.operations import CLEANUP_BATCH_SIZE
+from presence.operations import CLEANUP_BATCH_SIZE, Command, Operation
 from tests.clock import let_time_pass
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
@@ -27,7 +27,7 @@ from tests.server import LocalServer, free_port, program
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from presence import CleanupResult, Operation
+    from presence import CleanupResult
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
@@ -246,6 +246,36 @@ class TestScriptsThatTheServerLost:
         assert results[2:] == [3, "game", 2, 3]
         assert (counts["evalsha"], counts["evalsha that failed"]) == (6, 0)
 
+    def test_within_a_pipeline_they_are_all_loaded_again_but_one_that_cannot_be(
+        self, own_manager: ConnectionManager
+    ) -> None:
+        operations = own_manager.operations
+        set_the_scene(own_manager)
+        count = operations.get_connection_count()
+        unloadable = operations.get_connection_count()
+        unloadable.script = replace(unloadable.script, source="!# flags", sha="0" * 40)
+        with pytest.raises(presence.PipelineError, match="1 of 6 operations failed") as raised:
+            pipeline(
+                own_manager,
+                operations.leave_game("sid-1"),
+                ScriptFlush(count.script, (), (), bool),
+                operations.leave_game("sid-2"),
+                unloadable,
+                operations.get_game_connection_count("game"),
+                count,
+            )
+        *worked, failed, in_game, connections = raised.value.results
+        assert worked == ["game", True, "game"]
+        assert isinstance(failed, presence.UnexpectedReplyError)
+        assert (in_game, connections) == (0, 2)
+
+
+class ScriptFlush(Operation[bool]):
+    """What another client may do in the midst of a pipeline."""
+
+    def command(self) -> Command:
+        return ("SCRIPT", "FLUSH")
+
 
 def pipeline(manager: ConnectionManager, *operations: Operation[Any]) -> list[Any]:
     return manager.pipeline(operations)
@@ -462,6 +492,35 @@ class TestFailover:
             )
             assert [results[0], results[1].joined, results[2]] == ["game", True, "next game"]
             manager.close()
+
+    def test_when_a_replica_is_promoted_the_only_write_of_a_pipeline_works_there(
+        self, make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
+    ) -> None:
+        primary, replica = replicated
+        with Proxy(primary.port) as address, admin(primary) as old, admin(replica) as new:
+            manager = make_manager(address.url)
+            set_the_scene(manager)
+            written = old.info("replication")["master_repl_offset"]
+            wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
+            new.replicaof("NO", "ONE")
+            address.server_port = replica.port
+            old.replicaof("127.0.0.1", str(replica.port))
+
+            operations = manager.operations
+            count = operations.get_game_connection_count("game")
+            assert pipeline(manager, count, operations.leave_game("sid-1"), count) == [2, "game", 2]
+            assert manager.get_game_connection_count("game") == 1
+            manager.close()
+
+    def test_while_no_replica_is_promoted_one_write_of_a_pipeline_is_tried_again_for_all(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager
+    ) -> None:
+        set_the_scene(hasty_manager)
+        hasty_manager.leave_game("unknown")
+        own_client.replicaof("127.0.0.1", str(free_port()))
+        with counted(own_client) as counts, pytest.raises(presence.PipelineError, match="5 of 5 operations failed"):
+            hasty_manager.pipeline([hasty_manager.operations.leave_game("sid-1") for _ in range(5)])
+        assert counts["evalsha that failed"] == 6
 
 
 @contextmanager
@@ -718,6 +777,27 @@ class TestACleanupThatMeetsAFault:
         assert_cause(first.error, redis.ConnectionError)
         assert rest.error is None
         assert sorted(gone.sid for gone in (*first, *rest)) == sorted(stale)
+
+    def test_between_two_batches_returns_what_it_detached_and_the_fault(
+        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+    ) -> None:
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url, server_grace_seconds=60, **at_once)
+            manager.cleanup_stale_connections()
+            dead = make_manager(own_server.url, server_id="dead")
+            dead.start_server()
+            sids = [f"sid-{number}" for number in range(self.COUNT)]
+            dead.pipeline([dead.operations.register_connection(sid, f"user of {sid}") for sid in sids])
+            make_manager(own_server.url, server_id="dead").start_server()
+            proxy.fates = [Fate.PASS, Fate.LOSE_REQUEST]
+            first = manager.cleanup_stale_connections()
+            rest = manager.cleanup_stale_connections()
+            manager.close()
+
+        assert (first.removed, len(first.detached)) == ((), CLEANUP_BATCH_SIZE)
+        assert isinstance(first.error, presence.ServerUnreachableError)
+        assert (rest.removed, rest.error) == ((), None)
+        assert sorted(seat.sid for seat in (*first.detached, *rest.detached)) == sorted(sids)
 
     def test_before_anything_is_removed_raises_it(
         self,

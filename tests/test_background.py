@@ -1,0 +1,178 @@
+"""run_cleanup and run_server_heartbeat: when they pause, when they do not, and how a close ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+
+import presence
+import presence.sync
+from presence.operations import CLEANUP_BATCH_SIZE
+from tests.clock import let_time_pass
+from tests.fault_calls import one_attempt
+from tests.fault_proxy import BOUND_SECONDS
+from tests.server import free_port
+from tests.test_cleanup import register_many
+from tests.test_faults import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from presence import CleanupResult
+    from tests.server import LocalServer
+
+HOUR = 3600
+A_MOMENT = 0.1
+
+both_managers = pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+
+
+class Background:
+    """A manager that repeats something, with callbacks that may block, until ``close`` is called."""
+
+    def __init__(self, kind: str, url: str, **options: Any) -> None:
+        self._kind = kind
+        self._url = url
+        self._options = options
+        self._is_to_close = threading.Event()
+        self.is_closed = threading.Event()
+        self.has_ended = threading.Event()
+
+    def start(self, name: str, interval: float, report: Callable[[CleanupResult], object] | None) -> None:
+        def run() -> None:
+            if self._kind == "asyncio":
+                asyncio.run(self._run(name, interval, report))
+            else:
+                self._run_blocking(name, interval, report)
+            self.has_ended.set()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def close(self) -> None:
+        self._is_to_close.set()
+
+    def _run_blocking(self, name: str, interval: float, report: Callable[[CleanupResult], object] | None) -> None:
+        named = {} if report is None else {"on_removed": report}
+        with presence.sync.ConnectionManager.from_url(self._url, **self._options) as manager:
+            thread = threading.Thread(target=getattr(manager, name), args=(interval,), kwargs=named, daemon=True)
+            thread.start()
+            self._is_to_close.wait()
+        self.is_closed.set()
+        thread.join()
+
+    async def _run(self, name: str, interval: float, report: Callable[[CleanupResult], object] | None) -> None:
+        async def on_removed(result: CleanupResult) -> None:
+            assert report is not None
+            await asyncio.to_thread(report, result)
+
+        named = {} if report is None else {"on_removed": on_removed}
+        async with presence.ConnectionManager.from_url(self._url, **self._options) as manager:
+            task = asyncio.create_task(getattr(manager, name)(interval, **named))
+            await asyncio.to_thread(self._is_to_close.wait)
+        self.is_closed.set()
+        await task
+
+
+@contextmanager
+def repeating(
+    background: Background, name: str, interval: float, report: Callable[[CleanupResult], object] | None = None
+) -> Iterator[None]:
+    """Run it meanwhile; in the end its manager is closed, and that ends it at once, however long its pause is."""
+    background.start(name, interval, report)
+    try:
+        yield
+    finally:
+        background.close()
+    assert background.has_ended.wait(BOUND_SECONDS), "the close did not end it"
+
+
+def scripts_run(client: redis.Redis) -> int:
+    """How many scripts the server has run to their end since it was last asked to forget."""
+    stats: Any = client.info("commandstats")
+    evalsha = stats.get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
+    return int(evalsha["calls"]) - int(evalsha["failed_calls"])
+
+
+@pytest.fixture
+def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
+    """A plain client of the test's own server, to count what that runs."""
+    with redis.Redis.from_url(own_server.url) as client:
+        yield client
+
+
+@both_managers
+class TestRunCleanup:
+    """It pauses when nothing is left or it met a fault."""
+
+    def test_does_not_pause_before_nothing_is_left_but_then(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        batches: list[int] = []
+        with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+            register_many(manager, 2 * CLEANUP_BATCH_SIZE + 1)
+            let_time_pass(own_client, "presence", 91)
+        own_client.config_resetstat()
+        with repeating(
+            Background(kind, own_server.url), "run_cleanup", HOUR, lambda result: batches.append(len(result))
+        ):
+            wait_until(lambda: len(batches) == 3)
+            time.sleep(A_MOMENT)
+        assert batches == [CLEANUP_BATCH_SIZE, CLEANUP_BATCH_SIZE, 1]
+        assert scripts_run(own_client) == 3
+
+    def test_reports_nothing_when_it_removed_nothing(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        reported: list[CleanupResult] = []
+        with repeating(Background(kind, own_server.url), "run_cleanup", 0.01, reported.append):
+            wait_until(lambda: scripts_run(own_client) >= 3)
+        assert reported == []
+
+    def test_has_reported_when_a_close_has_ended(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        is_reporting, may_go_on = threading.Event(), threading.Event()
+
+        def report(_: CleanupResult) -> None:
+            is_reporting.set()
+            assert may_go_on.wait(BOUND_SECONDS)
+
+        with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+            manager.register_connection("sid", "user")
+            let_time_pass(own_client, "presence", 91)
+        background = Background(kind, own_server.url)
+        with repeating(background, "run_cleanup", HOUR, report):
+            assert is_reporting.wait(BOUND_SECONDS)
+            background.close()
+            try:
+                assert not background.is_closed.wait(A_MOMENT)
+            finally:
+                may_go_on.set()
+
+
+@both_managers
+@pytest.mark.parametrize("name", ["run_cleanup", "run_server_heartbeat"])
+def test_a_fault_is_followed_by_the_pause(kind: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    background = Background(kind, url, server_id="server", **one_attempt(kind))
+    with repeating(background, name, HOUR):
+        wait_until(lambda: caplog.records)
+        time.sleep(A_MOMENT)
+    assert len(caplog.records) == 1
+
+
+@both_managers
+def test_a_close_ends_the_pause_of_run_server_heartbeat(
+    own_server: LocalServer, own_client: redis.Redis, kind: str
+) -> None:
+    background = Background(kind, own_server.url, server_id="server")
+    with repeating(background, "run_server_heartbeat", HOUR):
+        wait_until(lambda: scripts_run(own_client) == 2)  # The start, and the heartbeat.
+        time.sleep(A_MOMENT)
+    assert scripts_run(own_client) == 2
