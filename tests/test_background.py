@@ -176,3 +176,18 @@ def test_a_close_ends_the_pause_of_run_server_heartbeat(
         wait_until(lambda: scripts_run(own_client) == 2)  # The start, and the heartbeat.
         time.sleep(A_MOMENT)
     assert scripts_run(own_client) == 2
+
+
+def test_a_close_on_another_event_loop_ends_it_too(own_server: LocalServer, own_client: redis.Redis) -> None:
+    manager = presence.ConnectionManager.from_url(own_server.url)
+    has_ended = threading.Event()
+
+    async def clean_up() -> None:
+        await manager.run_cleanup(HOUR)
+        await manager.aclose()
+        has_ended.set()
+
+    threading.Thread(target=lambda: asyncio.run(clean_up()), daemon=True).start()
+    wait_until(lambda: scripts_run(own_client) == 1)
+    asyncio.run(manager.aclose())
+    assert has_ended.wait(BOUND_SECONDS)
