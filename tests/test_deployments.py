@@ -7,6 +7,7 @@ import re
 import socket
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import redis.asyncio
 
 import presence
 import presence.sync
+from presence import clients
 from presence.scripts import lua_folder
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
@@ -315,11 +317,48 @@ class TestSentinel:
             manager.get_connection_count()
 
     def test_serves_more_calls_at_once_than_connections(self, steady: Sentinels) -> None:
-        async def run() -> None:
-            async with presence.ConnectionManager.from_url(steady.url, max_connections=3) as manager:
-                assert await asyncio.gather(*(manager.get_connection_count() for _ in range(50))) == [0] * 50
+        ask_at_once(f"{steady.url}?max_connections=1")
 
+    def test_with_tls_is_asked_with_the_options_of_the_url_or_of_the_call(
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path
+    ) -> None:
+        certificate = write_certificate(tmp_path)
+        config = tmp_path / "sentinel.conf"
+        with Proxy(own_server.port, tls=server_context(tmp_path)) as primary:
+            # It cannot speak TLS, and is given too long a time to find that out.
+            config.write_text(
+                f"sentinel monitor game 127.0.0.1 {primary.port} 1\nsentinel down-after-milliseconds game 3600000\n"
+            )
+            with (
+                LocalServer(program(), "--sentinel", config=config) as server,
+                Proxy(server.port, tls=server_context(tmp_path)) as sentinel,
+            ):
+                url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/game"
+                managers = [
+                    make_manager(f"{url}?ssl_ca_certs={certificate}"),
+                    make_manager(url, ssl_ca_certs=str(certificate)),
+                    make_manager(url.replace("rediss", "redis"), ssl=True, ssl_ca_certs=str(certificate)),
+                ]
+                for manager in managers:
+                    before = sentinel.accepted
+                    assert manager.get_connection_count() == 0
+                    assert sentinel.accepted > before
+                    manager.close()
+
+
+def ask_at_once(url: str, kinds: tuple[str, ...] = ("asyncio", "blocking")) -> None:
+    """Ask more at once than there are connections; past the asyncio manager, whose calls share one."""
+
+    async def run() -> None:
+        client: Any = clients.connect_asyncio(clients.parse(url), {})
+        async with client:
+            assert await asyncio.gather(*(client.exists("a key") for _ in range(50))) == [0] * 50
+
+    if "asyncio" in kinds:
         asyncio.run(run())
+    blocking: Any = clients.connect_blocking(clients.parse(url), {})
+    with blocking, ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda _: blocking.exists("a key"), range(400))) == [0] * 400
 
 
 class TestAFailoverBySentinel:
@@ -628,6 +667,41 @@ class TestCluster:
         for _ in range(5):
             cluster.forget_everything()
             asyncio.run(run())
+
+    def test_serves_tls(self, make_manager: ManagerFactory, tmp_path: Path) -> None:
+        certificate = write_certificate(tmp_path)
+        with (
+            LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as node,
+            Proxy(node.port, tls=server_context(tmp_path)) as proxy,
+            admin(node) as client,
+        ):
+            client.config_set("cluster-announce-port", proxy.port)
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+            manager = make_manager(f"rediss+cluster://127.0.0.1:{proxy.port}?ssl_ca_certs={certificate}")
+            play(manager)
+            assert proxy.accepted > 0
+            manager.close()
+
+    def test_serves_more_threads_than_connections(self, cluster: Cluster) -> None:
+        ask_at_once(f"{cluster.url}?max_connections=1", kinds=("blocking",))
+
+    @pytest.mark.parametrize("as_option", [False, True])
+    def test_opens_as_many_connections_to_a_node_as_it_is_allowed(self, cluster: Cluster, as_option: bool) -> None:
+        async def run() -> None:
+            options: dict[str, Any] = {"max_connections": 3} if as_option else {}
+            url = cluster.url if as_option else f"{cluster.url}?max_connections=3"
+            async with presence.ConnectionManager.from_url(url, namespace="one", **options) as manager:
+                await manager.get_connection_count()
+                calls = (manager.get_connection_count() for _ in range(50))
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                refused = [answer for answer in answers if answer != 0]
+                assert 0 < len(refused) < 50
+                for error in refused:
+                    assert isinstance(error, presence.ServerUnreachableError)
+                    assert "raise max_connections" in str(error)
+
+        asyncio.run(run())
 
     def test_least_rights_are_those_for_one_server_and_two_more(
         self, make_manager: ManagerFactory, cluster: Cluster
