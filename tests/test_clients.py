@@ -375,6 +375,10 @@ class TestTheOptionsOfAClient:
         assert self.limits(CONNECT[kind](address, {"max_connections": 9})) == (9, 2)
         assert self.limits(CONNECT[kind](address, {"socket_timeout": 3})) == (7, 3)
 
+    def test_over_a_unix_socket_may_name_the_protocol(self, kind: str) -> None:
+        for url, given in (("unix:///one?protocol=2", {}), ("unix:///one", {"protocol": 2})):
+            assert CONNECT[kind](clients.parse(url), given).connection_pool.connection_kwargs["protocol"] == 2
+
     @staticmethod
     def limits(client: Any) -> tuple[int, float]:
         pool = client.connection_pool

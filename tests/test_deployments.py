@@ -25,6 +25,7 @@ from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_sc
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
+from tests.test_clients import check_the_retries
 from tests.test_events import MODES, Subscribed, subscribed
 
 if TYPE_CHECKING:
@@ -667,6 +668,22 @@ class TestCluster:
         for _ in range(5):
             cluster.forget_everything()
             asyncio.run(run())
+
+    def test_has_the_options_of_the_readme_by_default(self, cluster: Cluster) -> None:
+        address = clients.parse(cluster.url)
+        asyncio_client: Any = clients.connect_asyncio(address, {})
+        options = asyncio_client.connection_kwargs
+        limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
+        assert limits == [5, 5, 3]
+        check_the_retries(asyncio_client.retry)
+        blocking: Any = clients.connect_blocking(address, {})
+        with blocking:
+            check_the_retries(blocking.retry)
+            for node in blocking.get_nodes():
+                pool = blocking.get_redis_connection(node).connection_pool
+                options = pool.connection_kwargs
+                limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
+                assert (pool.max_connections, limits) == (64, [5, 5, 3])
 
     def test_serves_tls(self, make_manager: ManagerFactory, tmp_path: Path) -> None:
         certificate = write_certificate(tmp_path)

@@ -826,6 +826,45 @@ def test_more_subscribers_to_the_stream_than_connections_hold_up_no_call(
     asyncio.run(asyncio.wait_for(run(), 3 * BOUND_SECONDS))
 
 
+def test_one_wait_serves_all_who_wait_for_the_stream_and_outlives_each(own_server: LocalServer) -> None:
+    async def run(admin: Any) -> None:
+        manager = presence.ConnectionManager.from_url(own_server.url, events="stream")
+        async with asyncio.timeout(BOUND_SECONDS), manager:
+            entered = asyncio.Semaphore(0)
+
+            async def watch() -> str:
+                async with manager.subscribe() as events:
+                    entered.release()
+                    return (await anext(events)).connection.sid
+
+            async def blocked() -> int:
+                """Give the most waits at a time that the server sees in a while: between two of them there is none."""
+                seen = []
+                for _ in range(20):
+                    seen.append(admin.info("clients")["blocked_clients"])
+                    await asyncio.sleep(0.01)
+                return max(seen)
+
+            watching = [asyncio.create_task(watch()) for _ in range(10)]
+            for _ in watching:
+                await entered.acquire()
+            assert await blocked() == 1
+            # Of the task that began the wait, and of one that joined it.
+            for gone in (watching[0], watching[-1]):
+                gone.cancel()
+                await asyncio.wait([gone])
+                assert gone.cancelled()
+            # As a shutdown cancels all tasks there are: that of the wait is nobody's own.
+            for task in asyncio.all_tasks() - {asyncio.current_task(), *watching}:
+                task.cancel()
+            assert await blocked() == 1
+            await manager.register_connection("sid", "user")
+            assert await asyncio.gather(*watching[1:-1]) == ["sid"] * 8
+
+    with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+        asyncio.run(run(admin))
+
+
 def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own_server: LocalServer) -> None:
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
