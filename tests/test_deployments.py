@@ -803,6 +803,21 @@ class TestAClusterThatCannotServe:
         with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
             manager.get_connection_count()
 
+    @pytest.mark.parametrize("to", ["server", "cluster"])
+    def test_credentials_that_cannot_be_fetched_are_a_fault_with_that_cause(
+        self, make_manager: ManagerFactory, cluster: Cluster, own_server: LocalServer, at_once: dict[str, Any], to: str
+    ) -> None:
+        class Broken(redis.CredentialProvider):
+            def get_credentials(self) -> tuple[str]:
+                raise PermissionError("the token cannot be read")
+
+        url = cluster.url if to == "cluster" else own_server.url
+        manager = make_manager(url, namespace="one", credential_provider=Broken(), **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="the token cannot be read") as raised:
+            manager.get_connection_count()
+        cause = raised.value.__cause__
+        assert PermissionError in (type(cause), type(cause and cause.__cause__))
+
     def test_slots_that_nobody_serves_are_named(self, make_manager: ManagerFactory) -> None:
         with LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as lone:
             with pytest.raises(presence.ServerUnreachableError, match="every slot is covered"):
