@@ -152,7 +152,6 @@ def _parse_fleet(url: str, base: str, deployment: str) -> Address:
     }
     if base == "rediss":
         options["ssl"] = True
-        sentinel_options |= {name: value for name, value in options.items() if name.startswith("ssl")}
     return Address(url, deployment, hosts, unquote(service_name), options, sentinel_options)
 
 
@@ -253,8 +252,12 @@ class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.as
 
 def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:
     # Each sentinel is asked once, then the next; the connection's own retries begin the round again.
-    timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
-    return {"retry": retry} | timeouts | address.sentinel_options
+    shared = {
+        name: value
+        for name, value in options.items()
+        if name in ("socket_timeout", "socket_connect_timeout") or name.startswith("ssl")
+    }
+    return {"retry": retry} | shared | address.sentinel_options
 
 
 def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | redis.RedisCluster:
@@ -270,8 +273,12 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
         case "cluster":
             nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
             del options["retry_on_error"]
-            options["connection_pool_class"] = redis.BlockingConnectionPool
-            return redis.RedisCluster(startup_nodes=nodes, **options)
+            # redis-py heeds the class of the pool only where it has a URL too, which then must say whether to use TLS.
+            options.setdefault("connection_pool_class", redis.BlockingConnectionPool)
+            url = "rediss://{}:{}" if options.pop("ssl", False) else "redis://{}:{}"
+            host, port = address.hosts[0]
+            url = url.format(f"[{host}]" if ":" in host else host, port)
+            return redis.RedisCluster(url=url, startup_nodes=nodes, **options)
     # Not the pool's own from_url, in which the URL's options would win over the caller's.
     pool = redis.BlockingConnectionPool(**{**redis.connection.parse_url(address.url), **options})
     return redis.Redis.from_pool(pool)
@@ -295,7 +302,8 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
             nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in address.hosts]
             del options["retry_on_error"]
             # This client cannot let an operation wait for a free connection: beyond the limit it would fail.
-            options["max_connections"] = given.get("max_connections", MAX_CLUSTER_CONNECTIONS)
+            if "max_connections" not in address.options | given:
+                options["max_connections"] = MAX_CLUSTER_CONNECTIONS
             return redis.asyncio.RedisCluster(startup_nodes=nodes, **options)
     pool = redis.asyncio.BlockingConnectionPool(**{**redis.asyncio.connection.parse_url(address.url), **options})
     return redis.asyncio.Redis.from_pool(pool)

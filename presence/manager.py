@@ -9,10 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import RedisClusterException, RedisError
 
 from presence import arguments, clients
-from presence.errors import PresenceError
+from presence.errors import FAULTS, PresenceError
 from presence.operations import (
     CLEANUP_FAILED,
     ON_REMOVED_FAILED,
@@ -903,7 +902,7 @@ class ConnectionManager:
                 for command in request:
                     pipeline.execute_command(*command, **as_sent(command))
                 replies = await pipeline.execute(raise_on_error=False)
-        except (RedisError, RedisClusterException, OSError) as error:
+        except FAULTS as error:
             replies = [error] * len(request)
         if task and task.cancelling() > cancellations:
             # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.

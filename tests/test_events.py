@@ -826,6 +826,45 @@ def test_more_subscribers_to_the_stream_than_connections_hold_up_no_call(
     asyncio.run(asyncio.wait_for(run(), 3 * BOUND_SECONDS))
 
 
+def test_one_wait_serves_all_who_wait_for_the_stream_and_outlives_each(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence.subscriptions, "MAX_BLOCK_MS", 2_000 * BOUND_SECONDS)
+
+    async def run(admin: Any) -> None:
+        manager = presence.ConnectionManager.from_url(own_server.url, events="stream", socket_timeout=None)
+        async with asyncio.timeout(BOUND_SECONDS), manager:
+            entered = asyncio.Semaphore(0)
+
+            async def watch() -> str:
+                async with manager.subscribe() as events:
+                    entered.release()
+                    return (await anext(events)).connection.sid
+
+            watching = [asyncio.create_task(watch()) for _ in range(10)]
+            for _ in watching:
+                await entered.acquire()
+            seen: list[int] = []
+            while seen.count(1) < 10:
+                seen.append(admin.info("clients")["blocked_clients"])
+                await asyncio.sleep(0.01)
+            assert max(seen) == 1
+            assert await manager.get_connection_count() == 0, "the wait holds up no call"
+            # Of the task that began the wait, and of one that joined it.
+            for gone in (watching[0], watching[-1]):
+                gone.cancel()
+                await asyncio.wait([gone])
+                assert gone.cancelled()
+            # As a shutdown cancels all tasks there are: that of the wait is nobody's own.
+            for task in asyncio.all_tasks() - {asyncio.current_task(), *watching}:
+                task.cancel()
+            await manager.register_connection("sid", "user")
+            assert await asyncio.gather(*watching[1:-1]) == ["sid"] * 8
+
+    with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
+        asyncio.run(run(admin))
+
+
 def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own_server: LocalServer) -> None:
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with redis.Redis.from_url(own_server.url) as client, subscribed(manager) as events:
