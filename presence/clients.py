@@ -97,8 +97,7 @@ def parse(url: str) -> Address:
     try:
         if "+" in scheme:
             return _parse_fleet(url, *scheme.split("+"))
-        options = dict(redis.connection.parse_url(url))
-        _check_host(options.get("host", ""))
+        _check_host(redis.connection.parse_url(url).get("host", ""))
         parts = urlsplit(url)
         if scheme != "unix":
             _parse_database(parts.path.strip("/"))
@@ -111,8 +110,7 @@ def parse(url: str) -> Address:
                     f"url is malformed: {problem}; special characters in a password must be percent-encoded"
                 ) from None
         raise ValueError(f"url is malformed: {error}") from error
-    options.pop("connection_class", None)  # Each kind of client has its own.
-    return Address(url, options=options)
+    return Address(url)
 
 
 def parse_default() -> Address:
@@ -262,6 +260,9 @@ def _sentinel_options(address: Address, options: dict[str, Any], retry: object) 
 
 def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | redis.RedisCluster:
     """Make the blocking client of an address; ``given`` are options for redis-py."""
+    if address.deployment == "server":
+        # Not by the pool's from_url, in which the URL's options would win over the caller's.
+        given = {**redis.connection.parse_url(address.url), **given}
     options = _options(address, given, redis.retry.Retry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
@@ -279,13 +280,13 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
             host, port = address.hosts[0]
             url = url.format(f"[{host}]" if ":" in host else host, port)
             return redis.RedisCluster(url=url, startup_nodes=nodes, **options)
-    # Not the pool's own from_url, in which the URL's options would win over the caller's.
-    pool = redis.BlockingConnectionPool(**{**redis.connection.parse_url(address.url), **options})
-    return redis.Redis.from_pool(pool)
+    return redis.Redis.from_pool(redis.BlockingConnectionPool(**options))
 
 
 def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Redis | redis.asyncio.RedisCluster:
     """Make the asyncio client of an address; ``given`` are options for redis-py."""
+    if address.deployment == "server":
+        given = {**redis.asyncio.connection.parse_url(address.url), **given}
     options = _options(address, given, redis.asyncio.retry.Retry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
@@ -305,5 +306,4 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
             if "max_connections" not in address.options | given:
                 options["max_connections"] = MAX_CLUSTER_CONNECTIONS
             return redis.asyncio.RedisCluster(startup_nodes=nodes, **options)
-    pool = redis.asyncio.BlockingConnectionPool(**{**redis.asyncio.connection.parse_url(address.url), **options})
-    return redis.asyncio.Redis.from_pool(pool)
+    return redis.asyncio.Redis.from_pool(redis.asyncio.BlockingConnectionPool(**options))

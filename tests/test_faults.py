@@ -450,19 +450,16 @@ class TestFailover:
         is_flushed: bool,
     ) -> None:
         primary, replica = replicated
-        with Proxy(primary.port) as address, admin(primary) as old, admin(replica) as new:
+        with Proxy(primary.port) as address:
             managers = {name: make_manager(address.url, namespace=f"{namespace} {name}") for name in CALLS}
             for name, manager in managers.items():
                 call(manager, name)
                 set_the_scene(manager)
                 check(manager, "update_heartbeat")
-            written = old.info("replication")["master_repl_offset"]
-            wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
-            new.replicaof("NO", "ONE")
-            address.server_port = replica.port
-            old.replicaof("127.0.0.1", str(replica.port))
+            promote(replica, primary, address)
             if is_flushed:
-                old.script_flush()
+                with admin(primary) as old:
+                    old.script_flush()
 
             for name, manager in managers.items():
                 if name in READS:  # The old primary would answer them for ever: reading is not refused.
@@ -474,14 +471,10 @@ class TestFailover:
         self, make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
     ) -> None:
         primary, replica = replicated
-        with Proxy(primary.port) as address, admin(primary) as old, admin(replica) as new:
+        with Proxy(primary.port) as address:
             manager = make_manager(address.url)
             set_the_scene(manager)
-            written = old.info("replication")["master_repl_offset"]
-            wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
-            new.replicaof("NO", "ONE")
-            address.server_port = replica.port
-            old.replicaof("127.0.0.1", str(replica.port))
+            promote(replica, primary, address)
 
             operations = manager.operations
             results = pipeline(
@@ -497,14 +490,10 @@ class TestFailover:
         self, make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
     ) -> None:
         primary, replica = replicated
-        with Proxy(primary.port) as address, admin(primary) as old, admin(replica) as new:
+        with Proxy(primary.port) as address:
             manager = make_manager(address.url)
             set_the_scene(manager)
-            written = old.info("replication")["master_repl_offset"]
-            wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
-            new.replicaof("NO", "ONE")
-            address.server_port = replica.port
-            old.replicaof("127.0.0.1", str(replica.port))
+            promote(replica, primary, address)
 
             operations = manager.operations
             count = operations.get_game_connection_count("game")
@@ -527,6 +516,16 @@ class TestFailover:
 def admin(server: LocalServer) -> Iterator[Any]:
     with redis.Redis.from_url(server.url, decode_responses=True) as client:
         yield client
+
+
+def promote(replica: LocalServer, primary: LocalServer, address: Proxy) -> None:
+    """Let the replica, once it has all that was written, and its primary change places, and the address follow."""
+    with admin(primary) as old, admin(replica) as new:
+        written = old.info("replication")["master_repl_offset"]
+        wait_until(lambda: new.info("replication")["slave_repl_offset"] >= written)
+        new.replicaof("NO", "ONE")
+        address.server_port = replica.port
+        old.replicaof("127.0.0.1", str(replica.port))
 
 
 @pytest.fixture
