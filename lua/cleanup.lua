@@ -26,7 +26,6 @@ Cost  O(log N) for each connection that it removes, N = connections in the names
 -- @include as_argument
 -- @include dead_servers
 -- @include split_record
--- @include split_body
 -- @include detached_record
 -- @include detach_connection
 -- @include remove_connection
@@ -58,8 +57,7 @@ local function find_by_score(oldest, newest)
 end
 
 local function server_of(record)
-  local _, body = split_record(record)
-  local _, _, _, _, server = split_body(body)
+  local _, _, server = split_record(record)
   return server
 end
 

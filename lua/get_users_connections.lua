@@ -11,7 +11,6 @@ Cost  O(M) for each user, M = connections of the user, one by default
 -- @include now_ms
 -- @include split_sids
 -- @include split_record
--- @include split_body
 -- @include find_record
 
 local last_seen_key = KEYS[1]
@@ -26,9 +25,9 @@ local function active(user_id)
     local sid = sids[index]
     local record, score, is_detached = find_record(key_prefix .. 'conn:' .. sid, last_seen_key, sid, now, conn_ttl_ms)
     if record and not is_detached then
-      local _, body = split_record(record)
+      local _, its_user_id = split_record(record)
       -- Where records are evicted, a sid may be left here that is another user's by now.
-      if split_body(body) == user_id then
+      if its_user_id == user_id then
         return sid, record, score
       end
     end

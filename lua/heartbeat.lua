@@ -29,9 +29,7 @@ if not silence_ms or silence_ms > conn_ttl_ms then
 end
 if epoch ~= '' then
   -- @include split_record
-  -- @include split_body
-  local _, body = split_record(redis.call('GET', conn_key) or '0:0 ')
-  local _, its_epoch = split_body(body)
+  local _, _, _, its_epoch = split_record(redis.call('GET', conn_key) or '0:0 ')
   if its_epoch ~= epoch then
     return 0
   end

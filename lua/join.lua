@@ -17,8 +17,8 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include now_ms
 -- @include find_record
 -- @include split_record
+-- @include body_of
 -- @include make_record
--- @include split_body
 -- @include earlier_answer
 -- @include answer_once
 
@@ -31,8 +31,7 @@ local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now
 if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
-local left_game_id, body = split_record(record)
-local user_id, its_epoch = split_body(body)
+local left_game_id, user_id, _, its_epoch = split_record(record)
 if epoch ~= '' and its_epoch ~= epoch then
   return earlier_answer(reply_key) or 0
 end
@@ -49,6 +48,7 @@ local earlier = answer_once(reply_key, left_game_id)
 if earlier then
   return earlier
 end
+local body = body_of(record)
 local joined = make_record(game_id, body)
 redis.call('SET', conn_key, joined, 'KEEPTTL')
 redis.call('HSET', game_conns_key, sid, body)
@@ -59,10 +59,11 @@ end
 if events ~= '' then
   -- @include event
   -- @include publish
-  local message, channels = event('joined', sid, joined, score), {'user:' .. user_id, 'game:' .. game_id}
+  local message, channels = '', {'user:' .. user_id, 'game:' .. game_id}
   if left_game_id ~= '' then
-    message, channels[3] = event('left', sid, record, score) .. message, 'game:' .. left_game_id
+    message, channels[3] = event('', 'left', sid, record, score), 'game:' .. left_game_id
   end
+  message = event(message, 'joined', sid, joined, score)
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end
 return left_game_id

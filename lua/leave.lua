@@ -11,8 +11,8 @@ Cost  O(1)
 -- @include now_ms
 -- @include find_record
 -- @include split_record
+-- @include body_of
 -- @include make_record
--- @include split_body
 -- @include earlier_answer
 -- @include answer_once
 
@@ -22,11 +22,10 @@ local epoch, events = ARGV[5] or '', ARGV[6] or ''
 
 local now = now_ms()
 local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
-local game_id, body, user_id, its_epoch = '', nil, nil, nil
-if record and not is_detached then
-  game_id, body = split_record(record)
-  user_id, its_epoch = split_body(body)
+if not record or is_detached then
+  return earlier_answer(reply_key) or ''
 end
+local game_id, user_id, _, its_epoch = split_record(record)
 if game_id == '' or (epoch ~= '' and its_epoch ~= epoch) then
   return earlier_answer(reply_key) or ''
 end
@@ -34,12 +33,12 @@ local earlier = answer_once(reply_key, game_id)
 if earlier then
   return earlier
 end
-redis.call('SET', conn_key, make_record('', body), 'KEEPTTL')
+redis.call('SET', conn_key, make_record('', body_of(record)), 'KEEPTTL')
 redis.call('HDEL', key_prefix .. 'game_conns:' .. game_id, sid)
 if events ~= '' then
   -- @include event
   -- @include publish
   local channels = {'user:' .. user_id, 'game:' .. game_id}
-  publish(key_prefix, events, key_lifetime_ms, now, channels, event('left', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, now, channels, event('', 'left', sid, record, score))
 end
 return game_id

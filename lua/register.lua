@@ -15,7 +15,7 @@ finds it in one of the two.
 KEYS  conn, user_conns, last_seen, reply, refreshed
 ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user ('' = 1),
       reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
-Reply '<now us>', and where there is something to report, a space and each as an event (see event), in this order:
+Reply '<now us>' and, where there is something to report, each as an event (see event), in this order:
       refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
       (oldest first), registered (the new connection itself; not of the usual one, all of which the caller knows: it
       is in no game, connected now, its epoch is now us, and its metadata is what was passed)
@@ -48,15 +48,20 @@ if list then
   local sid_end = colon + string.sub(list, 1, colon - 1)
   local after = string.sub(list, sid_end + 1, sid_end + 1)
   if after == '' or after == '=' then
-    other, kept = string.sub(list, colon + 1, sid_end), string.sub(list, sid_end + 2)
+    other = string.sub(list, colon + 1, sid_end)
+    -- @include is_recent
+    if is_recent(list, sid_end + 2, now) then
+      kept = string.sub(list, sid_end + 2)
+    end
   else
     -- @include split_sids
     others, kept = split_sids(list)
+    -- @include is_recent
+    if not is_recent(kept, 1, now) then
+      kept = ''
+    end
   end
-  -- @include is_recent
-  if not is_recent(kept, now) then
-    kept = ''
-  elseif string.sub(kept, 1, 16) == token then
+  if kept ~= '' and string.sub(kept, 1, 16) == token then
     return string.sub(kept, 17)
   end
 end
@@ -89,7 +94,7 @@ if is_usual and other then
   -- @include take_record
   displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
   if displaced then
-    answer = time .. ' ' .. event('displaced', other, displaced.record, other_score)
+    answer = event(time, 'displaced', other, displaced.record, other_score)
   end
 elseif not is_usual then
   -- 3. Any other has a plan.
@@ -103,16 +108,14 @@ elseif not is_usual then
   -- @include event
   local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
   if refusing then
-    return time .. ' ' .. event('refused', refusing.sid, refusing.record, refusing.score)
+    return event(time, 'refused', refusing.sid, refusing.record, refusing.score)
   end
 
   -- 4. The new record, with what it keeps of the connection that it refreshes or whose seat it takes.
   local connected_at, seat = epoch == time and '' or now, plan.own or resumed
   if seat then
     -- @include split_record
-    -- @include split_body
-    local _, body = split_record(seat.record)
-    local _, its_epoch, its_connected_at, _, _, its_metadata = split_body(body)
+    local _, _, _, its_epoch, its_connected_at, _, its_metadata = split_record(seat.record)
     metadata = metadata ~= '' and metadata or its_metadata
     if plan.own then
       connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
@@ -125,18 +128,16 @@ elseif not is_usual then
   record = make_record(game_id, body)
 
   -- 5. The answer.
-  local reported = {time, ' '}
   if replaced then
-    reported[#reported + 1] = event('replaced', sid, replaced.record, replaced.score)
+    answer = event(answer, 'replaced', sid, replaced.record, replaced.score)
   end
   if resumed then
-    reported[#reported + 1] = event('resumed_from', resumed.sid, resumed.record, resumed.score)
+    answer = event(answer, 'resumed_from', resumed.sid, resumed.record, resumed.score)
   end
   for _, gone in ipairs(plan.gone) do
-    reported[#reported + 1] = event('displaced', gone.sid, gone.record, gone.score)
+    answer = event(answer, 'displaced', gone.sid, gone.record, gone.score)
   end
-  reported[#reported + 1] = event('registered', sid, record, now)
-  answer = table.concat(reported)
+  answer = event(answer, 'registered', sid, record, now)
 
   -- 6. The writes. What had the sid goes first, the others last: the new connection enters before they go, so that no
   -- key is deleted and made again in between.
@@ -206,16 +207,15 @@ if events ~= '' then
   -- @include event
   -- @include publish
   local channels = {'user:' .. user_id}
-  local message
+  local message = ''
   if is_usual and not other then
-    message = event('registered', sid, record, now) .. event('user_online', sid, record, now)
+    message = event(event('', 'registered', sid, record, now), 'user_online', sid, record, now)
   else
     plan = plan or {gone = {displaced}, was_online = true}
     local connection = {sid = sid, record = record, score = now, game_id = game_id}
-    local told = {}
     -- @include has_attached
     local function tell(kind, of)
-      told[#told + 1] = event(kind, of.sid, of.record, of.score)
+      message = event(message, kind, of.sid, of.record, of.score)
       if of.game_id ~= '' then
         channels[#channels + 1] = 'game:' .. of.game_id
       end
@@ -241,7 +241,6 @@ if events ~= '' then
     if not plan.was_online then
       tell('user_online', connection)
     end
-    message = table.concat(told)
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end

@@ -14,7 +14,6 @@ Cost  O(log N), N = connections in the namespace
 -- @include now_ms
 -- @include find_record
 -- @include split_record
--- @include split_body
 -- @include earlier_answer
 -- @include answer_once
 
@@ -25,8 +24,7 @@ local grace_ms, epoch, events = tonumber(ARGV[5]), ARGV[6] or '', ARGV[7] or ''
 local now = now_ms()
 local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
 if record and epoch ~= '' then
-  local _, body = split_record(record)
-  local _, its_epoch = split_body(body)
+  local _, _, _, its_epoch = split_record(record)
   record = its_epoch == epoch and record
 end
 if not record then

@@ -12,7 +12,6 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include find_record
 -- @include split_record
 -- @include make_record
--- @include split_body
 -- @include make_body
 -- @include earlier_answer
 -- @include answer_once
@@ -26,15 +25,14 @@ local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now
 if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
-local game_id, body = split_record(record)
-local user_id, its_epoch, connected_at, _, server, its_metadata = split_body(body)
+local game_id, user_id, server, its_epoch, connected_at, _, its_metadata = split_record(record)
 if epoch ~= '' and its_epoch ~= epoch then
   return earlier_answer(reply_key) or 0
 end
 if its_metadata == metadata or answer_once(reply_key, 1) then
   return 1
 end
-body = make_body(user_id, its_epoch, connected_at, '', server, metadata)
+local body = make_body(user_id, its_epoch, connected_at, '', server, metadata)
 record = make_record(game_id, body)
 redis.call('SET', conn_key, record, 'KEEPTTL')
 if game_id ~= '' then
@@ -49,6 +47,6 @@ if events ~= '' then
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
-  publish(key_prefix, events, key_lifetime_ms, now, channels, event('metadata_updated', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, now, channels, event('', 'metadata_updated', sid, record, score))
 end
 return 1

@@ -114,7 +114,7 @@ def _connection(
 
 
 def parse_body(sid: str, game_id: str | None, body: bytes, score: bytes | int, observed_at: datetime) -> ConnectionInfo:
-    """Parse the body of a record, see lua/include/split_body.lua, with the score, see lua/include/find_record.lua."""
+    """Parse the body of a record, see lua/include/split_record.lua, with the score, see lua/include/find_record.lua."""
     head, _, payload = body.partition(b" ")
     if b":" not in head:
         epoch = int(head)
@@ -263,7 +263,7 @@ def _parse_events(text: bytes, observed_at: datetime) -> Iterator[tuple[str, Con
         sid_end = int(sid_length)
         record_end = sid_end + int(record_length)
         yield kind.decode(), parse_record(text[:sid_end].decode(), text[sid_end:record_end], score, observed_at)
-        text = text[record_end:]
+        text = text[record_end + 1 :]
 
 
 def parse_heartbeats(count: int, reply: list[int]) -> list[HeartbeatStatus]:

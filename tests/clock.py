@@ -17,16 +17,15 @@ local prefix, milliseconds = ARGV[1], tonumber(ARGV[2])
 local function earlier(text, units)
   return text == '' and '' or string.format('%d', tonumber(text) - milliseconds * units)
 end
-local function earlier_body(body)
-  local user_id, epoch, connected_at, heartbeat_at, server, metadata = split_body(body)
+local function earlier_record(record)
+  local game_id, user_id, server, epoch, connected_at, heartbeat_at, metadata = split_record(record)
   epoch, connected_at, heartbeat_at = earlier(epoch, 1000), earlier(connected_at, 1), earlier(heartbeat_at, 1)
-  return make_body(user_id, epoch, connected_at, heartbeat_at, server, metadata)
+  return make_record(game_id, make_body(user_id, epoch, connected_at, heartbeat_at, server, metadata))
 end
 for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
   local kind = string.match(string.sub(key, #prefix + 1), '^[a-z_]+')
   if kind == 'conn' then
-    local game_id, body = split_record(redis.call('GET', key))
-    redis.call('SET', key, make_record(game_id, earlier_body(body)), 'KEEPTTL')
+    redis.call('SET', key, earlier_record(redis.call('GET', key)), 'KEEPTTL')
   elseif kind == 'user_conns' then
     -- Only the time that the kept answer begins with is looked at before it is given again.
     local sids, kept = split_sids(redis.call('GET', key))
@@ -37,7 +36,7 @@ for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)
     for index = 1, #members, 2 do
-      redis.call('HSET', key, members[index], earlier_body(members[index + 1]))
+      redis.call('HSET', key, members[index], body_of(earlier_record('0:' .. members[index + 1])))
     end
   elseif kind == 'last_seen' or kind == 'servers' then
     local scores = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
@@ -56,7 +55,7 @@ end
 @cache
 def _script() -> str:
     """Put what the operations' own scripts know of the layout before it."""
-    includes = ("split_record", "make_record", "split_body", "make_body", "split_sids", "make_sids")
+    includes = ("split_record", "body_of", "make_record", "make_body", "split_sids", "make_sids")
     texts = [(lua_folder() / "include" / f"{name}.lua").read_text(encoding="utf-8") for name in includes]
     return "".join(texts) + _AGE
 

@@ -16,7 +16,7 @@ local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
   if #sids > 0 then
     redis.call('SET', user_conns_key, make_sids(sids, kept), 'PX', key_lifetime_ms)
   elseif list then
-    if is_recent(kept, now) then
+    if is_recent(kept, 1, now) then
       keep_apart(key_prefix, kept)
     end
     redis.call('DEL', user_conns_key)

@@ -1,5 +1,5 @@
--- One event as it is published: '<kind> <length of the sid> <length of the record> <score> <sid><record>', with the
--- connection as it is now or, of one that is gone or has left, as it was.
-local function event(kind, sid, record, score)
-  return kind .. ' ' .. #sid .. ' ' .. #record .. ' ' .. score .. ' ' .. sid .. record
+-- Put an event after what a message holds so far: ' <kind> <length of the sid> <length of the record> <score> ' and the
+-- sid and the record of the connection as it is now or, of one that is gone or has left, as it was.
+local function event(message, kind, sid, record, score)
+  return message .. ' ' .. kind .. ' ' .. #sid .. ' ' .. #record .. ' ' .. score .. ' ' .. sid .. record
 end

@@ -1,4 +1,4 @@
--- Put the body of a record together; see split_body.
+-- Put the body of a record together; see split_record.
 local function make_body(user_id, epoch, connected_at, heartbeat_at, server, metadata)
   local head = epoch
   if server ~= '' or metadata ~= '' then

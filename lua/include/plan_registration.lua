@@ -1,5 +1,4 @@
 -- @include split_record
--- @include split_body
 -- @include take_record
 -- Decide what a registration does to the connections that are there, and take away the records of those of its user
 -- that go. Gives a table:
@@ -37,8 +36,7 @@ local function plan_registration(
   own_score = own_score or 0
   local own_record = redis.call('GET', key_prefix .. 'conn:' .. sid)
   if own_record then
-    local game_id, body = split_record(own_record)
-    local its_user_id, _, _, _, server = split_body(body)
+    local game_id, its_user_id, server = split_record(own_record)
     local had_sid = {
       sid = sid, record = own_record, score = own_score, game_id = game_id, server = server, user_id = its_user_id,
     }
@@ -69,8 +67,8 @@ local function plan_registration(
   while #alive >= connections_per_user and (plan.resumed or not plan.own) do
     local newest = table.remove(alive)
     local record = redis.call('GET', key_prefix .. 'conn:' .. others[newest])
-    local _, body = split_record(record or '0:0 ')
-    if split_body(body) == user_id then
+    local _, its_user_id = split_record(record or '0:0 ')
+    if its_user_id == user_id then
       return {refusing = {sid = others[newest], record = record, score = scores[newest]}}
     end
     -- Its record was evicted, and may be another user's by now: it is not alive.

@@ -1,10 +1,10 @@
--- Publish the events of one change as one message: '<now ms> ' and then each event, see event.
+-- Publish the events of one change as one message: '<now ms>' and then each event, see event.
 -- events is 'pubsub', or the length of the stream; channels are the 'user:<id>' and 'game:<id>' that it concerns,
 -- where one may be named twice. What one channel is told once must be told in one message, so that nobody sees half a
 -- change.
 local function publish(key_prefix, events, key_lifetime_ms, now, channels, message)
   local key = key_prefix .. 'events'
-  message = now .. ' ' .. message
+  message = now .. message
   if events ~= 'pubsub' then
     redis.call('XADD', key, 'MAXLEN', '~', events, '*', 'message', message)
     redis.call('PEXPIRE', key, key_lifetime_ms)

@@ -1,5 +1,4 @@
 -- @include split_record
--- @include split_body
 -- @include has_attached
 -- @include event
 -- @include publish
@@ -8,14 +7,13 @@
 local function publish_end(
   key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, record, score, is_attached
 )
-  local game_id, body = split_record(record)
-  local user_id = split_body(body)
-  local message, channels = event(kind, sid, record, score), {'user:' .. user_id}
+  local game_id, user_id = split_record(record)
+  local message, channels = event('', kind, sid, record, score), {'user:' .. user_id}
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
   if is_attached and not has_attached(key_prefix, last_seen_key, user_id, sid) then
-    message = message .. event('user_offline', sid, record, score)
+    message = event(message, 'user_offline', sid, record, score)
   end
   publish(key_prefix, events, key_lifetime_ms, now, channels, message)
 end

@@ -1,5 +1,4 @@
 -- @include split_record
--- @include split_body
 -- @include split_sids
 -- @include make_sids
 -- @include is_recent
@@ -12,13 +11,12 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
     redis.call('ZREM', last_seen_key, sid)
     return false
   end
-  local game_id, body = split_record(record)
-  local user_id, _, _, _, server = split_body(body)
+  local game_id, user_id, server = split_record(record)
   redis.call('PEXPIRE', conn_key, key_lifetime_ms)
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local sids, kept = split_sids(redis.call('GET', user_conns_key))
-  if kept == '' or is_recent(kept, now) then
+  if kept == '' or is_recent(kept, 1, now) then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
     -- The answer that is kept there takes more memory than the list.

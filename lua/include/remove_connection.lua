@@ -1,11 +1,9 @@
 -- @include split_record
--- @include split_body
 -- @include drop_from_indexes
 -- @include drop_from_user
 -- Remove a connection from every structure.
 local function remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, record)
-  local game_id, body = split_record(record)
-  local user_id, _, _, _, server = split_body(body)
+  local game_id, user_id, server = split_record(record)
   redis.call('DEL', key_prefix .. 'conn:' .. sid)
   drop_from_indexes(key_prefix, last_seen_key, sid, game_id, server)
   drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)

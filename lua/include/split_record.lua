@@ -1,7 +1,23 @@
--- Take a record apart: the game's id, '' when it is in none, and the body, which is all the rest.
+-- Take a record apart: game_id, user_id, server, epoch, connected_at, heartbeat_at, metadata; '' for none.
 -- A record is '<length of the game's id>:<game's id><body>', so any id can stand in it, and a game keeps the bodies.
+-- A body is '<epoch>[:<connected_at ms>[:<last heartbeat ms>[:<length of user id>:<length of server>]]] '
+-- and then the user's id, the server and the metadata without anything in between; most have nothing but the user's id.
+-- The epoch, the order of all registrations, is a time in us, so connected_at stands there only where it differs: the
+-- sid was registered again, or the clock ran back. The last heartbeat stands there of a detached connection only.
 local function split_record(record)
   local colon = string.find(record, ':', 1, true)
   local game_end = colon + string.sub(record, 1, colon - 1)
-  return string.sub(record, colon + 1, game_end), string.sub(record, game_end + 1)
+  local game_id = string.sub(record, colon + 1, game_end)
+  local epoch, more, payload = string.match(record, '^(%d+)(%S*) (.*)$', game_end + 1)
+  if more == '' then
+    return game_id, payload, '', epoch, '', '', ''
+  end
+  local connected_at, heartbeat_at, user, server = string.match(more .. ':::', '^:(%d*):(%d*):(%d*):(%d*)')
+  if user == '' then
+    return game_id, payload, '', epoch, connected_at, heartbeat_at, ''
+  end
+  local user_end = tonumber(user)
+  local server_end = user_end + server
+  return game_id, string.sub(payload, 1, user_end), string.sub(payload, user_end + 1, server_end),
+    epoch, connected_at, heartbeat_at, string.sub(payload, server_end + 1)
 end
