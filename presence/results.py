@@ -19,8 +19,33 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+def to_time(milliseconds: int) -> datetime:
+    """Make an aware datetime of a time of the server."""
+    # Exact: a double holds the seconds of this century to a quarter of a microsecond, and that is rounded.
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+class _Times:
+    """The times of a connection as the server gave them, in milliseconds, until one is asked for.
+
+    Most never are, and to make datetimes of all took a fifth of the time in which a game is read.
+    """
+
+    __slots__ = ("_connected_at", "_last_seen", "_observed_at")
+
+    if not TYPE_CHECKING:  # To a type checker, a name that is not a field stays an error.
+
+        def __getattr__(self, name):
+            """Make a field of its milliseconds; Python asks here only for what is not set."""
+            if name not in ("connected_at", "last_seen", "observed_at"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            time = to_time(getattr(self, "_" + name))
+            object.__setattr__(self, name, time)
+            return time
+
+
 @dataclass(frozen=True, slots=True)
-class ConnectionInfo:
+class ConnectionInfo(_Times):
     """One WebSocket connection, as the server saw it at ``observed_at``.
 
     All times are aware UTC datetimes of the Redis server's clock, in whole milliseconds.

@@ -95,13 +95,16 @@ def test_connections_that_are_read_are_as_frozen_as_any(manager: ConnectionManag
         manager.join_game(sid, "game")
     for read in (manager.get_connection("sid"), *manager.get_game_connections("game")):
         assert type(read) is presence.ConnectionInfo
+        # Before any of its times was asked for.
+        assert pickle.loads(pickle.dumps(read)) == read
         by_hand = presence.ConnectionInfo(*(getattr(read, field.name) for field in dataclasses.fields(read)))
         assert (read, hash(read), repr(read)) == (by_hand, hash(by_hand), repr(by_hand))
         for name in ("sid", "metadata", "another"):
             with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
                 setattr(read, name, "changed")
         assert not hasattr(read, "__dict__")
-        assert pickle.loads(pickle.dumps(read)) == read
+        with pytest.raises(AttributeError, match="'ConnectionInfo' object has no attribute 'connected'"):
+            _ = read.connected  # type: ignore[attr-defined]
         assert dataclasses.replace(read, sid="another").sid == "another"
 
 
