@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from bench.measure import MeasurementError, send
+from bench.measure import PIPELINE_SIZE, MeasurementError, send
 from bench.progress import Progress
 from presence import Operations, operations
 from presence.scripts import Script
@@ -64,7 +64,8 @@ def run_and_forget(client: redis.Redis, calls: Sequence[Operation[Any]]) -> None
     Otherwise its tables would be sized for the answers of a fill that no fleet of servers does in a minute.
     """
     send(client, [call.command() for call in calls])
-    send(client, [("DEL", call.keys[call.script.keys.index("reply")]) for call in calls])
+    replies = [call.keys[call.script.keys.index("reply")] for call in calls]
+    send(client, [("DEL", *replies[start : start + PIPELINE_SIZE]) for start in range(0, len(replies), PIPELINE_SIZE)])
 
 
 class Population:

@@ -66,13 +66,20 @@ def ratios(costs: Sequence[float], baselines: Sequence[float]) -> Spread:
 
 
 def send(client: redis.Redis, commands: Sequence[Command]) -> list[Any]:
-    """Send commands that are not measured, in pipelines; an error reply is raised."""
+    """Send commands that are not measured, many in one write; an error reply is raised."""
     replies: list[Any] = []
-    for start in range(0, len(commands), PIPELINE_SIZE):
-        pipeline = client.pipeline(transaction=False)
-        for command in commands[start : start + PIPELINE_SIZE]:
-            pipeline.execute_command(*command)
-        replies += pipeline.execute()
+    # A pipeline of redis-py takes twice as long, and there are millions to send.
+    connection: Any = client.connection_pool.get_connection()
+    try:
+        for start in range(0, len(commands), PIPELINE_SIZE):
+            chunk = commands[start : start + PIPELINE_SIZE]
+            connection.send_packed_command(connection.pack_commands(chunk))
+            replies += [connection.read_response() for _ in chunk]
+    except BaseException:
+        connection.disconnect()  # What it still has to say is for nobody.
+        raise
+    finally:
+        client.connection_pool.release(connection)
     return replies
 
 

@@ -30,7 +30,7 @@ class Scale:
     storm_operations: int
     """Of each contender."""
     register_rounds: int
-    register_operations: int
+    register_seconds: float
 
     @property
     def few_connections(self) -> int:
@@ -46,19 +46,19 @@ class Scale:
 FULL = Scale(
     "full",
     connections=200_000,
-    rounds=100,
+    rounds=60,
     calls=200,
-    cleanup_rounds=5,
+    cleanup_rounds=4,
     client_rounds=20,
     sizes=(10_000, 100_000, 1_000_000),
-    growth_rounds=15,
+    growth_rounds=10,
     growth_calls=100,
     growth_cleanups=3,
-    throughput_rounds=10,
+    throughput_rounds=8,
     throughput_calls=2_000,
-    storm_operations=100_000,
+    storm_operations=60_000,
     register_rounds=3,
-    register_operations=6_000,
+    register_seconds=2,
 )
 QUICK = Scale(
     "quick",
@@ -75,5 +75,5 @@ QUICK = Scale(
     throughput_calls=1_000,
     storm_operations=4_000,
     register_rounds=1,
-    register_operations=2_000,
+    register_seconds=0.5,
 )

@@ -31,7 +31,7 @@ from bench.contenders import CONTENDERS, kind_of, violations
 from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
 from bench.progress import Progress
 from bench.servers import places, version
-from bench.storm_worker import REGISTER_MIX, Outcome, Plan, connect, run_process, user_name
+from bench.storm_worker import Outcome, Plan, connect, run_process, user_name
 
 if TYPE_CHECKING:
     from array import array
@@ -44,6 +44,7 @@ TASKS = 16
 USERS = 100
 GAMES = 20
 OPERATIONS = 100_000
+REGISTERING_USERS = 1_200
 SEED = 4
 LIMIT_SECONDS = 1_800.0
 CHECKERS = 2
@@ -176,12 +177,13 @@ def run_storm(
     return result
 
 
-def register_throughput(contender: str, url: str, *, processes: int, tasks: int, operations: int) -> float:
-    """Measure registers per second, most of which displace an earlier connection; nobody else disturbs them."""
+def register_throughput(
+    contender: str, url: str, *, processes: int, tasks: int, seconds: float, users: int = REGISTERING_USERS
+) -> float:
+    """Measure registers per second, each of which displaces an earlier connection; nobody else disturbs them."""
     namespace = f"registers-{uuid.uuid4()}"
-    users = max(1, operations // 5)
     plan = Plan(
-        contender, url, namespace, operations, processes, tasks, users, 1, SEED, LIMIT_SECONDS, REGISTER_MIX, cleaners=0
+        contender, url, namespace, 0, processes, tasks, users, 0, SEED, seconds, only_registers=True, cleaners=0
     )
     with redis.Redis.from_url(url) as client:
         try:

@@ -21,7 +21,7 @@ from bench.history import CLEAN_UP, HEARTBEAT, JOIN, LEAVE, REGISTER, UNREGISTER
 from presence import PresenceError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.synchronize import Barrier
     from pathlib import Path
@@ -33,7 +33,6 @@ LATE_UNREGISTER = "late unregister"
 
 STORM_MIX = {REGISTER: 25, LATE_UNREGISTER: 12, UNREGISTER: 9, JOIN: 22, LEAVE: 8, HEARTBEAT: 24}
 """How often each operation is chosen."""
-REGISTER_MIX = {REGISTER: 1}
 
 CLEANERS = 2
 OPERATIONS_BETWEEN_CLEANUPS = 100
@@ -74,7 +73,8 @@ class Plan:
     seed: int
     limit_seconds: float
     """No operation begins after this time."""
-    mix: dict[str, int] = field(default_factory=lambda: STORM_MIX)
+    only_registers: bool = False
+    """Whether it does nothing else, for all of that time."""
     cleaners: int = CLEANERS
     record: Path | None = None
 
@@ -136,6 +136,41 @@ class Worker:
         self._cleanup_is_due.set()
         await asyncio.gather(*cleaners)
 
+    async def register_everyone(self) -> None:
+        """Let all users be there, so that each register that is measured displaces a connection."""
+        users = range(self._process, self._plan.users, self._plan.processes)
+        await self._register_in_tasks(map(user_name, users))
+        self.outcome = Outcome()
+
+    async def run_registers(self) -> None:
+        """Register users chosen at random until the time is over."""
+        self.outcome.start_ns = time.monotonic_ns()
+        await self._register_in_tasks(self._random_users())
+        self.outcome.end_ns = time.monotonic_ns()
+
+    def _random_users(self) -> Iterator[str]:
+        users = [user_name(number) for number in range(self._plan.users)]
+        choice = random.Random(f"{self._plan.seed} {self._process}")
+        end_ns = self.outcome.start_ns + self._plan.limit_seconds * 1e9
+        while time.monotonic_ns() < end_ns:
+            yield users[int(choice.random() * len(users))]
+
+    async def _register_in_tasks(self, users: Iterator[str]) -> None:
+        """Register with as little of our own around it as can be: it counts as the contender's time."""
+
+        async def work() -> None:
+            for user_id in users:
+                self._sids += 1
+                sid = f"{self._process}-{self._sids}"
+                try:
+                    self.outcome.displaced += await self._contender.register(sid, user_id)
+                except (RedisError, PresenceError, TimeoutError) as error:
+                    self.outcome.errors[f"{REGISTER}: {_name(error)}"] += 1
+                else:
+                    self.outcome.registered.append(sid)
+
+        await asyncio.gather(*(work() for _ in range(self._plan.tasks)))
+
     def _seconds(self) -> float:
         return (time.monotonic_ns() - self.outcome.start_ns) / 1e9
 
@@ -152,7 +187,7 @@ class Worker:
 
     async def _play(self, task: int) -> None:
         choice = random.Random(f"{self._plan.seed} {self._process} {task}")
-        kinds, weights = list(self._plan.mix), list(accumulate(self._plan.mix.values()))
+        kinds, weights = list(STORM_MIX), list(accumulate(STORM_MIX.values()))
         while self._take_one():
             (kind,) = choice.choices(kinds, cum_weights=weights)
             if kind == REGISTER:
@@ -277,8 +312,10 @@ def run_process(plan: Plan, process: int, start: Barrier, done: Any, outcome: Co
             contender = CONTENDERS[plan.contender](client, plan.namespace)
             with recording as recorder:
                 worker = Worker(plan, process, contender, recorder, done)
+                if plan.only_registers:
+                    await worker.register_everyone()
                 await asyncio.to_thread(start.wait, START_SECONDS)
-                await worker.run()
+                await (worker.run_registers() if plan.only_registers else worker.run())
             await contender.aclose()
         return worker.outcome
 

@@ -65,7 +65,7 @@ def measure_throughput(server: Server, scale: Scale) -> list[Row]:
     rows = []
     progress = Progress("kinds of calls from many tasks", len(KINDS))
     for kind in KINDS:
-        library, plain = asyncio.run(_measure(server.url, population, kind, scale.client_rounds))
+        library, plain = asyncio.run(_measure(server.url, population, kind, scale.throughput_rounds))
         rows.append(
             Row(
                 f"{kind.method}, {TASKS} tasks",
