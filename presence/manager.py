@@ -402,7 +402,7 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed; the others took effect.
 
-        Cost: one round trip; O(log N) for each sid, in scripts of 250 (fewer where ``connections_per_user`` is more
+        Cost: one round trip; O(log N) for each sid, in scripts of 150 (fewer where ``connections_per_user`` is more
         than 20), N = connections in the namespace.
 
         """
@@ -603,7 +603,7 @@ class ConnectionManager:
             The removed and the detached connections. If a fault stopped it after some of them, they are reported all
             the same and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
-        Cost: a round trip for each 50 removed connections or 64 KiB of records (fewer where ``connections_per_user`` is
+        Cost: a round trip for each 30 removed connections or 40 KiB of records (fewer where ``connections_per_user`` is
         more than 20); O(log N) for each removed connection.
 
         """
