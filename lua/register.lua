@@ -13,8 +13,9 @@ a refresh of its TTL; one which is less than a minute old moves to its own key, 
 finds it in one of the two.
 
 KEYS  conn, user_conns, last_seen, reply, refreshed
-ARGV  key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms, connections_per_user ('' = 1),
-      reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
+ARGV  key_prefix, sid, user_id, key_lifetime_ms (a day more than the TTL of connections),
+      connections_per_user ('' = 1), reject_ms ('' = the newest wins), server ('' = none),
+      metadata ('' = none, or what it had), events ('' = off)
 Reply '<now us>' and, where there is something to report, each as an event (see event), in this order:
       refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
       (oldest first), registered (the new connection itself; not of the usual one, all of which the caller knows: it
@@ -27,9 +28,9 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include new_record
 
 local conn_key, user_conns_key, last_seen_key, reply_key, refreshed_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local key_prefix, sid, user_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local connections_per_user, reject_ms = ARGV[6] or '', ARGV[7] or ''
-local server, metadata, events = ARGV[8] or '', ARGV[9] or '', ARGV[10] or ''
+local key_prefix, sid, user_id, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local connections_per_user, reject_ms = ARGV[5] or '', ARGV[6] or ''
+local server, metadata, events = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
 
 local time = now_us()
 local now = string.sub(time, 1, -4)
@@ -71,7 +72,7 @@ end
 local is_usual, other_score = not list, nil
 if other and other ~= sid and connections_per_user == '' and reject_ms == '' then
   other_score = redis.call('ZSCORE', last_seen_key, other)
-  is_usual = other_score and tonumber(other_score) >= 0
+  is_usual = other_score and string.sub(other_score, 1, 1) ~= '-'
 end
 local record, game_id = nil, ''
 if is_usual then
@@ -101,8 +102,9 @@ elseif not is_usual then
   -- @include next_epoch
   -- @include plan_registration
   local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
+  local conn_ttl_ms = key_lifetime_ms - 24 * 60 * 60 * 1000
   plan = plan_registration(
-    key_prefix, last_seen_key, sid, user_id, others or {other}, now, tonumber(conn_ttl_ms),
+    key_prefix, last_seen_key, sid, user_id, others or {other}, now, conn_ttl_ms,
     tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, key_lifetime_ms
   )
   -- @include event

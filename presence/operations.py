@@ -86,7 +86,7 @@ MAX_CONNECTIONS_PER_USER = 100
 
 RETENTION_MS = 24 * 60 * 60 * 1000
 """How much longer than its connections a key lives: a day, for cleanup to find and report a dead record, of which the
-heartbeats' refreshes use up about 15 minutes."""
+heartbeats' refreshes use up about 15 minutes. lua/register.lua knows it, too."""
 
 REGISTER = scripts.load(
     "register",
@@ -95,7 +95,6 @@ REGISTER = scripts.load(
         "key_prefix",
         "sid",
         "user_id",
-        "conn_ttl_ms",
         "key_lifetime_ms",
         "connections_per_user",
         "reject_ms",
@@ -325,7 +324,6 @@ class Operations:
                 self._prefix,
                 sid_bytes,
                 user_bytes,
-                self._conn_ttl_ms,
                 self._key_lifetime_ms,
                 "" if self._connections_per_user == 1 else self._connections_per_user,
                 self._reject_ms or "",

@@ -372,10 +372,10 @@ class TestOperation:
 @pytest.mark.parametrize(
     ("operation", "count"),
     [
-        (Operations("ns").register_connection("sid", "user"), 5),
-        (Operations("ns", connections_per_user=2).register_connection("sid", "user"), 6),
-        (Operations("ns").register_connection("sid", "user", metadata="m"), 9),
-        (Operations("ns", events="pubsub").register_connection("sid", "user"), 10),
+        (Operations("ns").register_connection("sid", "user"), 4),
+        (Operations("ns", connections_per_user=2).register_connection("sid", "user"), 5),
+        (Operations("ns").register_connection("sid", "user", metadata="m"), 8),
+        (Operations("ns", events="pubsub").register_connection("sid", "user"), 9),
         (Operations("ns").join_game("sid", "game"), 5),
         (Operations("ns").update_heartbeat("sid"), 4),
         (Operations("ns").update_heartbeat("sid", epoch=0), 5),
