@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -615,6 +615,15 @@ class TestCluster:
             ]
             assert manager.pipeline(described) == ["game", {"user-2": "sid-2"}, 2]
 
+    def test_loads_scripts_on_the_node_of_the_namespace_alone(
+        self, make_manager: ManagerFactory, cluster: Cluster
+    ) -> None:
+        """Another node may be down."""
+        manager = make_manager(cluster.url, namespace="one")
+        manager.register_connection("sid", "user")
+        manager.pipeline([manager.operations.join_game("sid", "game"), manager.operations.leave_game("sid")])
+        assert [client.info("memory")["number_of_cached_scripts"] for client in cluster.clients] == [3, 0]
+
     def test_a_pipeline_keeps_the_results_of_the_operations_that_worked(
         self, make_manager: ManagerFactory, cluster: Cluster
     ) -> None:
@@ -668,6 +677,31 @@ class TestCluster:
         for _ in range(5):
             cluster.forget_everything()
             asyncio.run(run())
+
+    def test_a_cancellation_that_the_client_swallows_is_not_lost(self, cluster: Cluster) -> None:
+        """Python 3.11's asyncio.wait_for, through which redis-py writes, can do that."""
+        entered = asyncio.Event()
+
+        class Swallowing(redis.asyncio.RedisCluster):
+            async def execute_command(self, *args: Any, **options: Any) -> Any:
+                if entered.is_set():
+                    return await super().execute_command(*args, **options)
+                entered.set()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(BOUND_SECONDS)
+                return 0
+
+        async def cancel_a_call() -> None:
+            async with Swallowing(host="127.0.0.1", port=cluster.nodes[0].port) as client:
+                manager = presence.ConnectionManager(client, namespace="one")
+                call = asyncio.create_task(manager.update_heartbeat("sid"))
+                await entered.wait()
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+                assert await manager.update_heartbeat("sid") is False
+
+        asyncio.run(cancel_a_call())
 
     def test_has_the_options_of_the_readme_by_default(self, cluster: Cluster) -> None:
         address = clients.parse(cluster.url)
