@@ -33,17 +33,18 @@ trips are the reads that the server did (`total_reads_processed`), the cleaners'
 others' scans weigh in. The last rows run two registers of one user through every order of their commands (`make prove`
 does it for every pair of operations, and a storm of a million operations)."""
 
-HOW_REGISTERS = """Registers per second, each of which displaces an earlier connection, by two processes with so many
+HOW_REGISTERS = """Registers per second, each of which displaces an earlier connection, by processes with so many
 asyncio tasks each that register users chosen at random of the same 1,200, for two seconds; every user is there before
 the clock starts. *plain*, *transaction* and *lock* have a redis-py client whose pool has a connection for each task,
-*presence* shares one of it, as it does by itself. The contenders take turns in each round, and the ratio compares
-within the round."""
+*presence* shares one of it, as it does by itself. Two processes and the server share the two cores; one process and the
+server have a core each. The contenders take turns in each round, and the ratio compares within the round."""
 
 PROCESSES = 4
-REGISTERING_PROCESSES = 2
-TASKS = (1, 8, 64)
+REGISTERING = ((2, 1), (2, 8), (1, 64), (2, 64))
+"""Processes, and the tasks of each."""
 WANTED = {"plain": 5.0, "transaction": 8.0, "lock": 8.0}
-"""At 64 tasks: how many times a contender's registers presence does."""
+"""How many times a contender's registers presence does with 64 tasks a process."""
+COMPARED_TASKS = 64
 RACE = "register‖register"
 PERCENTILES = (("50 %", "p50"), ("99 %", "p99"), ("99.9 %", "p999"))
 
@@ -136,39 +137,41 @@ def _storm_figures(results: Sequence[StormResult]) -> Findings:
 
 def measure_registers(server: Server, scale: Scale) -> Findings:
     """Measure the registers per second of each contender, with several numbers of tasks."""
-    rates: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
-    progress = Progress("measurements of registers", scale.register_rounds * len(TASKS) * len(CONTENDERS))
+    rates: defaultdict[tuple[str, int, int], list[float]] = defaultdict(list)
+    progress = Progress("measurements of registers", scale.register_rounds * len(REGISTERING) * len(CONTENDERS))
     for _ in range(scale.register_rounds):
-        for tasks in TASKS:
+        for processes, tasks in REGISTERING:
             for contender in CONTENDERS:
                 rate = register_throughput(
-                    contender,
-                    server.url,
-                    processes=REGISTERING_PROCESSES,
-                    tasks=tasks,
-                    seconds=scale.register_seconds,
+                    contender, server.url, processes=processes, tasks=tasks, seconds=scale.register_seconds
                 )
-                rates[contender, tasks].append(rate)
+                rates[contender, processes, tasks].append(rate)
                 progress.advance()
     rows = []
-    for tasks in TASKS:
-        each = "1 task" if tasks == 1 else f"{tasks} tasks"
-        ours = rates[PRESENCE, tasks]
-        rows += [Row(f"{other}, {each} a process", Spread.of(rates[other, tasks]), "/s") for other in WANTED]
+    for processes, tasks in REGISTERING:
+        each = f"{processes} process{'es' * (processes > 1)} of {tasks} task{'s' * (tasks > 1)}"
+        ours = rates[PRESENCE, processes, tasks]
+        rows += [Row(f"{other}, {each}", Spread.of(rates[other, processes, tasks]), "/s") for other in WANTED]
         rows += [
             Row(
-                f"presence, {each} a process",
+                f"presence, {each}",
                 Spread.of(ours),
                 "/s",
-                ratios(ours, rates[other, tasks]),
+                ratios(ours, rates[other, processes, tasks]),
                 other,
-                wanted if tasks == max(TASKS) else None,
+                wanted if tasks == COMPARED_TASKS else None,
                 at_least=True,
             )
             for other, wanted in WANTED.items()
         ]
+    most = max(processes for processes, _ in REGISTERING)
     points = {
-        contender: [(tasks, Spread.of(rates[contender, tasks]).median) for tasks in TASKS] for contender in CONTENDERS
+        contender: [
+            (tasks, Spread.of(rates[contender, most, tasks]).median)
+            for processes, tasks in REGISTERING
+            if processes == most
+        ]
+        for contender in CONTENDERS
     }
-    title = f"Registers by {REGISTERING_PROCESSES} processes"
+    title = f"Registers by {most} processes"
     return [*rows, Figure("registers", title, "tasks of each process", "registers per second", points, log_x=True)]
