@@ -59,11 +59,11 @@ end
 if events ~= '' then
   -- @include event
   -- @include publish
-  local message, channels = '', {'user:' .. user_id, 'game:' .. game_id}
+  local message, channels = now, {'user:' .. user_id, 'game:' .. game_id}
   if left_game_id ~= '' then
-    message, channels[3] = event('', 'left', sid, record, score), 'game:' .. left_game_id
+    message, channels[3] = event(now, 'left', sid, record, score), 'game:' .. left_game_id
   end
   message = event(message, 'joined', sid, joined, score)
-  publish(key_prefix, events, key_lifetime_ms, now, channels, message)
+  publish(key_prefix, events, key_lifetime_ms, channels, message)
 end
 return left_game_id

@@ -39,6 +39,6 @@ if events ~= '' then
   -- @include event
   -- @include publish
   local channels = {'user:' .. user_id, 'game:' .. game_id}
-  publish(key_prefix, events, key_lifetime_ms, now, channels, event('', 'left', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, channels, event(now, 'left', sid, record, score))
 end
 return game_id

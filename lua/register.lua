@@ -130,16 +130,18 @@ elseif not is_usual then
   record = make_record(game_id, body)
 
   -- 5. The answer.
+  local reported = {time}
   if replaced then
-    answer = event(answer, 'replaced', sid, replaced.record, replaced.score)
+    reported[#reported + 1] = event('', 'replaced', sid, replaced.record, replaced.score)
   end
   if resumed then
-    answer = event(answer, 'resumed_from', resumed.sid, resumed.record, resumed.score)
+    reported[#reported + 1] = event('', 'resumed_from', resumed.sid, resumed.record, resumed.score)
   end
   for _, gone in ipairs(plan.gone) do
-    answer = event(answer, 'displaced', gone.sid, gone.record, gone.score)
+    reported[#reported + 1] = event('', 'displaced', gone.sid, gone.record, gone.score)
   end
-  answer = event(answer, 'registered', sid, record, now)
+  reported[#reported + 1] = event('', 'registered', sid, record, now)
+  answer = table.concat(reported)
 
   -- 6. The writes. What had the sid goes first, the others last: the new connection enters before they go, so that no
   -- key is deleted and made again in between.
@@ -209,15 +211,16 @@ if events ~= '' then
   -- @include event
   -- @include publish
   local channels = {'user:' .. user_id}
-  local message = ''
+  local message
   if is_usual and not other then
-    message = event(event('', 'registered', sid, record, now), 'user_online', sid, record, now)
+    message = event(event(now, 'registered', sid, record, now), 'user_online', sid, record, now)
   else
     plan = plan or {gone = {displaced}, was_online = true}
     local connection = {sid = sid, record = record, score = now, game_id = game_id}
+    local told = {now}
     -- @include has_attached
     local function tell(kind, of)
-      message = event(message, kind, of.sid, of.record, of.score)
+      told[#told + 1] = event('', kind, of.sid, of.record, of.score)
       if of.game_id ~= '' then
         channels[#channels + 1] = 'game:' .. of.game_id
       end
@@ -243,7 +246,8 @@ if events ~= '' then
     if not plan.was_online then
       tell('user_online', connection)
     end
+    message = table.concat(told)
   end
-  publish(key_prefix, events, key_lifetime_ms, now, channels, message)
+  publish(key_prefix, events, key_lifetime_ms, channels, message)
 end
 return answer

@@ -47,6 +47,6 @@ if events ~= '' then
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
-  publish(key_prefix, events, key_lifetime_ms, now, channels, event('', 'metadata_updated', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, channels, event(now, 'metadata_updated', sid, record, score))
 end
 return 1

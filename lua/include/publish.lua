@@ -2,9 +2,8 @@
 -- events is 'pubsub', or the length of the stream; channels are the 'user:<id>' and 'game:<id>' that it concerns,
 -- where one may be named twice. What one channel is told once must be told in one message, so that nobody sees half a
 -- change.
-local function publish(key_prefix, events, key_lifetime_ms, now, channels, message)
+local function publish(key_prefix, events, key_lifetime_ms, channels, message)
   local key = key_prefix .. 'events'
-  message = now .. message
   if events ~= 'pubsub' then
     redis.call('XADD', key, 'MAXLEN', '~', events, '*', 'message', message)
     redis.call('PEXPIRE', key, key_lifetime_ms)
@@ -12,10 +11,10 @@ local function publish(key_prefix, events, key_lifetime_ms, now, channels, messa
   end
   redis.call('SPUBLISH', key, message)
   local is_told = {}
-  for _, channel in ipairs(channels) do
+  for index, channel in ipairs(channels) do
     if not is_told[channel] then
       redis.call('SPUBLISH', key .. ':' .. channel, message)
-      is_told[channel] = true
+      is_told[channel] = index < #channels or nil -- Most often there is only one, and nothing to remember.
     end
   end
 end

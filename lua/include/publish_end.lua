@@ -8,12 +8,12 @@ local function publish_end(
   key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, record, score, is_attached
 )
   local game_id, user_id = split_record(record)
-  local message, channels = event('', kind, sid, record, score), {'user:' .. user_id}
+  local message, channels = event(now, kind, sid, record, score), {'user:' .. user_id}
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
   if is_attached and not has_attached(key_prefix, last_seen_key, user_id, sid) then
     message = event(message, 'user_offline', sid, record, score)
   end
-  publish(key_prefix, events, key_lifetime_ms, now, channels, message)
+  publish(key_prefix, events, key_lifetime_ms, channels, message)
 end
