@@ -28,7 +28,7 @@ def to_time(milliseconds: int) -> datetime:
 class _Times:
     """The times of a connection as the server gave them, in milliseconds, until one is asked for.
 
-    Most never are, and to make datetimes of all took a fifth of the time in which a game is read.
+    Most never are, and to make datetimes of all took two fifths of the time in which a room is parsed.
     """
 
     __slots__ = ("_connected_at", "_last_seen", "_observed_at")
