@@ -468,38 +468,24 @@ class TestFailover:
                 manager.close()
 
     def test_when_a_replica_is_promoted_the_next_pipeline_works_there(
-        self, make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
+        self, promoted_manager: ConnectionManager
     ) -> None:
-        primary, replica = replicated
-        with Proxy(primary.port) as address:
-            manager = make_manager(address.url)
-            set_the_scene(manager)
-            promote(replica, primary, address)
-
-            operations = manager.operations
-            results = pipeline(
-                manager,
-                operations.leave_game("sid-1"),
-                operations.join_game("sid-1", "next game"),
-                operations.leave_game("sid-1"),
-            )
-            assert [results[0], results[1].joined, results[2]] == ["game", True, "next game"]
-            manager.close()
+        operations = promoted_manager.operations
+        results = pipeline(
+            promoted_manager,
+            operations.leave_game("sid-1"),
+            operations.join_game("sid-1", "next game"),
+            operations.leave_game("sid-1"),
+        )
+        assert [results[0], results[1].joined, results[2]] == ["game", True, "next game"]
 
     def test_when_a_replica_is_promoted_the_only_write_of_a_pipeline_works_there(
-        self, make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
+        self, promoted_manager: ConnectionManager
     ) -> None:
-        primary, replica = replicated
-        with Proxy(primary.port) as address:
-            manager = make_manager(address.url)
-            set_the_scene(manager)
-            promote(replica, primary, address)
-
-            operations = manager.operations
-            count = operations.get_game_connection_count("game")
-            assert pipeline(manager, count, operations.leave_game("sid-1"), count) == [2, "game", 2]
-            assert manager.get_game_connection_count("game") == 1
-            manager.close()
+        operations = promoted_manager.operations
+        count = operations.get_game_connection_count("game")
+        assert pipeline(promoted_manager, count, operations.leave_game("sid-1"), count) == [2, "game", 2]
+        assert promoted_manager.get_game_connection_count("game") == 1
 
     def test_while_no_replica_is_promoted_one_write_of_a_pipeline_is_tried_again_for_all(
         self, own_client: redis.Redis, hasty_manager: ConnectionManager
@@ -537,6 +523,20 @@ def replicated() -> Iterator[tuple[LocalServer, LocalServer]]:
             client.replicaof("127.0.0.1", str(primary.port))
             wait_until(lambda: client.info("replication")["master_link_status"] == "up")
         yield primary, replica
+
+
+@pytest.fixture
+def promoted_manager(
+    make_manager: ManagerFactory, replicated: tuple[LocalServer, LocalServer]
+) -> Iterator[ConnectionManager]:
+    """A manager that has set the scene; since then the primary and its replica have changed places."""
+    primary, replica = replicated
+    with Proxy(primary.port) as address:
+        manager = make_manager(address.url)
+        set_the_scene(manager)
+        promote(replica, primary, address)
+        yield manager
+        manager.close()
 
 
 class TestAFullMemory:
