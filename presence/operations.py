@@ -57,6 +57,8 @@ EventsMode: TypeAlias = Literal["off", "pubsub", "stream"]
 """Whether and how changes are published."""
 
 SCRIPT_LOAD = "SCRIPT LOAD"
+AS_BYTES = {"NEVER_DECODE": True}
+"""redis-py's option for replies that stay bytes, however the client decodes."""
 SCRIPT_LOADS = 2
 """Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
 
@@ -516,7 +518,13 @@ class Operations:
 
     def get_game_connections(self, game_id: str) -> Operation[list[ConnectionInfo]]:
         """Describe the snapshot of a game."""
-        return self._get_game(game_id, list)
+        game_bytes = arguments.encode("game_id", game_id)
+        return Operation(
+            GET_GAME,
+            (self._game_conns(game_bytes), self.last_seen_key),
+            (),
+            partial(parse_game, game_id, self._conn_ttl_ms),
+        )
 
     def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
         """Describe the snapshot of at most 50 games, all at one moment."""
@@ -579,12 +587,9 @@ class Operations:
         return self._get_game(game_id, opponent)
 
     def _get_game(self, game_id: str, select: Callable[[list[ConnectionInfo]], Result]) -> Operation[Result]:
-        game_bytes = arguments.encode("game_id", game_id)
+        snapshot = self.get_game_connections(game_id)
         return Operation(
-            GET_GAME,
-            (self._game_conns(game_bytes), self.last_seen_key),
-            (),
-            lambda reply: select(parse_game(game_id, self._conn_ttl_ms, reply)),
+            snapshot.script, snapshot.keys, snapshot.arguments, lambda reply: select(snapshot.parse(reply))
         )
 
     def get_connection_count(self) -> Operation[int]:
@@ -759,7 +764,7 @@ def check_operations(operations: object) -> tuple[Operation[Any], ...]:
 
 def as_sent(command: Command) -> dict[str, bool]:
     """Give redis-py's options for a command: replies of scripts stay bytes, however the client decodes."""
-    return {} if command[0] == SCRIPT_LOAD else {"NEVER_DECODE": True}
+    return {} if command[0] == SCRIPT_LOAD else AS_BYTES
 
 
 def load_command(script: scripts.Script) -> Command:

@@ -28,6 +28,9 @@ RESUMED_FROM = "resumed_from"
 """What the scripts publish right after ``resumed``: the connection whose seat was taken over."""
 
 
+_EPOCH = attrgetter("epoch")
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """A position in the stream of events.
@@ -210,7 +213,7 @@ def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[Connect
         # Most have no more than a user; a snapshot is read so often that these are parsed without another call.
         epoch = int(head)
         connections.append(_connection(sid.decode(), user_id.decode(), game_id, epoch // 1000, seen, now, epoch))
-    connections.sort(key=attrgetter("epoch"))
+    connections.sort(key=_EPOCH)
     return connections
 
 

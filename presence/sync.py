@@ -14,6 +14,7 @@ from redis import Redis, RedisCluster
 from presence import arguments, clients
 from presence.errors import FAULTS, PresenceError, explain
 from presence.operations import (
+    AS_BYTES,
     CLEANUP_FAILED,
     ON_REMOVED_FAILED,
     SCRIPT_LOAD,
@@ -795,9 +796,10 @@ class ConnectionManager:
             return own
 
     def _end(self, own: _OpenClient) -> None:
-        with self._changed:
+        with self._lock:
             own.in_flight -= 1
-            if not own.in_flight:
+            # Only a close() waits for it, and that has put it aside before.
+            if not own.in_flight and own is not self._own_client:
                 self._changed.notify_all()
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
@@ -809,10 +811,12 @@ class ConnectionManager:
         try:
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
-                (reply,) = self._send(own.client, [asked.command()])
-                if not isinstance(reply, Exception):
+                try:
+                    reply = own.client.execute_command(*asked.command(), **AS_BYTES)  # type: ignore[no-untyped-call]
+                except FAULTS as error:
+                    exchange = recover(asked, error)
+                else:
                     return asked.parse(reply)
-                exchange = recover(asked, reply)
             else:
                 exchange = asked
             request = next(exchange)
