@@ -38,8 +38,8 @@ local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumb
 local key_lifetime_ms, batch_size, server_threshold_ms = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8] or '', ARGV[9] or ''
 
--- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 40 KiB for a batch of 30.
-local MAX_BYTES = 40 * 1024 / 30 * batch_size
+-- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 25 KiB for a batch of 20.
+local MAX_BYTES = 1280 * batch_size
 
 local now = now_ms()
 -- sid and score, one after the other.

@@ -70,11 +70,11 @@ ON_REMOVED_FAILED = "on_removed failed for some of %d connections that were remo
 SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: %s"
 SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
 
-CLEANUP_BATCH_SIZE = 30
-"""Connections that one cleanup script removes, if their records hold no more than 40 KiB: about a millisecond. Fewer
-where users may have more than 20: each that goes has its user's whole list written again."""
-HEARTBEAT_BATCH_SIZE = 150
-"""Heartbeats that one script takes, if users may have no more than 20 connections: about a millisecond."""
+CLEANUP_BATCH_SIZE = 20
+"""Connections that one cleanup script removes, if their records hold no more than 25 KiB: below a millisecond. Fewer
+where users may have more than 30: each that goes has its user's whole list written again."""
+HEARTBEAT_BATCH_SIZE = 100
+"""Heartbeats that one script takes, if users may have no more than 30 connections: below a millisecond."""
 LISTED_CONNECTIONS_PER_BATCH = 600
 """Connections that may be in the lists of all users whose connections one cleanup script removes; five times as many of
 those whose heartbeats one script takes, for a refresh reads the list and seldom writes it."""
@@ -431,9 +431,9 @@ class Operations:
         )
 
     def heartbeat_batch(self, sids: Sequence[str]) -> Operation[list[HeartbeatStatus]]:
-        """Describe at most 150 heartbeats in one script; ``update_heartbeats`` of a manager takes any number.
+        """Describe at most 100 heartbeats in one script; ``update_heartbeats`` of a manager takes any number.
 
-        Fewer than 150 where ``connections_per_user`` is more than 20, down to 30.
+        Fewer than 100 where ``connections_per_user`` is more than 30, down to 30.
         """
         sids_bytes = [arguments.encode("each of sids", sid) for sid in arguments.check_iterable("sids", sids)]
         if not 1 <= len(sids_bytes) <= self._heartbeat_batch_size:

@@ -366,8 +366,8 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed; the others took effect.
 
-        Cost: one round trip; O(log N) for each sid, in scripts of 150 (fewer where ``connections_per_user`` is more
-        than 20), N = connections in the namespace.
+        Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
+        than 30), N = connections in the namespace.
 
         """
         return self._run(perform_batches(self.operations.heartbeat_batches(sids)))
@@ -567,8 +567,8 @@ class ConnectionManager:
             The removed and the detached connections. If a fault stopped it after some of them, they are reported all
             the same and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
 
-        Cost: a round trip for each 30 removed connections or 40 KiB of records (fewer where ``connections_per_user`` is
-        more than 20); O(log N) for each removed connection.
+        Cost: a round trip for each 20 removed connections or 25 KiB of records (fewer where ``connections_per_user`` is
+        more than 30); O(log N) for each removed connection.
 
         """
         return self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))

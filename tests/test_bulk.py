@@ -108,9 +108,10 @@ class TestHeartbeats:
 
         # Each reads its record and its user's list. 60 s are a 15th of 15 minutes, and a little time passes besides.
         stats: Any = client.info("commandstats")
-        assert 10 <= stats["cmdstat_get"]["calls"] / 2 <= 12
+        due = HEARTBEAT_BATCH_SIZE // 15
+        assert due <= stats["cmdstat_get"]["calls"] / 2 <= due + 2
 
-    @pytest.mark.parametrize(("connections_per_user", "scripts"), [(20, 1), (100, 5)])
+    @pytest.mark.parametrize(("connections_per_user", "scripts"), [(30, 1), (100, 4)])
     def test_fewer_in_a_script_where_users_may_have_many_connections(
         self, make_manager: ManagerFactory, client: redis.Redis, connections_per_user: int, scripts: int
     ) -> None:

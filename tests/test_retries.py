@@ -330,7 +330,7 @@ def test_a_long_cleanup_reports_each_connection_once_when_the_reply_of_a_batch_i
     share: float,
 ) -> None:
     direct, manager = make_manager(own_server.url), make_manager(proxy.url, **at_once)
-    sids = [f"sid-{number:03}" for number in range(2 * CLEANUP_BATCH_SIZE + 20)]
+    sids = [f"sid-{number:03}" for number in range(2 * CLEANUP_BATCH_SIZE + 10)]
 
     def clean_up(cuts: list[int | None]) -> list[str]:
         direct.pipeline([direct.operations.register_connection(sid, f"user {sid}") for sid in sids])
