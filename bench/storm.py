@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 import redis
 
 from bench.contenders import CONTENDERS, kind_of, violations
+from bench.crowd import PRESENCE
 from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
 from bench.progress import Progress
 from bench.servers import places, version
@@ -190,6 +191,11 @@ def register_throughput(
             outcomes = _run_processes(plan, lambda _: None)
         finally:
             _remove_keys(client, namespace)
+    errors = sum((outcome.errors for outcome in outcomes), Counter[str]())
+    lost = sum(len(outcome.registered) - len(outcome.displaced) for outcome in outcomes)
+    # The others may lose some to their races, which is for the storm to show.
+    if contender == PRESENCE and (errors or lost):
+        raise StormError(f"registers of {contender} raised {dict(errors)}, and {lost} displaced nobody")
     return sum(len(outcome.registered) for outcome in outcomes) / _seconds(outcomes)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ import redis
 from bench import storm
 from bench.history import REGISTER, check_history
 from bench.storm import StormError, StormResult, register_throughput, run_storm
+from bench.storm_worker import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -185,6 +187,21 @@ def test_register_throughput_counts_the_registers_of_all_processes(server_url: s
     before = client.dbsize()
     assert register_throughput("presence", server_url, processes=2, tasks=4, seconds=0.2, users=50) > 0
     assert client.dbsize() == before
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (Outcome(0, 1, registered=["a", "b"], displaced=["c"]), "1 displaced nobody"),
+        (Outcome(0, 1, registered=["a"], displaced=["c"], errors=Counter({"register: OSError": 1})), "OSError"),
+    ],
+)
+def test_registers_that_displace_nobody_or_raise_are_no_measurement(
+    server_url: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, told: str
+) -> None:
+    monkeypatch.setattr(storm, "_run_processes", lambda *_: [outcome])
+    with pytest.raises(StormError, match=told):
+        register_throughput("presence", server_url, processes=2, tasks=4, seconds=0.2, users=50)
 
 
 def test_the_command_prints_a_table_and_ends_with_0_where_presence_breaks_nothing(own_server: LocalServer) -> None:
