@@ -3,7 +3,7 @@
 Read the connections in each of several games, all at one moment.
 
 KEYS  last_seen
-ARGV  key_prefix, game_ids (at most 50)
+ARGV  key_prefix, game_ids (at most 10)
 Reply {now ms, for each game what get_game replies, without now ms}
 Cost  O(M) for each game, M = connections in the game
 ]]

@@ -523,7 +523,7 @@ class ConnectionManager:
         Raises:
             PipelineError: some of the scripts failed.
 
-        Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 50 games.
+        Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 10 games.
 
         """
         return self._run(perform_batches(self.operations.games_connections_batches(game_ids)))
