@@ -44,6 +44,8 @@ HSET = "HSET, 4 fields, new key"
 REGISTER = "register, first of its user"
 REGISTER_PUBSUB = "the same with events in pub/sub, no subscriber"
 REGISTER_STREAM = "the same with events in the stream"
+DISPLACING = "register, displacing one in a game"
+DISPLACING_IDLE = "register, displacing one in no game"
 
 REFRESHING = "heartbeat that refreshes TTLs"
 """About one in 15 minutes of each connection."""
@@ -56,7 +58,8 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (REGISTER, HSET, 9),
     (REGISTER_PUBSUB, REGISTER, 1.25),
     (REGISTER_STREAM, REGISTER, None),
-    ("register, displacing one in a game", HSET, 13),
+    (DISPLACING, HSET, 13),
+    (DISPLACING_IDLE, HSET, None),
     ("snapshot of a two-player game", NOTHING, 10),
     ("join a game", HSET, None),
     ("leave a game", HSET, None),
@@ -193,7 +196,7 @@ class Rounds:
         for index in returning:
             self._population.sids[index] = new_sid()
         self._time(
-            "register, displacing one in a game",
+            DISPLACING,
             [self._population.register(index) for index in returning],
             lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is not None,
         )
@@ -210,6 +213,13 @@ class Rounds:
             lambda connection: connection is not None and connection.game_id is not None,
         )
         self._population.restore(going)
+        for index in moving:
+            sids[index] = new_sid()
+        self._time(
+            DISPLACING_IDLE,
+            [self._population.register(index) for index in moving],
+            lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is None,
+        )
         self._time("join a game", [self._population.join(index) for index in moving], bool)
 
     def _sample(self, without: Sequence[int] = ()) -> list[int]:
