@@ -47,23 +47,19 @@ local other, others, kept = nil, nil, ''
 if list then
   local colon = string.find(list, ':', 1, true)
   local sid_end = colon + string.sub(list, 1, colon - 1)
-  local after = string.sub(list, sid_end + 1, sid_end + 1)
+  local after, kept_at = string.sub(list, sid_end + 1, sid_end + 1), sid_end + 2
   if after == '' or after == '=' then
     other = string.sub(list, colon + 1, sid_end)
-    -- @include is_recent
-    if is_recent(list, sid_end + 2, now) then
-      kept = string.sub(list, sid_end + 2)
-    end
   else
     -- @include split_sids
-    others, kept = split_sids(list)
-    -- @include is_recent
-    if not is_recent(kept, 1, now) then
-      kept = ''
-    end
+    others, kept_at = split_sids(list)
   end
-  if kept ~= '' and string.sub(kept, 1, 16) == token then
-    return string.sub(kept, 17)
+  -- @include is_recent
+  if is_recent(list, kept_at, now) then
+    if string.sub(list, kept_at, kept_at + 15) == token then
+      return string.sub(list, kept_at + 16)
+    end
+    kept = string.sub(list, kept_at)
   end
 end
 

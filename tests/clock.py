@@ -28,7 +28,9 @@ for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
     redis.call('SET', key, earlier_record(redis.call('GET', key)), 'KEEPTTL')
   elseif kind == 'user_conns' then
     -- Only the time that the kept answer begins with is looked at before it is given again.
-    local sids, kept = split_sids(redis.call('GET', key))
+    local list = redis.call('GET', key)
+    local sids, kept_at = split_sids(list)
+    local kept = string.sub(list, kept_at)
     if kept ~= '' then
       kept = string.sub(kept, 1, 16) .. earlier(string.sub(kept, 17, 32), 1000) .. string.sub(kept, 33)
       redis.call('SET', key, make_sids(sids, kept), 'KEEPTTL')

@@ -6,7 +6,7 @@
 local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local list = redis.call('GET', user_conns_key)
-  local sids, kept = split_sids(list)
+  local sids, kept_at = split_sids(list)
   for index, other in ipairs(sids) do
     if other == sid then
       table.remove(sids, index)
@@ -14,10 +14,10 @@ local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
     end
   end
   if #sids > 0 then
-    redis.call('SET', user_conns_key, make_sids(sids, kept), 'PX', key_lifetime_ms)
+    redis.call('SET', user_conns_key, make_sids(sids, string.sub(list, kept_at)), 'PX', key_lifetime_ms)
   elseif list then
-    if is_recent(kept, 1, now) then
-      keep_apart(key_prefix, kept)
+    if is_recent(list, kept_at, now) then
+      keep_apart(key_prefix, string.sub(list, kept_at))
     end
     redis.call('DEL', user_conns_key)
   end

@@ -15,8 +15,9 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
   redis.call('PEXPIRE', conn_key, key_lifetime_ms)
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
-  local sids, kept = split_sids(redis.call('GET', user_conns_key))
-  if kept == '' or is_recent(kept, 1, now) then
+  local list = redis.call('GET', user_conns_key)
+  local sids, kept_at = split_sids(list)
+  if not list or kept_at > #list or is_recent(list, kept_at, now) then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
     -- The answer that is kept there takes more memory than the list.

@@ -1,14 +1,15 @@
 -- Take a user's list of connections apart: '<length of the sid>:<sid>' for each, in the order of registration, and
--- after a '=' the answer of the user's last registration, '<token><answer>', kept for a call that is sent again.
+-- after a '=' the answer of the user's last registration, '<token><answer>', kept for a call that is sent again. Gives
+-- the sids, and where in the list that answer begins: behind its end where there is none.
 local function split_sids(list)
   local sids, position = {}, 1
   while list and position <= #list do
     local length, first = string.match(list, '^(%d+):()', position)
     if not length then
-      return sids, string.sub(list, position + 1)
+      return sids, position + 1
     end
     position = first + length
     sids[#sids + 1] = string.sub(list, first, position - 1)
   end
-  return sids, ''
+  return sids, position
 end
