@@ -10,6 +10,7 @@ from bench.fill import OTHER_NAMESPACE, Population, sample, server_ms
 from bench.measure import MeasurementError, Spread, percentile, ratios, server_time
 from bench.progress import Progress
 from bench.report import Row
+from bench.slowlog import COUNTING, COUNTS_NOTHING_ELSE, LONGEST_SCRIPT_MS
 
 if TYPE_CHECKING:
     from bench.scale import Scale
@@ -21,12 +22,9 @@ host, it holds that wait: so between the batches runs a script that only counts,
 longest call tells what the machine adds. And in about one batch of eight Lua ends a cycle of its garbage collection,
 which takes as long as the batch, or twice as long, however small that is."""
 
-LONGEST_SCRIPT_MS = 5
 PER_REMOVED_RATIO = 2
 STALE_MS = (100_000, 300_000)
 """How long ago the stale ones were last seen: longer than the threshold of 90 seconds."""
-COUNTING = "for _ = 1, 100000 do end"
-"""A script that takes about as long as a batch, and always the same."""
 
 _random = random.Random(20_260_102)
 
@@ -90,8 +88,8 @@ def measure_cleanup(server: Server, scale: Scale) -> list[Row]:
             Row(f"{among}: longest script", longest, "ms", target=LONGEST_SCRIPT_MS if cleanups is many else None),
             Row(f"{among}: longest, median of {scale.cleanup_rounds} runs", Spread.of(cleanups.longest_ms), "ms"),
             Row(f"{among}: 99th percentile", Spread.exactly(percentile(cleanups.batch_ms, 99)), "ms"),
-            Row(f"{among}: a script that only counts, longest", Spread.exactly(max(cleanups.counting_ms)), "ms"),
-            Row(f"{among}: a script that only counts, usual", Spread.of(cleanups.counting_ms), "ms"),
+            Row(f"{among}: {COUNTS_NOTHING_ELSE}, longest", Spread.exactly(max(cleanups.counting_ms)), "ms"),
+            Row(f"{among}: {COUNTS_NOTHING_ELSE}, usual", Spread.of(cleanups.counting_ms), "ms"),
         ]
     rows.append(Row(f"for each removed among {scale.few_connections:,}", Spread.of(few.us_per_removed), "µs"))
     ratio = ratios(many.us_per_removed, few.us_per_removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +21,10 @@ LONGEST_SCRIPT_MS = 5
 SETTINGS = {"slowlog-log-slower-than": 200, "slowlog-max-len": 20_000}
 """Microseconds, and entries: enough for all that is run between two looks."""
 LISTED = 5
+COUNTING = "for _ = 1, 100000 do end"
+"""A script that touches no data and always takes the same: what it takes longer now and then is the machine's."""
+COUNTS_NOTHING_ELSE = "a script that only counts"
+COUNTS = 5
 
 
 class SlowScripts:
@@ -28,6 +33,8 @@ class SlowScripts:
     def __init__(self, client: redis.Redis) -> None:
         self._client: Any = client
         self._names = {script.sha: script.name for script in vars(operations).values() if isinstance(script, Script)}
+        self._counting = str(client.script_load(COUNTING))
+        self._names[self._counting] = COUNTS_NOTHING_ELSE
         self._longest_us: defaultdict[str, list[int]] = defaultdict(list)
         """Of each script, the longest call in each round in which it was logged."""
         self._last_id = -1
@@ -45,6 +52,11 @@ class SlowScripts:
     ) -> None:
         for name, value in self._settings_before.items():
             self._client.config_set(name, value)
+
+    def count(self) -> None:
+        """Run the script that only counts, between the others, so that it meets what they meet of the machine."""
+        for _ in range(COUNTS):
+            self._client.evalsha(self._counting, 0)
 
     def skip(self) -> None:
         """Leave out what was logged until now."""
@@ -67,15 +79,14 @@ class SlowScripts:
 
     def rows(self) -> list[Row]:
         """Give the longest call of all, and for the longest scripts what is usual in a round."""
-        of_all = max(((max(calls), name) for name, calls in self._longest_us.items()), default=None)
-        if of_all is None:
-            return []
-        rows = [Row(f"longest script: {of_all[1]}", Spread.exactly(of_all[0] / 1000), "ms", target=LONGEST_SCRIPT_MS)]
-        usual = {
-            name: Spread.of([microseconds / 1000 for microseconds in calls]) for name, calls in self._longest_us.items()
-        }
-        rows += [
-            Row(f"the longest {name} of each round", spread, "ms")
-            for name, spread in sorted(usual.items(), key=lambda item: -item[1].median)[:LISTED]
-        ]
+        longest_ms = {name: [us / 1000 for us in longest] for name, longest in self._longest_us.items()}
+        counting_ms = longest_ms.pop(COUNTS_NOTHING_ELSE, None)
+        rows = []
+        if longest_ms:
+            of_all, name = max((max(longest), name) for name, longest in longest_ms.items())
+            rows.append(Row(f"longest script: {name}", Spread.exactly(of_all), "ms", target=LONGEST_SCRIPT_MS))
+        if counting_ms:
+            rows.append(Row(f"longest of {COUNTS_NOTHING_ELSE}", Spread.exactly(max(counting_ms)), "ms"))
+        usual = sorted(longest_ms.items(), key=lambda item: -statistics.median(item[1]))
+        rows += [Row(f"the longest {name} of each round", Spread.of(longest), "ms") for name, longest in usual[:LISTED]]
         return rows
