@@ -123,6 +123,12 @@ class Population:
         now = server_ms(self.client)
         self.set_last_seen({index: now - _random.randrange(HEARTBEAT_MS) for index in range(len(self.sids))})
 
+    def forget_answers(self) -> None:
+        """Let the registrations be older than a minute: until then their answers are kept with the users' lists."""
+        lists = zip(self.user_ids, self.sids, strict=True)
+        prefix = f"{{{self.operations.namespace}}}:user_conns:"
+        send(self.client, [("SET", f"{prefix}{user}", f"{len(sid)}:{sid}", "KEEPTTL") for user, sid in lists])
+
     def set_last_seen(self, times: dict[int, int]) -> None:
         """Move connections in last_seen to other times, in milliseconds."""
         send(self.client, [("ZADD", self.last_seen_key, "XX", time, self.sids[n]) for n, time in times.items()])

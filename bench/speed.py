@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from presence.operations import Command, Operation
 
 HOW = """Every operation acts on connections chosen at random among 200,000 that are each in a two-player game (QUICK:
-20,000). Times are the server's own (`INFO commandstats`), so they hold neither the network nor the client. One call
+20,000) and mostly were registered more than a minute ago; to displace one that was registered within the minute takes
+a SET more. Times are the server's own (`INFO commandstats`), so they hold neither the network nor the client. One call
 per round trip, never pipelined: a pipeline of one command keeps a tiny script's code and data in the CPU's caches,
 which the traffic of game servers does not. The commands take turns in short rounds; a ratio compares within a round.
 The rows *the commands within* give the time of the native commands that a script issued, in the very same calls: the
@@ -249,6 +250,7 @@ def measure_speed(server: Server, scale: Scale) -> list[Row]:
     """Measure the server time of each operation."""
     population = Population(server.client, scale.connections)
     population.fill()
+    population.forget_answers()
     population.shuffle_last_seen()
     rounds = Rounds(population, scale.calls)
     progress = Progress(f"rounds of {scale.calls:,} calls of each operation", scale.rounds)
