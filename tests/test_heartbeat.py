@@ -192,6 +192,17 @@ def test_an_evicted_record_is_not_made_again_and_is_missed_after_15_minutes(
     assert keys().ttls_ms == {}
 
 
+def test_an_evicted_list_of_the_user_is_missed_by_nobody_who_beats(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None]
+) -> None:
+    manager.register_connection("sid", "user")
+    client.delete(f"{{{namespace}}}:user_conns:user")
+    wait(15 * 60)  # The TTLs are refreshed for certain.
+    assert manager.update_heartbeat("sid")
+    assert not client.exists(f"{{{namespace}}}:user_conns:user")
+    assert manager.unregister_connection("sid")
+
+
 def test_all_keys_of_an_abandoned_namespace_expire(
     make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
 ) -> None:
