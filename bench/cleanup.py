@@ -20,7 +20,7 @@ HOW = """A twentieth of all connections, chosen at random, falls silent and is c
 The longest script is the strict maximum of all batches. Where the server waits for a CPU, or a virtual machine for its
 host, it holds that wait: so between the batches runs a script that only counts, without touching any data, whose
 longest call tells what the machine adds. And in about one batch of eight Lua ends a cycle of its garbage collection,
-which takes as long as the batch, or twice as long, however small that is."""
+which takes once or twice as long as the rest of the batch."""
 
 PER_REMOVED_RATIO = 2
 STALE_MS = (100_000, 300_000)

@@ -25,6 +25,7 @@ COUNTING = "for _ = 1, 100000 do end"
 """A script that touches no data and always takes the same: what it takes longer now and then is the machine's."""
 COUNTS_NOTHING_ELSE = "a script that only counts"
 COUNTS = 5
+"""How often it runs between two steps."""
 
 
 class SlowScripts:
