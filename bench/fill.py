@@ -124,7 +124,7 @@ class Population:
         self.set_last_seen({index: now - _random.randrange(HEARTBEAT_MS) for index in range(len(self.sids))})
 
     def forget_answers(self) -> None:
-        """Let the registrations be older than a minute: until then their answers count in the users' lists.
+        """Let the registrations be older than a minute: until then their answers are kept in the users' lists.
 
         It writes the lists as a refresh of the TTLs leaves them, see lua/include/split_sids.lua.
         """
