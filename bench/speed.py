@@ -46,7 +46,7 @@ REGISTER = "register, first of its user"
 REGISTER_PUBSUB = "the same with events in pub/sub, no subscriber"
 REGISTER_STREAM = "the same with events in the stream"
 DISPLACING = "register, displacing one in a game"
-DISPLACING_IDLE = "register, displacing one in no game"
+DISPLACING_NO_GAME = "register, displacing one in no game"
 
 REFRESHING = "heartbeat that refreshes TTLs"
 """About one in 15 minutes of each connection."""
@@ -60,7 +60,7 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (REGISTER_PUBSUB, REGISTER, 1.25),
     (REGISTER_STREAM, REGISTER, None),
     (DISPLACING, HSET, 13),
-    (DISPLACING_IDLE, HSET, None),
+    (DISPLACING_NO_GAME, HSET, None),
     ("snapshot of a two-player game", NOTHING, 10),
     ("join a game", HSET, None),
     ("leave a game", HSET, None),
@@ -217,7 +217,7 @@ class Rounds:
         for index in moving:
             sids[index] = new_sid()
         self._time(
-            DISPLACING_IDLE,
+            DISPLACING_NO_GAME,
             [self._population.register(index) for index in moving],
             lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is None,
         )

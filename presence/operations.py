@@ -74,7 +74,7 @@ CLEANUP_BATCH_SIZE = 20
 """Connections that one cleanup script removes, if their records hold no more than 25 KiB: below a millisecond. Fewer
 where users may have more than 30: each that goes has its user's whole list written again."""
 HEARTBEAT_BATCH_SIZE = 100
-"""Heartbeats that one script takes, if users may have no more than 30 connections: below a millisecond."""
+"""Heartbeats that one script takes, if users may have no more than 30 connections: about a millisecond."""
 LISTED_CONNECTIONS_PER_BATCH = 600
 """Connections that may be in the lists of all users whose connections one cleanup script removes; five times as many of
 those whose heartbeats one script takes, for a refresh reads the list and seldom writes it."""
