@@ -42,7 +42,6 @@ def is_set(name: str) -> bool:
 
 def main() -> int:
     """Measure, print and write everything; give the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
     scale = QUICK if is_set("QUICK") else FULL
     found = places()
     if not found:
@@ -65,4 +64,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
     sys.exit(main())

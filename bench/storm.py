@@ -426,7 +426,6 @@ def describe(result: StormResult) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a storm for each contender that was asked for; give the exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes and servers are ended then, too
     parser = argparse.ArgumentParser(prog="python -m bench.storm", description=__doc__.splitlines()[0])
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: all; may be repeated")
     parser.add_argument("--operations", type=int, default=OPERATIONS)
@@ -466,4 +465,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes and servers are ended then, too
     sys.exit(main())

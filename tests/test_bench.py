@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,7 @@ def test_a_section_that_fails_is_reported_and_keeps_no_other_from_running(
 
 @pytest.mark.usefixtures("local_place", "folder")
 def test_a_missed_target_fails_the_proof_but_not_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(bench, "CORE", (give(*ROWS),))
     monkeypatch.setattr(bench, "LONGER", ())
     assert bench.main() == 0
@@ -144,6 +146,7 @@ def test_a_missed_target_fails_the_proof_but_not_the_benchmark(monkeypatch: pyte
     assert prove.main() == 0
     monkeypatch.setattr(prove, "PLANS", (FAILS, give(ROWS[0])))
     assert prove.main() == 1
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm, "a test run would not end any more when it is told to"
 
 
 def test_server_time_is_measured_beside_the_commands_of_each_script(own_server: LocalServer) -> None:
