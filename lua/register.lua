@@ -25,7 +25,6 @@ Cost  O(log N), N = connections in the namespace, for itself and for each connec
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
--- @include new_record
 
 local conn_key, user_conns_key, last_seen_key, reply_key, refreshed_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local key_prefix, sid, user_id, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -43,10 +42,11 @@ end
 local token, answer = string.sub(reply_key, -16), time
 
 -- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
-local other, others, kept = nil, nil, ''
+local other, other_length, others, kept = nil, nil, nil, ''
 if list then
   local colon = string.find(list, ':', 1, true)
-  local sid_end = colon + string.sub(list, 1, colon - 1)
+  other_length = string.sub(list, 1, colon - 1)
+  local sid_end = colon + other_length
   local after, kept_at = string.sub(list, sid_end + 1, sid_end + 1), sid_end + 2
   if after == '' or after == '=' then
     other = string.sub(list, colon + 1, sid_end)
@@ -54,12 +54,14 @@ if list then
     -- @include split_sids
     others, kept_at = split_sids(list)
   end
-  -- @include is_recent
-  if is_recent(list, kept_at, now) then
-    if string.sub(list, kept_at, kept_at + 15) == token then
-      return string.sub(list, kept_at + 16)
+  if kept_at <= #list then
+    -- @include is_recent
+    if is_recent(list, kept_at, now) then
+      if string.sub(list, kept_at, kept_at + 15) == token then
+        return string.sub(list, kept_at + 16)
+      end
+      kept = string.sub(list, kept_at)
     end
-    kept = string.sub(list, kept_at)
   end
 end
 
@@ -72,7 +74,13 @@ if other and other ~= sid and connections_per_user == '' and reject_ms == '' the
 end
 local record, game_id = nil, ''
 if is_usual then
-  record = new_record(user_id, time, server, metadata)
+  if server == '' and metadata == '' then
+    record = '0:' .. time .. ' ' .. user_id
+  else
+    -- @include make_record
+    -- @include make_body
+    record = make_record('', make_body(user_id, time, '', '', server, metadata))
+  end
   -- GET: nothing, where nothing was there, costs less than OK.
   is_usual = not redis.call('SET', conn_key, record, 'NX', 'GET', 'PX', key_lifetime_ms)
   if is_usual then
@@ -85,13 +93,13 @@ if is_usual then
   end
 end
 
-local stay, displaced, plan = '', nil, nil
+local stay, plan, other_record, other_game_id, other_server = '', nil, nil, nil, nil
 if is_usual and other then
-  -- @include event
   -- @include take_record
-  displaced = take_record(key_prefix, other, other_score, user_id, key_lifetime_ms)
-  if displaced then
-    answer = event(time, 'displaced', other, displaced.record, other_score)
+  other_record, other_game_id, other_server = take_record(key_prefix, other, user_id, key_lifetime_ms)
+  if other_record then
+    -- See event, which would format the lengths: that takes longer than the rest.
+    answer = time .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record
   end
 elseif not is_usual then
   -- 3. Any other has a plan.
@@ -166,7 +174,9 @@ if kept ~= '' then
   -- @include keep_apart
   keep_apart(key_prefix, kept)
 end
-redis.call('SET', user_conns_key, stay .. #sid .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
+-- Most sids are equally long, and to format a length takes longer than the rest.
+local sid_length = other and #other == #sid and other_length or #sid
+redis.call('SET', user_conns_key, stay .. sid_length .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
 
 -- 7. What is shared with others: the TTL of last_seen, and the server.
 if not is_refreshed then
@@ -188,9 +198,9 @@ if server ~= '' then
 end
 
 -- 8. The end of those that go, whose records and places in the user's list are gone already.
-if displaced then
+if other_record then
   -- @include drop_from_indexes
-  drop_from_indexes(key_prefix, last_seen_key, other, displaced.game_id, displaced.server)
+  drop_from_indexes(key_prefix, last_seen_key, other, other_game_id, other_server)
 elseif plan then
   -- @include drop_from_indexes
   local resumed = plan.resumed
@@ -211,6 +221,9 @@ if events ~= '' then
   if is_usual and not other then
     message = event(event(now, 'registered', sid, record, now), 'user_online', sid, record, now)
   else
+    local displaced = other_record and {
+      sid = other, record = other_record, score = other_score, game_id = other_game_id,
+    }
     plan = plan or {gone = {displaced}, was_online = true}
     local connection = {sid = sid, record = record, score = now, game_id = game_id}
     local told = {now}

@@ -254,7 +254,7 @@ def _parse_events(text: bytes, observed_at: int) -> Iterator[tuple[str, Connecti
     while text:
         kind, sid_length, record_length, score, text = text.split(b" ", 4)
         sid_end = int(sid_length)
-        record_end = sid_end + int(record_length)
+        record_end = sid_end + int(record_length) if record_length else len(text)
         yield kind.decode(), parse_record(text[:sid_end].decode(), text[sid_end:record_end], score, observed_at)
         text = text[record_end + 1 :]
 

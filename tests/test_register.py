@@ -69,6 +69,16 @@ def test_a_newer_connection_displaces_the_earlier_one_out_of_every_structure(
     assert keyspace.games == {}
 
 
+@pytest.mark.parametrize("new", ["n", "ö", "same length", "a longer one", "n" * 1024])
+def test_sids_may_be_of_any_length(manager: ConnectionManager, new: str) -> None:
+    manager.register_connection("some length", "user")
+    manager.join_game("some length", "game")
+    old = manager.get_connection("some length")
+
+    assert manager.register_connection(new, "user").displaced == (old,)
+    assert manager.register_connection("some length", "user").displaced[0].sid == new
+
+
 def test_a_displaced_connection_is_reported_once(manager: ConnectionManager) -> None:
     manager.register_connection("first", "user")
     second = manager.register_connection("second", "user")

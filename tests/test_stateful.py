@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from presence import ConnectionInfo
 
 # Few names, so that sequences meet: the same user on two sids, the same sid for two users.
-SIDS = st.sampled_from(["sid-1", "sid-2", "sid-3", "sid-4", "sid-5"])
+SIDS = st.sampled_from(["sid-1", "sid-2", "sid-3", "a longer sid", "ß"])
 USERS = st.sampled_from(["user-1", "user-2", "user-3"])
 GAMES = st.sampled_from(["game-1", "game-2"])
 # Time moves in steps of ten seconds and every limit lies at five, so the few real seconds of a run cannot matter.
@@ -231,7 +231,7 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def beat_in_bulk(self) -> None:
         before = self.now()
-        live = {sid: bool(self.model.live(sid, before)) for sid in ("sid-5", "sid-1", "sid-2", "unknown")}
+        live = {sid: bool(self.model.live(sid, before)) for sid in ("ß", "sid-1", "sid-2", "unknown")}
         statuses = self.manager.update_heartbeats(live)
         assert {sid: bool(status) for sid, status in statuses.items()} == live
         for sid, is_live in live.items():

@@ -17,6 +17,10 @@ local function plan_registration(
   local scores = redis.call('ZMSCORE', last_seen_key, sid, unpack(others))
   local own_score = table.remove(scores, 1)
 
+  local function take(other, score)
+    local record, game_id, server = take_record(key_prefix, other, user_id, key_lifetime_ms)
+    return record and {sid = other, record = record, score = score, game_id = game_id, server = server}
+  end
   local function is_live(score)
     return tonumber(score) >= now - conn_ttl_ms
   end
@@ -78,7 +82,7 @@ local function plan_registration(
 
   -- 4. Who goes: those that hold nothing any more, and the oldest of those that are not alive, until the limit is kept.
   if seat_index then
-    plan.resumed = take_record(key_prefix, others[seat_index], scores[seat_index], user_id, key_lifetime_ms)
+    plan.resumed = take(others[seat_index], scores[seat_index])
     count = count - 1
   end
   for index, other in ipairs(others) do
@@ -87,7 +91,7 @@ local function plan_registration(
       if holds(score) and (count <= connections_per_user or is_alive(score)) then
         plan.stay[#plan.stay + 1] = other
       else
-        plan.gone[#plan.gone + 1] = take_record(key_prefix, other, score, user_id, key_lifetime_ms)
+        plan.gone[#plan.gone + 1] = take(other, score)
         count = holds(score) and count - 1 or count
       end
     end

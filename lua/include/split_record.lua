@@ -8,10 +8,12 @@ local function split_record(record)
   local colon = string.find(record, ':', 1, true)
   local game_end = colon + string.sub(record, 1, colon - 1)
   local game_id = string.sub(record, colon + 1, game_end)
-  local epoch, more, payload = string.match(record, '^(%d+)(%S*) (.*)$', game_end + 1)
-  if more == '' then
-    return game_id, payload, '', epoch, '', '', ''
+  local epoch, user_at = string.match(record, '^(%d+) ()', game_end + 1)
+  if epoch then
+    return game_id, string.sub(record, user_at), '', epoch, '', '', ''
   end
+  local more, payload
+  epoch, more, payload = string.match(record, '^(%d+)(%S+) (.*)$', game_end + 1)
   local connected_at, heartbeat_at, user, server = string.match(more .. ':::', '^:(%d*):(%d*):(%d*):(%d*)')
   if user == '' then
     return game_id, payload, '', epoch, connected_at, heartbeat_at, ''
