@@ -236,7 +236,12 @@ class ConnectionManager:
             own, self._own_client = self._own_client, None
             if own is None:
                 return
-            self._changed.wait_for(lambda: not own.in_flight)
+            try:
+                self._changed.wait_for(lambda: not own.in_flight)
+            except BaseException:
+                # Interrupted, as by Ctrl-C. What is under way goes on with it, so it is left to the next close.
+                self._own_client = self._own_client or own
+                raise
         if self._given_client is None:
             own.client.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,31 @@ class TestClosing:
             assert removed is not None
             assert removed.sid == "sid"
             assert proxy.accepted == 1
+
+    def test_that_is_interrupted_leaves_the_rest_to_the_next(
+        self, own_server: LocalServer, connections: Callable[[], int]
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with Proxy(own_server.port) as proxy, ThreadPoolExecutor(1) as threads:
+            manager = presence.sync.ConnectionManager.from_url(proxy.url, client_name="presence")
+            assert manager.get_connection_count() == 0
+            proxy.fates = [Fate.HOLD_REPLY]
+            call = threads.submit(manager.get_connection_count)
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            before = signal.signal(signal.SIGALRM, interrupt)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with pytest.raises(KeyboardInterrupt):
+                    manager.close()
+            finally:
+                signal.signal(signal.SIGALRM, before)
+            proxy.release()
+            assert call.result(BOUND_SECONDS) == 0
+            assert connections() == 1
+            manager.close()
+            wait_until(lambda: connections() == 0)
 
     def test_that_is_cancelled_leaves_the_rest_to_the_next(
         self, own_server: LocalServer, connections: Callable[[], int]
