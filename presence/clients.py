@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis
@@ -19,6 +20,9 @@ import redis.retry
 import redis.sentinel
 from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ENVIRONMENT_VARIABLES = ("PRESENCE_REDIS_URL", "REDIS_URL")
 DEFAULT_URL = "redis://localhost:6379/0"
@@ -50,8 +54,13 @@ MAX_CLUSTER_CONNECTIONS = 10_000
 RETRIES = 6
 """Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
 
-Every script that is sent again after a lost reply changes nothing more and answers the same, for a minute: longer than
-all attempts with their timeouts take.
+Every script that is sent again after a lost reply changes nothing more and answers the same, for a minute.
+"""
+
+RETRYING_SECONDS = 40
+"""A call whose attempt fails later than this, after it was first to be sent, is not sent again, however few attempts it
+had. The answers are kept for a minute: the rest of it is for the last attempt to connect, which asks the sentinels,
+opens the socket, greets, and has a timeout of 5 seconds for each.
 """
 
 
@@ -207,6 +216,31 @@ def _backoff() -> EqualJitterBackoff:
     return EqualJitterBackoff(base=0.05, cap=1)
 
 
+class _TimelyRetry(redis.retry.Retry):
+    """Gives up in time, too; redis-py only counts, and tries to connect as often again within each attempt to send.
+
+    Each connection has a copy of its own. For asyncio, :mod:`presence.pipelining` sees to the time.
+    """
+
+    _end: float | None = None
+
+    def call_with_retry(self, do: Callable[[], Any], fail: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call until it succeeds, as redis-py does; attempts within an attempt have no more time than that."""
+        is_outermost = self._end is None
+        end = self._end = monotonic() + RETRYING_SECONDS if self._end is None else self._end
+
+        def fail_or_end(error: Exception, *failures: int) -> None:
+            fail(error, *failures)
+            if monotonic() > end:
+                raise error
+
+        try:
+            return super().call_with_retry(do, fail_or_end, *arguments, **options)
+        finally:
+            if is_outermost:
+                self._end = None
+
+
 class _SentinelConnection(redis.sentinel.SentinelManagedConnection):
     """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
 
@@ -250,11 +284,10 @@ class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.as
 
 def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:
     # Each sentinel is asked once, then the next; the connection's own retries begin the round again.
-    shared = {
-        name: value
-        for name, value in options.items()
-        if name in ("socket_timeout", "socket_connect_timeout") or name.startswith("ssl")
-    }
+    shared = {name: value for name, value in options.items() if name.startswith("ssl")}
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        # All together have the time that the server has.
+        shared[name] = options[name] and options[name] / len(address.hosts)
     return {"retry": retry} | shared | address.sentinel_options
 
 
@@ -263,7 +296,7 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
     if address.deployment == "server":
         # Not by the pool's from_url, in which the URL's options would win over the caller's.
         given = {**redis.connection.parse_url(address.url), **given}
-    options = _options(address, given, redis.retry.Retry(_backoff(), RETRIES))
+    options = _options(address, given, _TimelyRetry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
             once = _sentinel_options(address, options, redis.retry.Retry(NoBackoff(), 0))

@@ -17,7 +17,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from presence.clients import AsyncSentinelConnection
+from presence import clients
 from presence.errors import FAULTS
 from presence.operations import SCRIPT_LOAD
 
@@ -42,14 +42,14 @@ SESSION_SECONDS = 1.0
 it does with its connections meanwhile, such as renewing credentials."""
 
 
-_PLAIN_WRITES = (AbstractConnection.send_packed_command, AsyncSentinelConnection.send_packed_command)
+_PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelConnection.send_packed_command)
 """What sends to an open connection without doing anything else."""
 
 
 class _Request:
     """Commands that are sent together, and who waits for their replies."""
 
-    __slots__ = ("answer", "count", "packed", "replies", "size")
+    __slots__ = ("answer", "count", "packed", "replies", "size", "taken_at")
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]]) -> None:
         self.packed = _pack(commands[0]) if len(commands) == 1 else b"".join(map(_pack, commands))
@@ -57,6 +57,8 @@ class _Request:
         self.count = len(commands)
         self.replies: list[Any] = []
         self.answer = answer
+        self.taken_at = 0.0
+        """When it was first to be sent, by the loop's clock."""
 
 
 def _pack(command: Command) -> bytes:
@@ -163,10 +165,14 @@ class SharedConnection:
                 raise
             self._fail(error)
 
-    async def _disconnect(self, connection: AbstractConnection, _: Exception) -> None:
+    async def _disconnect(self, connection: AbstractConnection, error: Exception) -> None:
         # The next attempt is for what is not answered yet. What waits gets attempts of its own after it.
         self._session_end = 0
         await connection.disconnect(nowait=True)
+        too_old = self._loop.time() - clients.RETRYING_SECONDS
+        for request in (*self._refused, *self._sent):
+            if request.taken_at < too_old:
+                _answer(request, request.replies if request in self._refused else [error] * request.count)
 
     def _fail(self, error: Exception) -> None:
         """Let everything that was sent, or was to be, meet an error."""
@@ -255,6 +261,7 @@ class SharedConnection:
                 break
             self._waiting.popleft()
             if not request.answer.done():
+                request.taken_at = request.taken_at or self._loop.time()
                 taken.append(request.packed)
                 self._sent.append(request)
                 self._commands_sent += request.count

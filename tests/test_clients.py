@@ -473,11 +473,17 @@ class TestTheOptionsOfAClient:
         check_the_retries(client.get_retry())
         assert options["retry_on_error"] == [redis.exceptions.ReadOnlyError]
 
-    def test_of_sentinels_have_the_same_timeouts(self, kind: str) -> None:
-        client = CONNECT[kind](clients.parse("redis+sentinel://one/two"), {"socket_timeout": 2})
-        (sentinel,) = client.connection_pool.sentinel_manager.sentinels
-        options = sentinel.connection_pool.connection_kwargs
-        assert (options["socket_timeout"], options["socket_connect_timeout"]) == (2, 5)
+    def test_of_sentinels_have_the_same_timeouts_for_all_together(self, kind: str) -> None:
+        """To ask them takes part of the time in which a call may be sent again."""
+        client = CONNECT[kind](clients.parse("redis+sentinel://one,two/service"), {"socket_timeout": 2})
+        for sentinel in client.connection_pool.sentinel_manager.sentinels:
+            options = sentinel.connection_pool.connection_kwargs
+            assert (options["socket_timeout"], options["socket_connect_timeout"]) == (1, 2.5)
+
+    def test_of_sentinels_may_be_without_a_timeout(self, kind: str) -> None:
+        client = CONNECT[kind](clients.parse("redis+sentinel://one,two/service"), {"socket_timeout": None})
+        options = client.connection_pool.sentinel_manager.sentinels[0].connection_pool.connection_kwargs
+        assert (options["socket_timeout"], options["socket_connect_timeout"]) == (None, 2.5)
 
     @pytest.mark.parametrize("url", URLS_OF_A_POOL)
     def test_are_the_calls_rather_than_the_urls(self, kind: str, url: str) -> None:

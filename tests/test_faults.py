@@ -17,6 +17,7 @@ import redis.exceptions
 
 import presence
 import presence.sync
+from presence import clients
 from presence.operations import CLEANUP_BATCH_SIZE, Command, Operation
 from tests.clock import let_time_pass
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
@@ -409,6 +410,41 @@ class TestABrokenConnection:
                 manager.register_connection("sid", "user")
             assert_cause(raised.value, redis.ConnectionError)
             manager.close()
+
+    def test_is_not_tried_again_when_the_answer_may_be_forgotten(
+        self, make_manager: ManagerFactory, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A register that ran a second time then would displace who has connected elsewhere meanwhile."""
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.1)
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url)
+            manager.register_connection("another", "user")
+            proxy.fates = [Fate.LOSE_REPLY] * (1 + clients.RETRIES)
+            with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+                manager.register_connection("sid", "user")
+            assert 3 <= len(proxy.fates) < clients.RETRIES
+            # The next call has as much time as that one had.
+            proxy.fates = [Fate.LOSE_REPLY]
+            assert manager.update_heartbeat("sid")
+
+    def test_is_not_tried_again_and_again_within_each_attempt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """redis-py connects within the attempt to send a command, and tries that as often."""
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.1)
+        client: Any = clients.connect_blocking(clients.parse("redis://localhost"), {})
+        retry = client.get_retry()
+        attempts = 0
+
+        def connect() -> None:
+            nonlocal attempts
+            attempts += 1
+            raise redis.ConnectionError
+
+        def send() -> None:
+            retry.call_with_retry(connect, lambda error: None)
+
+        with pytest.raises(redis.ConnectionError):
+            retry.call_with_retry(send, lambda error: None)
+        assert 1 < attempts <= 3
 
 
 class TestFailover:
