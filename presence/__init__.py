@@ -18,7 +18,7 @@ from presence.errors import (
     UnexpectedReplyError,
 )
 from presence.manager import ConnectionManager
-from presence.operations import Operation, Operations
+from presence.operations import Displacement, EventsMode, Operation, Operations
 from presence.results import (
     CleanupResult,
     ConnectionInfo,
@@ -29,15 +29,19 @@ from presence.results import (
     JoinResult,
     Registration,
 )
+from presence.subscriptions import AsyncSubscription, Subscription
 
 __all__ = [
+    "AsyncSubscription",
     "AuthenticationFailedError",
     "CleanupResult",
     "ConnectionInfo",
     "ConnectionManager",
+    "Displacement",
     "Event",
     "EventType",
     "EventsLostError",
+    "EventsMode",
     "GameSnapshot",
     "HeartbeatStatus",
     "JoinResult",
@@ -51,6 +55,7 @@ __all__ = [
     "Registration",
     "ServerBusyError",
     "ServerUnreachableError",
+    "Subscription",
     "UnexpectedReplyError",
     "connection_manager",
     "sync",

@@ -139,7 +139,10 @@ def check_users(name: str, values: object) -> list[str]:
 
 def check_callback(name: str, callback: object, *, is_awaited: bool) -> None:
     """Check what is to be called back, if anything is; a coroutine that nobody awaits would do nothing."""
-    if callback is not None and (not callable(callback) or (not is_awaited and inspect.iscoroutinefunction(callback))):
+    if callback is None:
+        return
+    is_async = callable(callback) and any(map(inspect.iscoroutinefunction, (callback, callback.__call__)))
+    if not callable(callback) or (is_async and not is_awaited):
         kind = "a function" if is_awaited else "a function without async"
         raise TypeError(f"{name} must be {kind}, or None, not {shown(callback)}")
 

@@ -187,6 +187,20 @@ def _check_host(host: str) -> None:
         raise ValueError("a host is no host name: a part of it is empty or too long") from None
 
 
+def not_a_client(given: object, module: str) -> str:
+    """Say what a manager takes as its client, from which module of redis-py, and what takes the given one."""
+    kind = type(given)
+    text = (
+        f"client must be a {module}.Redis or {module}.RedisCluster (for a URL, there is ConnectionManager.from_url), "
+        f"not {kind.__module__}.{kind.__qualname__}"
+    )
+    if isinstance(given, redis.Redis | redis.RedisCluster):
+        text += "; a blocking client is for presence.sync.ConnectionManager"
+    elif isinstance(given, redis.asyncio.Redis | redis.asyncio.RedisCluster):
+        text += "; an asyncio client is for presence.ConnectionManager"
+    return text
+
+
 def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str, Any]:
     """Give the options for a client of ours: the caller's, else the URL's, else these."""
     options = {

@@ -106,7 +106,8 @@ _UNFIT_SERVER: _Explanation = (
 )
 _UNREACHABLE: _Explanation = (
     ServerUnreachableError,
-    "the server cannot be reached; check that it runs, the host and port in the URL, and the network",
+    "the server cannot be reached; check that it runs, the host and port in the URL (rediss:// for a server with TLS, "
+    "redis:// for one without), and the network",
 )
 
 # By the code that the server's message starts with, where redis-py leaves it there or keeps it beside.
@@ -143,6 +144,16 @@ _BY_WORDS: dict[str, _Explanation] = {
         "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
     ),
     "No connection available": _POOL_IN_USE,
+    "CERTIFICATE_VERIFY_FAILED": (
+        ServerUnreachableError,
+        "the server's certificate is not trusted, or is for another host; set ssl_ca_certs to the file of who signed "
+        "it, and use the host that it names",
+    ),
+    "No such file or directory": (
+        ServerUnreachableError,
+        "a file that the URL names is not there; correct ssl_ca_certs, ssl_certfile and ssl_keyfile or, of a server "
+        "behind a unix socket, the path, and check that it runs",
+    ),
     "DB index is out of range": (
         UnexpectedReplyError,
         "the server has no database of the number in the URL; correct it, or raise the server's `databases`",
@@ -194,7 +205,8 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
     ),
     exceptions.TimeoutError: (
         ServerUnreachableError,
-        "the server did not answer in time; check that it runs, the network, and socket_timeout",
+        "the server did not answer in time; check that it runs, the network, socket_timeout, and the URL (rediss:// "
+        "for a server with TLS, redis:// for one without)",
     ),
     exceptions.ConnectionError: _UNREACHABLE,
     OSError: _UNREACHABLE,

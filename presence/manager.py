@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from contextlib import suppress
 from functools import partial
@@ -99,12 +100,13 @@ class ConnectionManager:
     only cleanup, and a new registration of its user, still find it and report it.
 
     One manager serves any number of tasks: what those of one event loop await at once goes out together, on one
-    connection. It connects on first use, on each event loop anew.
+    connection. It connects on first use.
 
     Args:
         client: a redis-py asyncio client (``Redis`` or ``RedisCluster``) to use, whatever its ``decode_responses``,
-            protocol and parser; it stays the caller's to close, and its retry policy holds. None: a client of its own,
-            whose URL is ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` from the environment when it first connects, else
+            protocol and parser; it stays the caller's to close, its retry policy holds, and it serves the one event
+            loop in which it is used first. None: a client of its own, for each event loop anew, whose URL is
+            ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` from the environment when it first connects, else
             ``redis://localhost:6379/0``.
         namespace: the keyspace; all servers of one fleet use the same. No braces.
         conn_ttl_seconds: how long a connection without a heartbeat stays known, the same on all servers of a
@@ -154,17 +156,14 @@ class ConnectionManager:
         )
         """The same operations as descriptions, for :meth:`pipeline`."""
         if client is not None and not isinstance(client, Redis | RedisCluster):
-            raise TypeError(
-                "client must be a redis.asyncio.Redis or redis.asyncio.RedisCluster (for a URL, there is "
-                f"ConnectionManager.from_url), not {type(client).__name__}"
-            )
+            raise TypeError(clients.not_a_client(client, "redis.asyncio"))
         self._given_client = client
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
         # A client's connections belong to the event loop that opened them, so each loop has its own.
         self._own_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
         self._repetitions: set[_Repetition] = set()
-        self._is_closed = False
+        self._closes = 0
 
     @classmethod
     def from_url(
@@ -223,7 +222,6 @@ class ConnectionManager:
         return manager
 
     async def __aenter__(self) -> Self:
-        self._is_closed = False
         return self
 
     async def __aexit__(
@@ -235,9 +233,9 @@ class ConnectionManager:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
         A client that was passed in stays open. Operations under way are waited for (those of this event loop).
-        A closed manager connects again when it is used again.
+        A closed manager connects again when it is used again, as by a subscription that was not ended before.
         """
-        self._is_closed = True
+        self._closes += 1
         loop = asyncio.get_running_loop()
         for running in tuple(self._repetitions):
             try:
@@ -382,8 +380,8 @@ class ConnectionManager:
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            Whether there is such a connection. False is final: it was displaced, removed or has expired, and a
-            heartbeat never brings it back. Close its socket: to register it again would displace what displaced it.
+            Whether there is such a connection. False: it was displaced, removed or detached, or has expired, and no
+            heartbeat brings it back. Close its socket: to register it again would displace what displaced it.
 
         Cost: one round trip; O(log N).
 
@@ -400,7 +398,8 @@ class ConnectionManager:
             For each sid what became of it; false unless it was seen.
 
         Raises:
-            PipelineError: some of the scripts failed; the others took effect.
+            PipelineError: some of the scripts failed, and the others took effect; its ``results`` has an item for each
+                script. A fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
         than 30), N = connections in the namespace.
@@ -468,7 +467,7 @@ class ConnectionManager:
         """Read all connections in a game with the position in the stream of events at that same moment.
 
         ``subscribe(game_id=game_id, after=snapshot.position)`` then tells what has happened since, without gap or
-        overlap. It needs ``events="stream"``.
+        overlap. Without ``events="stream"`` on the servers that make the changes, the position means nothing.
 
         Args:
             game_id: the game's id.
@@ -630,7 +629,8 @@ class ConnectionManager:
     async def start_server(self) -> int:
         """Give this game server its boot epoch, and leave the connections of its earlier starts to cleanup.
 
-        The first registration does so too, if this was not called before.
+        The first registration does so too, if this was not called before. A manager starts its server once: called
+        again, this gives the same boot epoch and asks nobody.
 
         Returns:
             The boot epoch, larger than every epoch before it in the namespace.
@@ -641,14 +641,16 @@ class ConnectionManager:
         Cost: one round trip; O(S log S), S = servers.
 
         """
-        self.operations.boot_epoch = await self._run(self.operations.start_server())
+        start = self.operations.start_server()
+        if self.operations.boot_epoch is None:
+            return await self._run(start)
         return self.operations.boot_epoch
 
     async def update_server_heartbeat(self) -> bool:
         """Mark this game server as seen now; without it for three ``heartbeat_seconds``, cleanup takes it for dead.
 
         Returns:
-            Whether it is known; False is final: a later start of the same ``server_id`` has replaced it.
+            Whether it is known. False when a later start of the same ``server_id`` has replaced it: stop beating.
 
         Raises:
             ValueError: the manager has no ``server_id``.
@@ -658,13 +660,13 @@ class ConnectionManager:
         """
         return await self._run(for_server(self.operations, self.operations.update_server_heartbeat))
 
-    async def run_cleanup(
+    def run_cleanup(
         self,
         interval_seconds: float = 30,
         *,
         threshold_seconds: float | None = None,
         on_removed: Callable[[CleanupResult], Awaitable[object]] | None = None,
-    ) -> None:
+    ) -> Coroutine[Any, Any, None]:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
@@ -684,9 +686,9 @@ class ConnectionManager:
         arguments.check_callback("on_removed", on_removed, is_awaited=True)
         describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
         describe_batch()  # A bad threshold is refused here, not in the background.
-        await self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed))
+        return self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed), self._closes)
 
-    async def run_server_heartbeat(self, interval_seconds: float | None = None) -> None:
+    def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
         """Beat for this game server at once and then again and again, until the manager is closed.
 
         Run it in the background on every server that has a ``server_id``: one that has not beaten for three
@@ -705,11 +707,14 @@ class ConnectionManager:
         self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
         seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
         interval = arguments.milliseconds("interval_seconds", seconds) / 1000
-        await self._repeat(lambda: self._beat_for_server(interval))
+        return self._repeat(lambda: self._beat_for_server(interval), self._closes)
 
-    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, float | None]]) -> None:
-        """Do the step until the manager is closed; it answers how many seconds to pause, or None to end."""
-        if self._is_closed:
+    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, float | None]], closes: int) -> None:
+        """Do the step until the manager is closed; it answers how many seconds to pause, or None to end.
+
+        ``closes`` is how often the manager had been closed when this was asked for, which a task may begin later.
+        """
+        if self._closes != closes:
             return
         running = _Repetition()
         self._repetitions.add(running)
@@ -753,7 +758,9 @@ class ConnectionManager:
             return interval
         if on_removed is not None and (done.removed or done.detached):
             try:
-                await on_removed(CleanupResult(done.removed, None, done.detached))
+                handled: object = on_removed(CleanupResult(done.removed, None, done.detached))
+                if inspect.isawaitable(handled):  # A plain function will do.
+                    await handled
             except Exception:
                 logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
         return interval if done.is_last else 0
@@ -772,6 +779,8 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some failed; its ``results`` holds what every one of them answered or met.
+            ValueError: an operation of a manager with a ``server_id`` was described before ``start_server`` (the
+                manager's own methods see to that).
 
         Cost: one round trip; the sum of the operations in the server.
 
@@ -841,7 +850,6 @@ class ConnectionManager:
                 if known.is_closed():
                     self._own_clients.pop(known, None)
             own = self._own_clients[loop] = _OpenClient(client)
-            self._is_closed = False
         return own
 
     async def _run(self, asked: Operation[Result] | Exchange[Result], *, alone: bool = False) -> Result:

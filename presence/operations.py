@@ -70,6 +70,10 @@ ON_REMOVED_FAILED = "on_removed failed for some of %d connections that were remo
 SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: %s"
 SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
 
+CLOSED_BEFORE = (
+    "the manager was closed before, so what was to run until then ends at once: use `with manager:` around it"
+)
+
 CLEANUP_BATCH_SIZE = 20
 """Connections that one cleanup script removes, if their records hold no more than 25 KiB: below a millisecond. Fewer
 where users may have more than 30: each that goes has its user's whole list written again."""
@@ -275,8 +279,12 @@ class Operations:
                 START_SERVER,
                 (self.last_seen_key, self._servers_key, self._reply()),
                 (self.server_id, self._key_lifetime_ms),
-                int,
+                self._started,
             )
+
+    def _started(self, reply: int) -> int:
+        self.boot_epoch = int(reply)
+        return self.boot_epoch
 
     def _grace_ms(self, name: str, seconds: float) -> int:
         grace_ms = arguments.milliseconds(name, seconds, allow_zero=True)
@@ -670,8 +678,16 @@ class Batches(Generic[Key, Result_co]):
 
 
 def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:
-    """Converse with the server to run the scripts together, and give what was answered for each id."""
-    answers = yield from perform_each(batches.operations)
+    """Converse with the server to run the scripts together, and give what was answered for each id.
+
+    A fault that all of them met is raised as it is: one call is one script or many, by the number of ids.
+    """
+    try:
+        answers = yield from perform_each(batches.operations)
+    except PipelineError as error:
+        if all(isinstance(result, PresenceError) for result in error.results):
+            raise error.results[0] from error.results[0].__cause__
+        raise
     return dict(zip(batches.ids, (answer for batch in answers for answer in batch), strict=True))
 
 
@@ -793,7 +809,7 @@ def for_server(
 
 
 def _start_before(operations: Operations, describe: Callable[[], Operation[Result]]) -> Exchange[Result]:
-    operations.boot_epoch = yield from perform(operations.start_server())
+    yield from perform(operations.start_server())
     return (yield from perform(describe()))
 
 

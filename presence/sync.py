@@ -16,6 +16,7 @@ from presence.errors import FAULTS, PresenceError, explain
 from presence.operations import (
     AS_BYTES,
     CLEANUP_FAILED,
+    CLOSED_BEFORE,
     ON_REMOVED_FAILED,
     SCRIPT_LOAD,
     SERVER_HEARTBEAT_FAILED,
@@ -50,11 +51,16 @@ Result = TypeVar("Result")
 
 
 class _OpenClient:
-    """A client that the manager uses, and how many exchanges it carries, so that it is not closed under them."""
+    """A client that the manager uses, and the threads that it serves now, so that it is not closed under them."""
 
     def __init__(self, client: Redis | RedisCluster) -> None:
         self.client = client
-        self.in_flight = 0
+        self.callers: list[int] = []
+
+    def is_used_elsewhere(self) -> bool:
+        """Tell whether it carries something of another thread; one's own goes on when a signal handler has closed."""
+        own = threading.get_ident()
+        return any(caller != own for caller in self.callers)
 
 
 _managers: WeakSet[ConnectionManager] = WeakSet()
@@ -133,17 +139,15 @@ class ConnectionManager:
         )
         """The same operations as descriptions, for :meth:`pipeline`."""
         if client is not None and not isinstance(client, Redis | RedisCluster):
-            raise TypeError(
-                "client must be a redis.Redis or redis.RedisCluster (for a URL, there is "
-                f"ConnectionManager.from_url), not {type(client).__name__}"
-            )
+            raise TypeError(clients.not_a_client(client, "redis"))
         self._given_client = client
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
         self._own_client: _OpenClient | None = None
         self._repetitions: dict[threading.Event, threading.Thread] = {}
         self._is_closed = False
-        self._lock = threading.Lock()
+        # A signal handler may close the manager in the midst of what its thread does here.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         _managers.add(self)
 
@@ -205,11 +209,12 @@ class ConnectionManager:
 
     def _forget_other_threads(self) -> None:
         """Wait for none of them any more, in a process that was forked and has only the thread that did it."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._repetitions.clear()
         if self._own_client is not None:
-            self._own_client.in_flight = 0
+            own = threading.get_ident()
+            self._own_client.callers = [caller for caller in self._own_client.callers if caller == own]
 
     def __enter__(self) -> Self:
         self._is_closed = False
@@ -224,7 +229,7 @@ class ConnectionManager:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
         A client that was passed in stays open. Operations under way are waited for (those of other threads).
-        A closed manager connects again when it is used again.
+        A closed manager connects again when it is used again, as by a subscription that was not ended before.
         """
         with self._changed:
             self._is_closed = True
@@ -237,7 +242,7 @@ class ConnectionManager:
             if own is None:
                 return
             try:
-                self._changed.wait_for(lambda: not own.in_flight)
+                self._changed.wait_for(lambda: not own.is_used_elsewhere())
             except BaseException:
                 # Interrupted, as by Ctrl-C. What is under way goes on with it, so it is left to the next close.
                 self._own_client = self._own_client or own
@@ -351,8 +356,8 @@ class ConnectionManager:
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            Whether there is such a connection. False is final: it was displaced, removed or has expired, and a
-            heartbeat never brings it back. Close its socket: to register it again would displace what displaced it.
+            Whether there is such a connection. False: it was displaced, removed or detached, or has expired, and no
+            heartbeat brings it back. Close its socket: to register it again would displace what displaced it.
 
         Cost: one round trip; O(log N).
 
@@ -369,7 +374,8 @@ class ConnectionManager:
             For each sid what became of it; false unless it was seen.
 
         Raises:
-            PipelineError: some of the scripts failed; the others took effect.
+            PipelineError: some of the scripts failed, and the others took effect; its ``results`` has an item for each
+                script. A fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
         than 30), N = connections in the namespace.
@@ -437,7 +443,7 @@ class ConnectionManager:
         """Read all connections in a game with the position in the stream of events at that same moment.
 
         ``subscribe(game_id=game_id, after=snapshot.position)`` then tells what has happened since, without gap or
-        overlap. It needs ``events="stream"``.
+        overlap. Without ``events="stream"`` on the servers that make the changes, the position means nothing.
 
         Args:
             game_id: the game's id.
@@ -599,7 +605,8 @@ class ConnectionManager:
     def start_server(self) -> int:
         """Give this game server its boot epoch, and leave the connections of its earlier starts to cleanup.
 
-        The first registration does so too, if this was not called before.
+        The first registration does so too, if this was not called before. A manager starts its server once: called
+        again, this gives the same boot epoch and asks nobody.
 
         Returns:
             The boot epoch, larger than every epoch before it in the namespace.
@@ -610,14 +617,16 @@ class ConnectionManager:
         Cost: one round trip; O(S log S), S = servers.
 
         """
-        self.operations.boot_epoch = self._run(self.operations.start_server())
+        start = self.operations.start_server()
+        if self.operations.boot_epoch is None:
+            return self._run(start)
         return self.operations.boot_epoch
 
     def update_server_heartbeat(self) -> bool:
         """Mark this game server as seen now; without it for three ``heartbeat_seconds``, cleanup takes it for dead.
 
         Returns:
-            Whether it is known; False is final: a later start of the same ``server_id`` has replaced it.
+            Whether it is known. False when a later start of the same ``server_id`` has replaced it: stop beating.
 
         Raises:
             ValueError: the manager has no ``server_id``.
@@ -680,6 +689,7 @@ class ConnectionManager:
         stop = threading.Event()
         with self._lock:
             if self._is_closed:
+                logger.error(CLOSED_BEFORE)
                 return
             self._repetitions[stop] = threading.current_thread()
         try:
@@ -738,6 +748,8 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some failed; its ``results`` holds what every one of them answered or met.
+            ValueError: an operation of a manager with a ``server_id`` was described before ``start_server`` (the
+                manager's own methods see to that).
 
         Cost: one round trip; the sum of the operations in the server.
 
@@ -797,14 +809,14 @@ class ConnectionManager:
                     client = clients.connect_blocking(address, self._client_options)
                 own = self._own_client = _OpenClient(client)
                 self._is_closed = False
-            own.in_flight += 1
+            own.callers.append(threading.get_ident())
             return own
 
     def _end(self, own: _OpenClient) -> None:
         with self._lock:
-            own.in_flight -= 1
+            own.callers.remove(threading.get_ident())
             # Only a close() waits for it, and that has put it aside before.
-            if not own.in_flight and own is not self._own_client:
+            if own is not self._own_client:
                 self._changed.notify_all()
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:

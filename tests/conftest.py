@@ -94,11 +94,12 @@ class Awaited:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._manager, name)
-        if not inspect.iscoroutinefunction(attribute):
+        if not inspect.ismethod(attribute):
             return attribute
 
         def call(*arguments: Any, **named: Any) -> Any:
-            return self._runner.run(attribute(*arguments, **named))
+            result = attribute(*arguments, **named)
+            return self._runner.run(result) if inspect.iscoroutine(result) else result
 
         return call
 

@@ -9,8 +9,11 @@ from uuid import UUID
 
 import pytest
 
+import presence
 from presence import HeartbeatStatus, Operations
 from presence.operations import HEARTBEAT_BATCH_SIZE, perform_batches
+from tests.fault_calls import one_attempt
+from tests.server import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +138,14 @@ class TestHeartbeats:
             wait(interval_seconds)
             assert manager.update_heartbeats(["sid"]) == {"sid": HeartbeatStatus.SEEN}
             assert manager.get_game_user_sids("game") == {"user": "sid"}
+
+    def test_a_fault_that_all_scripts_meet_is_raised_as_by_any_call(
+        self, make_manager: ManagerFactory, request: pytest.FixtureRequest
+    ) -> None:
+        kind = request.node.callspec.params["make_manager"]
+        manager = make_manager(f"redis://127.0.0.1:{free_port()}", **one_attempt(kind))
+        with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+            manager.update_heartbeats([f"sid-{number}" for number in range(HEARTBEAT_BATCH_SIZE + 1)])
 
     def test_none_are_no_round_trip(self, manager: ConnectionManager) -> None:
         assert manager.update_heartbeats([]) == {}

@@ -203,6 +203,22 @@ def test_run_cleanup_reports_what_it_removes_until_the_manager_is_closed(
     assert [[gone.sid for gone in result] for result in reported] == [["sid-1"], ["sid-2"]]
 
 
+def test_run_cleanup_takes_a_plain_function_too(
+    server_url: str, namespace: str, wait: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+            reported: asyncio.Queue[CleanupResult] = asyncio.Queue()
+            await manager.register_connection("sid", "user")
+            wait(91)
+            task = asyncio.create_task(manager.run_cleanup(0.01, on_removed=reported.put_nowait))  # type: ignore[arg-type]
+            assert [gone.sid for gone in await asyncio.wait_for(reported.get(), 10)] == ["sid"]
+        await asyncio.wait_for(task, 10)
+
+    asyncio.run(run())
+    assert caplog.records == []
+
+
 def test_run_cleanup_of_the_blocking_manager_ends_with_it(
     server_url: str, namespace: str, wait: Callable[[float], None]
 ) -> None:

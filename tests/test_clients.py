@@ -291,6 +291,30 @@ class TestClosing:
             manager.close()
             wait_until(lambda: connections() == 0)
 
+    def test_does_not_wait_for_the_call_that_a_signal_has_interrupted(self, own_server: LocalServer) -> None:
+        """The handler runs in the thread of that call, which goes on when the handler has ended."""
+        signals = 0
+
+        def close(*_: object) -> None:
+            nonlocal signals
+            signals += 1
+            assert signals == 1, "the close waits for ever"
+            manager.close()
+            proxy.release()
+
+        with Proxy(own_server.port) as proxy:
+            manager = presence.sync.ConnectionManager.from_url(proxy.url)
+            manager.register_connection("sid", "user")
+            proxy.fates = [Fate.HOLD_REPLY]
+            before = signal.signal(signal.SIGALRM, close)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.2, BOUND_SECONDS)
+                assert manager.update_heartbeat("sid")
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            manager.close()
+
     def test_that_is_cancelled_leaves_the_rest_to_the_next(
         self, own_server: LocalServer, connections: Callable[[], int]
     ) -> None:

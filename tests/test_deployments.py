@@ -166,6 +166,38 @@ class TestAUnixSocket:
             manager.get_connection_count()
 
 
+class TestTLSThatFails:
+    """The error names what TLS is about."""
+
+    def test_since_the_certificate_is_not_trusted(
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        options = one_attempt(request.node.callspec.params["make_manager"])
+        with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
+            manager = make_manager(proxy.url, **options)
+            with pytest.raises(presence.ServerUnreachableError, match=r"certificate is not trusted.*ssl_ca_certs"):
+                manager.get_connection_count()
+
+    def test_since_a_file_is_not_there(
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        options = one_attempt(request.node.callspec.params["make_manager"])
+        with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
+            manager = make_manager(f"{proxy.url}?ssl_ca_certs=/nowhere.pem", **options)
+            with pytest.raises(presence.ServerUnreachableError, match="a file that the URL names is not there"):
+                manager.get_connection_count()
+
+    def test_since_only_one_side_speaks_it(
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        options = one_attempt(request.node.callspec.params["make_manager"]) | {"socket_timeout": 0.5}
+        with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
+            for url in (proxy.url.replace("rediss", "redis"), f"rediss://127.0.0.1:{own_server.port}"):
+                manager = make_manager(url, **options)
+                with pytest.raises(presence.ServerUnreachableError, match="rediss:// for a server with TLS"):
+                    manager.get_connection_count()
+
+
 class TestTLS:
     """rediss:// encrypts, and trusts only the certificates that it is told to trust."""
 

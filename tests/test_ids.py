@@ -162,8 +162,12 @@ def test_what_cannot_be_called_back_is_refused_before_anything_is_removed() -> N
     async def awaited(result: presence.CleanupResult) -> None:
         """Nobody would await it for the blocking manager."""
 
+    class Awaited:
+        async def __call__(self, result: presence.CleanupResult) -> None:
+            """Nobody would await this one either."""
+
     with presence.sync.ConnectionManager.from_url(NOWHERE) as manager:
-        for wrong in ("tell", awaited):
+        for wrong in ("tell", awaited, Awaited()):
             with pytest.raises(TypeError, match="on_removed must be a function"):
                 manager.run_cleanup(on_removed=wrong)  # type: ignore[arg-type]
     asyncio_manager = presence.ConnectionManager.from_url(NOWHERE)

@@ -117,8 +117,10 @@ def test_a_manager_refuses_what_is_no_client_of_its_kind() -> None:
         (presence.sync.ConnectionManager, asyncio_client),
     ]
     for manager_type, wrong in wrong_clients:
-        with pytest.raises(TypeError, match=r"client must be a redis\."):
+        with pytest.raises(TypeError, match=r"client must be a redis\.") as raised:
             manager_type(wrong)
+        twin = "presence.ConnectionManager" if wrong is asyncio_client else "presence.sync.ConnectionManager"
+        assert (twin in str(raised.value)) is not isinstance(wrong, str)
 
 
 class TestClosing:
@@ -361,6 +363,27 @@ class TestTheEndOfRunCleanup:
         with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
             pass
         manager.run_cleanup(0.01)
+
+    def test_and_begins_again_when_the_manager_is_used_again(self, server_url: str, namespace: str) -> None:
+        async def work(manager: presence.ConnectionManager) -> None:
+            for _ in range(2):
+                task = asyncio.create_task(manager.run_cleanup(0.01))
+                await asyncio.sleep(0.05)
+                assert not task.done()
+                await manager.aclose()
+                await task
+
+        self.run(work, server_url, namespace)
+
+    def test_which_the_blocking_manager_says_when_it_is_closed_already(
+        self, server_url: str, namespace: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        manager = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, server_id="server")
+        manager.close()
+        manager.run_cleanup(0.01)
+        manager.run_server_heartbeat(0.01)
+        assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+        assert "use `with manager:`" in caplog.text
 
     def test_when_another_event_loop_closes_it(self, server_url: str, namespace: str) -> None:
         manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)

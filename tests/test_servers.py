@@ -520,6 +520,26 @@ class TestCleanupServer:
         with pytest.raises((TypeError, ValueError), match="server_grace_seconds"):
             make_manager(server_grace_seconds=grace)
 
+    def test_a_manager_starts_its_server_once(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], client: redis.Redis, namespace: str
+    ) -> None:
+        """Called again after the minute in which the answer is kept, it would take its own connections for dead."""
+        manager = make_manager(server_id="server")
+        manager.register_connection("sid", "user")
+        boot_epoch = manager.operations.boot_epoch
+        client.delete(*client.keys(f"{{{namespace}}}:reply:*"))
+
+        assert manager.start_server() == boot_epoch
+        assert not manager.cleanup_stale_connections()
+        assert manager.update_heartbeat("sid")
+
+    def test_a_pipeline_starts_it_too(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(server_id="server")
+        (boot_epoch,) = manager.pipeline([manager.operations.start_server()])
+        assert manager.operations.boot_epoch == boot_epoch
+        (registration,) = manager.pipeline([manager.operations.register_connection("sid", "user")])
+        assert registration.connection.server_id == "server"
+
     @pytest.mark.parametrize("method", ["start_server", "update_server_heartbeat", "run_server_heartbeat"])
     def test_a_manager_without_a_server_id_has_no_server(self, manager: ConnectionManager, method: str) -> None:
         with pytest.raises(ValueError, match="server_id is None"):
