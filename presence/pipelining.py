@@ -169,10 +169,13 @@ class SharedConnection:
         # The next attempt is for what is not answered yet. What waits gets attempts of its own after it.
         self._session_end = 0
         await connection.disconnect(nowait=True)
-        too_old = self._loop.time() - clients.RETRYING_SECONDS
-        for request in (*self._refused, *self._sent):
-            if request.taken_at < too_old:
-                _answer(request, request.replies if request in self._refused else [error] * request.count)
+        earliest = self._loop.time() - clients.RETRYING_SECONDS
+        for request in self._refused:
+            if request.taken_at < earliest:
+                _answer(request, request.replies)
+        for request in self._sent:
+            if request.taken_at < earliest:
+                _answer(request, [error] * request.count)
 
     def _fail(self, error: Exception) -> None:
         """Let everything that was sent, or was to be, meet an error."""
@@ -253,6 +256,7 @@ class SharedConnection:
     def _take(self) -> bytes:
         """Choose of what waits as much as may be sent now, and count it as sent."""
         taken: list[bytes] = []
+        now = self._loop.time()
         while self._waiting:
             request = self._waiting[0]
             if self._sent and (
@@ -261,7 +265,7 @@ class SharedConnection:
                 break
             self._waiting.popleft()
             if not request.answer.done():
-                request.taken_at = request.taken_at or self._loop.time()
+                request.taken_at = request.taken_at or now
                 taken.append(request.packed)
                 self._sent.append(request)
                 self._commands_sent += request.count

@@ -646,7 +646,8 @@ class ConnectionManager:
         """Clean up again and again, until the manager is closed; run it in a background thread.
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
-        fleet may run it. A fault, of the server or of ``on_removed``, is logged and does not end it.
+        fleet may run it. A fault, of the server or of ``on_removed``, is logged and does not end it. On a manager that
+        is closed already it ends at once, and logs an error: it may have been closed before the thread began.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
