@@ -14,7 +14,7 @@ local last_seen_key = KEYS[1]
 local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local user_ids = {unpack(ARGV, 4)}
 
-local oldest_online_ms = now_ms() - math.min(threshold_ms, conn_ttl_ms)
+local oldest_online_ms = now_ms - math.min(threshold_ms, conn_ttl_ms)
 local reply = {}
 for index, user_id in ipairs(user_ids) do
   reply[index] = 0

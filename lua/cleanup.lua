@@ -41,7 +41,6 @@ local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8] or '', ARG
 -- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 25 KiB for a batch of 20.
 local MAX_BYTES = 1280 * batch_size
 
-local now = now_ms()
 -- sid and score, one after the other.
 local found = {}
 
@@ -62,20 +61,20 @@ local function server_of(record)
 end
 
 local function is_to_detach(server, score, list)
-  if server_grace_ms == 0 or server == '' or tonumber(score) < math.max(0, now - conn_ttl_ms) then
+  if server_grace_ms == 0 or server == '' or tonumber(score) < math.max(0, now_ms - conn_ttl_ms) then
     return false
   end
   -- One and a half of the three heartbeats that make the threshold.
-  return list or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now - server_threshold_ms / 2
+  return list or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now_ms - server_threshold_ms / 2
 end
 
 if server_id == '' then
-  find_by_score('0', '(' .. as_argument(now - math.min(threshold_ms, conn_ttl_ms)))
-  find_by_score('(-' .. now, '(0')
+  find_by_score('0', '(' .. as_argument(now_ms - math.min(threshold_ms, conn_ttl_ms)))
+  find_by_score('(-' .. now_ms, '(0')
 end
 -- Whose list of connections each one of a dead server was found in, by its index in found.
 local lists, emptied = {}, {}
-local servers = dead_servers(servers_key, server_id, now, server_threshold_ms)
+local servers = dead_servers(servers_key, server_id, now_ms, server_threshold_ms)
 for _, server in ipairs(servers) do
   local limit = batch_size - #found / 2
   if limit > 0 then
@@ -88,18 +87,18 @@ for _, server in ipairs(servers) do
     end
     -- One that is alive stays known, for it tells that those before it were replaced.
     local seen = server_id == '' and 0 or tonumber(redis.call('ZSCORE', servers_key, server))
-    if #sids < limit and seen < now - server_threshold_ms then
+    if #sids < limit and seen < now_ms - server_threshold_ms then
       emptied[#emptied + 1] = server
     end
   end
 end
 if #found == 0 and #emptied == 0 then
-  return earlier_answer(reply_key) or {now, 0}
+  return earlier_answer(reply_key) or {now_ms, 0}
 end
 
 -- It takes at most so many servers at once, and there may be more.
 local examined = #emptied >= 10 and batch_size or #found / 2
-local answer, ends, strays, conn_keys, taken, bytes = {now, examined}, {}, {}, {}, {}, 0
+local answer, ends, strays, conn_keys, taken, bytes = {now_ms, examined}, {}, {}, {}, {}, 0
 for index = 1, #found, 2 do
   conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]
 end
@@ -122,7 +121,7 @@ for index = 1, #found, 2 do
     local ended = {sid = sid, record = record, score = score}
     if is_to_detach(server, score, lists[index]) then
       ended.attached_record = record
-      ended.record, ended.score = detached_record(record, score), as_argument(-now - server_grace_ms)
+      ended.record, ended.score = detached_record(record, score), as_argument(-now_ms - server_grace_ms)
     end
     ends[#ends + 1] = ended
     answer[#answer + 1], answer[#answer + 2], answer[#answer + 3] = sid, ended.record, ended.score
@@ -138,11 +137,11 @@ for _, ended in ipairs(ends) do
   if attached_record then
     detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, attached_record, record, score)
   else
-    remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, record)
+    remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now_ms, sid, record)
   end
   if events ~= '' then
     local kind, was_attached = attached_record and 'detached' or 'expired', attached_record or tonumber(score) >= 0
-    publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, record, score, was_attached)
+    publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now_ms, kind, sid, record, score, was_attached)
   end
 end
 for _, index in ipairs(strays) do

@@ -14,6 +14,5 @@ Cost  O(1)
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local sid, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
 
-local now = now_ms()
-local record, score = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
-return record and {now, record, score} or {}
+local record, score = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
+return record and {now_ms, record, score} or {}

@@ -13,4 +13,4 @@ Cost  O(log N), N = connections in the namespace
 local last_seen_key = KEYS[1]
 local conn_ttl_ms = tonumber(ARGV[1])
 
-return redis.call('ZCOUNT', last_seen_key, as_argument(now_ms() - conn_ttl_ms), '+inf')
+return redis.call('ZCOUNT', last_seen_key, as_argument(now_ms - conn_ttl_ms), '+inf')

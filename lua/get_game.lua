@@ -14,5 +14,5 @@ Cost  O(M), M = connections in the game
 local game_conns_key, last_seen_key = KEYS[1], KEYS[2]
 
 local snapshot = read_game(game_conns_key, last_seen_key)
-snapshot[#snapshot + 1] = now_ms()
+snapshot[#snapshot + 1] = now_ms
 return snapshot

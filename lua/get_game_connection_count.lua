@@ -18,7 +18,7 @@ Cost  O(M), M = connections in the game; of more than 50 O(log N + D), N = conne
 local game_conns_key, last_seen_key = KEYS[1], KEYS[2]
 local conn_ttl_ms = tonumber(ARGV[1])
 
-local oldest_live_ms = now_ms() - conn_ttl_ms
+local oldest_live_ms = now_ms - conn_ttl_ms
 local size = redis.call('HLEN', game_conns_key)
 if size > 50 then
   local limit = math.min(size, 1000)

@@ -15,5 +15,5 @@ local game_conns_key, last_seen_key, events_key = KEYS[1], KEYS[2], KEYS[3]
 
 local state = stream_state(events_key)
 local snapshot = read_game(game_conns_key, last_seen_key)
-snapshot[#snapshot + 1] = now_ms()
+snapshot[#snapshot + 1] = now_ms
 return {state.last_id, state.added, snapshot}

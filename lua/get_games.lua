@@ -14,7 +14,7 @@ local last_seen_key = KEYS[1]
 local key_prefix = ARGV[1]
 local game_ids = {unpack(ARGV, 2)}
 
-local reply = {now_ms()}
+local reply = {now_ms}
 for index, game_id in ipairs(game_ids) do
   reply[index + 1] = read_game(key_prefix .. 'game_conns:' .. game_id, last_seen_key)
 end

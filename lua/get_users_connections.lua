@@ -17,13 +17,12 @@ local last_seen_key = KEYS[1]
 local key_prefix, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
 local user_ids = {unpack(ARGV, 3)}
 
-local now = now_ms()
-
 local function active(user_id)
   local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
   for index = #sids, 1, -1 do
     local sid = sids[index]
-    local record, score, is_detached = find_record(key_prefix .. 'conn:' .. sid, last_seen_key, sid, now, conn_ttl_ms)
+    local conn_key = key_prefix .. 'conn:' .. sid
+    local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
     if record and not is_detached then
       local _, its_user_id = split_record(record)
       -- Where records are evicted, a sid may be left here that is another user's by now.
@@ -35,7 +34,7 @@ local function active(user_id)
   return '', '', ''
 end
 
-local reply = {now}
+local reply = {now_ms}
 for _, user_id in ipairs(user_ids) do
   local count = #reply
   reply[count + 1], reply[count + 2], reply[count + 3] = active(user_id)

@@ -14,16 +14,15 @@ Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_us
 -- @include random_number
--- @include refresh_chance
+-- @include refresh_interval_ms
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local epoch = ARGV[5] or ''
 
-local time = now_us()
-local now = string.sub(time, 1, -4)
+local now_ms = string.sub(now_us, 1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
-local silence_ms = last_seen and now - last_seen
+local silence_ms = last_seen and now_ms - last_seen
 if not silence_ms or silence_ms > conn_ttl_ms then
   return 0
 end
@@ -34,11 +33,11 @@ if epoch ~= '' then
     return 0
   end
 end
-if random_number(time) + refresh_chance(silence_ms) >= 1 then
+if random_number + silence_ms / refresh_interval_ms >= 1 then
   -- @include refresh_ttls
-  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now) then
+  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now_ms) then
     return 0
   end
 end
-redis.call('ZADD', last_seen_key, 'XX', now, sid)
+redis.call('ZADD', last_seen_key, 'XX', now_ms, sid)
 return 1

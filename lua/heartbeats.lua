@@ -11,31 +11,30 @@ Cost  O(log N) for each sid, N = connections in the namespace
 ]]
 -- @include now_us
 -- @include random_number
--- @include refresh_chance
+-- @include refresh_interval_ms
 -- @include refresh_ttls
 
 local last_seen_key = KEYS[1]
 local key_prefix, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local sids = {unpack(ARGV, 4)}
 
-local time = now_us()
-local now = string.sub(time, 1, -4)
-local now_number = tonumber(now)
+local now_ms = string.sub(now_us, 1, -4)
+local now_number = tonumber(now_ms)
 local seen, seen_count, reply = {}, 0, {}
 -- One random number is enough for all.
-local chance, chance_of_1_ms = random_number(time), refresh_chance(1)
+local chance = random_number
 for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))) do
   local last_seen = score and tonumber(score)
   local is_seen = last_seen and last_seen >= now_number - conn_ttl_ms
   if is_seen then
-    chance = chance + (now_number - last_seen) * chance_of_1_ms
+    chance = chance + (now_number - last_seen) / refresh_interval_ms
     if chance >= 1 then
       chance = chance % 1
-      is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms, now)
+      is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms, now_ms)
     end
   end
   if is_seen then
-    seen[seen_count + 1], seen[seen_count + 2] = now, sids[position]
+    seen[seen_count + 1], seen[seen_count + 2] = now_ms, sids[position]
     seen_count = seen_count + 2
   else
     reply[#reply + 1] = position

@@ -26,8 +26,7 @@ local conn_key, game_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEY
 local key_prefix, sid, game_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local capacity, epoch, events = ARGV[6] or '', ARGV[7] or '', ARGV[8] or ''
 
-local now = now_ms()
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
 if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
@@ -40,7 +39,7 @@ if left_game_id == game_id then
 end
 if capacity ~= '' then
   -- @include has_free_seat
-  if not has_free_seat(game_conns_key, last_seen_key, tonumber(capacity), now, conn_ttl_ms) then
+  if not has_free_seat(game_conns_key, last_seen_key, tonumber(capacity), now_ms, conn_ttl_ms) then
     return earlier_answer(reply_key) or 1
   end
 end
@@ -59,9 +58,9 @@ end
 if events ~= '' then
   -- @include event
   -- @include publish
-  local message, channels = now, {'user:' .. user_id, 'game:' .. game_id}
+  local message, channels = now_ms, {'user:' .. user_id, 'game:' .. game_id}
   if left_game_id ~= '' then
-    message, channels[3] = event(now, 'left', sid, record, score), 'game:' .. left_game_id
+    message, channels[3] = event(now_ms, 'left', sid, record, score), 'game:' .. left_game_id
   end
   message = event(message, 'joined', sid, joined, score)
   publish(key_prefix, events, key_lifetime_ms, channels, message)

@@ -20,8 +20,7 @@ local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local epoch, events = ARGV[5] or '', ARGV[6] or ''
 
-local now = now_ms()
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
 if not record or is_detached then
   return earlier_answer(reply_key) or ''
 end
@@ -39,6 +38,6 @@ if events ~= '' then
   -- @include event
   -- @include publish
   local channels = {'user:' .. user_id, 'game:' .. game_id}
-  publish(key_prefix, events, key_lifetime_ms, channels, event(now, 'left', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, channels, event(now_ms, 'left', sid, record, score))
 end
 return game_id

@@ -12,7 +12,7 @@ The answer is kept with the user's list, which is written anyway, until the user
 a refresh of its TTL; one which is less than a minute old moves to its own key, reply. So a call that is sent again
 finds it in one of the two.
 
-KEYS  conn, user_conns, last_seen, reply, refreshed
+KEYS  conn, user_conns, last_seen, reply
 ARGV  key_prefix, sid, user_id, key_lifetime_ms (a day more than the TTL of connections),
       connections_per_user ('' = 1), reject_ms ('' = the newest wins), server ('' = none),
       metadata ('' = none, or what it had), events ('' = off)
@@ -26,42 +26,45 @@ Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 
-local conn_key, user_conns_key, last_seen_key, reply_key, refreshed_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_prefix, sid, user_id, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local connections_per_user, reject_ms = ARGV[5] or '', ARGV[6] or ''
 local server, metadata, events = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
 
-local time = now_us()
-local now = string.sub(time, 1, -4)
-local stored = redis.call('MGET', user_conns_key, reply_key, refreshed_key)
-local list, earlier, is_refreshed = stored[1], stored[2], stored[3]
-if earlier then
-  return earlier
-end
+local now_ms = string.sub(now_us, 1, -4)
 -- The last 16 characters of the key are the token of this call.
-local token, answer = string.sub(reply_key, -16), time
+local token, answer = string.sub(reply_key, -16), now_us
 
 -- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
+local list = redis.call('GET', user_conns_key)
 local other, other_length, others, kept = nil, nil, nil, ''
 if list then
   local colon = string.find(list, ':', 1, true)
   other_length = string.sub(list, 1, colon - 1)
-  local sid_end = colon + other_length
-  local after, kept_at = string.sub(list, sid_end + 1, sid_end + 1), sid_end + 2
-  if after == '' or after == '=' then
-    other = string.sub(list, colon + 1, sid_end)
+  local sid_end, kept_at = colon + other_length, nil
+  if sid_end == #list then
+    other = string.sub(list, colon + 1)
+  elseif string.find(list, '=', sid_end + 1, true) == sid_end + 1 then
+    other, kept_at = string.sub(list, colon + 1, sid_end), sid_end + 2
   else
     -- @include split_sids
     others, kept_at = split_sids(list)
   end
-  if kept_at <= #list then
+  if kept_at and kept_at <= #list then
     -- @include is_recent
-    if is_recent(list, kept_at, now) then
+    if is_recent(list, kept_at, now_ms) then
       if string.sub(list, kept_at, kept_at + 15) == token then
         return string.sub(list, kept_at + 16)
       end
       kept = string.sub(list, kept_at)
     end
+  end
+end
+if not list or kept ~= '' then
+  -- Only then may there be an answer with a key of its own: see keep_apart.
+  local earlier = redis.call('GET', reply_key)
+  if earlier then
+    return earlier
   end
 end
 
@@ -70,55 +73,67 @@ end
 local is_usual, other_score = not list, nil
 if other and other ~= sid and connections_per_user == '' and reject_ms == '' then
   other_score = redis.call('ZSCORE', last_seen_key, other)
-  is_usual = other_score and string.sub(other_score, 1, 1) ~= '-'
+  is_usual = other_score and not string.find(other_score, '-', 1, true)
 end
 local record, game_id = nil, ''
 if is_usual then
   if server == '' and metadata == '' then
-    record = '0:' .. time .. ' ' .. user_id
+    record = '0:' .. now_us .. ' ' .. user_id
   else
     -- @include make_record
     -- @include make_body
-    record = make_record('', make_body(user_id, time, '', '', server, metadata))
+    record = make_record('', make_body(user_id, now_us, '', '', server, metadata))
   end
   -- GET: nothing, where nothing was there, costs less than OK.
   is_usual = not redis.call('SET', conn_key, record, 'NX', 'GET', 'PX', key_lifetime_ms)
   if is_usual then
-    is_usual = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. time, '', now, sid) == 2
+    is_usual = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. now_us, '', now_ms, sid) == 2
     if not is_usual then
       -- Its epoch is not the largest, since the clock ran back, or the sid has a score, whose record was evicted: from
       -- here on it is a connection that is registered again.
-      redis.call('ZADD', last_seen_key, now, sid)
+      redis.call('ZADD', last_seen_key, now_ms, sid)
     end
   end
 end
 
 local stay, plan, other_record, other_game_id, other_server = '', nil, nil, nil, nil
 if is_usual and other then
-  -- @include take_record
-  other_record, other_game_id, other_server = take_record(key_prefix, other, user_id, key_lifetime_ms)
+  local other_key = key_prefix .. 'conn:' .. other
+  other_record = redis.call('GETDEL', other_key)
   if other_record then
+    -- Most have an epoch of 16 digits, then the user's id and no more, and are taken apart here: see split_record.
+    local colon = string.find(other_record, ':', 1, true)
+    local game_end = colon + string.sub(other_record, 1, colon - 1)
+    local epoch_end = string.find(other_record, ' ', game_end + 1, true)
+    if epoch_end == game_end + 17 and string.sub(other_record, epoch_end + 1) == user_id then
+      other_game_id, other_server = string.sub(other_record, colon + 1, game_end), ''
+    else
+      -- @include split_owned
+      other_game_id, other_server = split_owned(other_key, other_record, user_id, key_lifetime_ms)
+    end
+  end
+  if other_game_id then
     -- See event, which would format the lengths: that takes longer than the rest.
-    answer = time .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record
+    answer = now_us .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record
   end
 elseif not is_usual then
   -- 3. Any other has a plan.
   -- @include next_epoch
   -- @include plan_registration
-  local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
+  local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), now_us)
   local conn_ttl_ms = key_lifetime_ms - 24 * 60 * 60 * 1000
   plan = plan_registration(
-    key_prefix, last_seen_key, sid, user_id, others or {other}, now, conn_ttl_ms,
+    key_prefix, last_seen_key, sid, user_id, others or {other}, now_ms, conn_ttl_ms,
     tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, key_lifetime_ms
   )
   -- @include event
   local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
   if refusing then
-    return event(time, 'refused', refusing.sid, refusing.record, refusing.score)
+    return event(now_us, 'refused', refusing.sid, refusing.record, refusing.score)
   end
 
   -- 4. The new record, with what it keeps of the connection that it refreshes or whose seat it takes.
-  local connected_at, seat = epoch == time and '' or now, plan.own or resumed
+  local connected_at, seat = epoch == now_us and '' or now_ms, plan.own or resumed
   if seat then
     -- @include split_record
     local _, _, _, its_epoch, its_connected_at, _, its_metadata = split_record(seat.record)
@@ -134,7 +149,7 @@ elseif not is_usual then
   record = make_record(game_id, body)
 
   -- 5. The answer.
-  local reported = {time}
+  local reported = {now_us}
   if replaced then
     reported[#reported + 1] = event('', 'replaced', sid, replaced.record, replaced.score)
   end
@@ -144,7 +159,7 @@ elseif not is_usual then
   for _, gone in ipairs(plan.gone) do
     reported[#reported + 1] = event('', 'displaced', gone.sid, gone.record, gone.score)
   end
-  reported[#reported + 1] = event('', 'registered', sid, record, now)
+  reported[#reported + 1] = event('', 'registered', sid, record, now_ms)
   answer = table.concat(reported)
 
   -- 6. The writes. What had the sid goes first, the others last: the new connection enters before they go, so that no
@@ -154,11 +169,11 @@ elseif not is_usual then
     -- @include drop_from_user
     drop_from_indexes(key_prefix, last_seen_key, sid, replaced.game_id, replaced.server)
     if replaced.user_id ~= user_id then
-      drop_from_user(key_prefix, replaced.user_id, sid, key_lifetime_ms, now)
+      drop_from_user(key_prefix, replaced.user_id, sid, key_lifetime_ms, now_ms)
     end
   end
   redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
-  redis.call('ZADD', last_seen_key, '-' .. epoch, '', now, sid)
+  redis.call('ZADD', last_seen_key, '-' .. epoch, '', now_ms, sid)
   -- @include make_sids
   stay = make_sids(plan.stay, '')
   if game_id ~= '' then
@@ -179,10 +194,15 @@ local sid_length = other and #other == #sid and other_length or #sid
 redis.call('SET', user_conns_key, stay .. sid_length .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
 
 -- 7. What is shared with others: the TTL of last_seen, and the server.
-if not is_refreshed then
-  -- One in 1,000 seconds does this for all: keys outlive their connections by a day.
+local is_due = true
+if other_game_id then
+  -- To come back counts as a heartbeat does, which refreshes the TTLs by chance.
+  -- @include random_number
+  -- @include refresh_interval_ms
+  is_due = random_number + (now_ms - other_score) / refresh_interval_ms >= 1
+end
+if is_due then
   redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-  redis.call('SET', refreshed_key, '', 'PX', '1000000')
 end
 if server ~= '' then
   -- @include is_replaced
@@ -191,14 +211,14 @@ if server ~= '' then
   redis.call('PEXPIRE', server_conns_key, key_lifetime_ms)
   -- One that was taken for dead is known again: otherwise nobody would find its connections when it dies.
   local servers_key = key_prefix .. 'servers'
-  if redis.call('ZADD', servers_key, 'NX', now, server) == 1 and is_replaced(servers_key, server) then
+  if redis.call('ZADD', servers_key, 'NX', now_ms, server) == 1 and is_replaced(servers_key, server) then
     redis.call('ZADD', servers_key, '0', server)
   end
   redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 end
 
 -- 8. The end of those that go, whose records and places in the user's list are gone already.
-if other_record then
+if other_game_id then
   -- @include drop_from_indexes
   drop_from_indexes(key_prefix, last_seen_key, other, other_game_id, other_server)
 elseif plan then
@@ -219,14 +239,14 @@ if events ~= '' then
   local channels = {'user:' .. user_id}
   local message
   if is_usual and not other then
-    message = event(event(now, 'registered', sid, record, now), 'user_online', sid, record, now)
+    message = event(event(now_ms, 'registered', sid, record, now_ms), 'user_online', sid, record, now_ms)
   else
-    local displaced = other_record and {
+    local displaced = other_game_id and {
       sid = other, record = other_record, score = other_score, game_id = other_game_id,
     }
     plan = plan or {gone = {displaced}, was_online = true}
-    local connection = {sid = sid, record = record, score = now, game_id = game_id}
-    local told = {now}
+    local connection = {sid = sid, record = record, score = now_ms, game_id = game_id}
+    local told = {now_ms}
     -- @include has_attached
     local function tell(kind, of)
       told[#told + 1] = event('', kind, of.sid, of.record, of.score)

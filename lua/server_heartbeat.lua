@@ -20,6 +20,6 @@ local score = redis.call('ZSCORE', servers_key, server)
 if score == '0' or (not score and is_replaced(servers_key, server)) then
   return 0
 end
-redis.call('ZADD', servers_key, now_ms(), server)
+redis.call('ZADD', servers_key, now_ms, server)
 redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 return 1

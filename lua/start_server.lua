@@ -16,8 +16,7 @@ Error OOM when the server's memory is full; nothing is changed then
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local server_id, key_lifetime_ms = ARGV[1], ARGV[2]
 
-local time = now_us()
-local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), time)
+local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), now_us)
 local earlier = answer_once(reply_key, epoch)
 if earlier then
   return earlier
@@ -29,6 +28,6 @@ for _, server in ipairs(redis.call('ZRANGE', servers_key, '(0', '+inf', 'BYSCORE
     redis.call('ZADD', servers_key, '0', server)
   end
 end
-redis.call('ZADD', servers_key, string.sub(time, 1, -4), epoch .. ':' .. server_id)
+redis.call('ZADD', servers_key, string.sub(now_us, 1, -4), epoch .. ':' .. server_id)
 redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 return epoch

@@ -21,8 +21,7 @@ local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local grace_ms, epoch, events = tonumber(ARGV[5]), ARGV[6] or '', ARGV[7] or ''
 
-local now = now_ms()
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
 if record and epoch ~= '' then
   local _, _, _, its_epoch = split_record(record)
   record = its_epoch == epoch and record
@@ -31,15 +30,15 @@ if not record then
   return earlier_answer(reply_key) or {}
 end
 if is_detached and grace_ms > 0 then
-  return earlier_answer(reply_key) or {now, record, score}
+  return earlier_answer(reply_key) or {now_ms, record, score}
 end
 local told_record, told_score = record, score
 if grace_ms > 0 then
   -- @include as_argument
   -- @include detached_record
-  told_record, told_score = detached_record(record, score), as_argument(-now - grace_ms)
+  told_record, told_score = detached_record(record, score), as_argument(-now_ms - grace_ms)
 end
-local answer = {now, told_record, told_score}
+local answer = {now_ms, told_record, told_score}
 local earlier = answer_once(reply_key, answer)
 if earlier then
   return earlier
@@ -49,13 +48,13 @@ if grace_ms > 0 then
   detach_connection(key_prefix, last_seen_key, key_lifetime_ms, sid, record, told_record, told_score)
 else
   -- @include remove_connection
-  remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now, sid, record)
+  remove_connection(key_prefix, last_seen_key, key_lifetime_ms, now_ms, sid, record)
 end
 if events ~= '' then
   -- @include publish_end
   local kind = grace_ms > 0 and 'detached' or 'unregistered'
   publish_end(
-    key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, told_record, told_score, not is_detached
+    key_prefix, last_seen_key, key_lifetime_ms, events, now_ms, kind, sid, told_record, told_score, not is_detached
   )
 end
 return answer

@@ -20,8 +20,7 @@ local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local metadata, epoch, events = ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
 
-local now = now_ms()
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now, conn_ttl_ms)
+local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
 if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
@@ -47,6 +46,6 @@ if events ~= '' then
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
-  publish(key_prefix, events, key_lifetime_ms, channels, event(now, 'metadata_updated', sid, record, score))
+  publish(key_prefix, events, key_lifetime_ms, channels, event(now_ms, 'metadata_updated', sid, record, score))
 end
 return 1

@@ -96,7 +96,7 @@ heartbeats' refreshes use up about 15 minutes. lua/register.lua knows it, too.""
 
 REGISTER = scripts.load(
     "register",
-    keys=("conn", "user_conns", "last_seen", "reply", "refreshed"),
+    keys=("conn", "user_conns", "last_seen", "reply"),
     arguments=(
         "key_prefix",
         "sid",
@@ -268,7 +268,6 @@ class Operations:
         self._key_lifetime_ms = self._conn_ttl_ms + RETENTION_MS
         self._prefix = f"{{{self.namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
-        self._refreshed_key = self._prefix + b"refreshed"
         self._servers_key = self._prefix + b"servers"
         self.events_key = self._prefix + b"events"
         self.boot_epoch: int | None = None
@@ -328,7 +327,6 @@ class Operations:
                 self._user_conns(user_bytes),
                 self.last_seen_key,
                 self._reply(),
-                self._refreshed_key,
             ),
             (
                 self._prefix,

@@ -42,7 +42,7 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
     for raw in client.scan_iter(match=(pattern + "*").encode(), count=10_000):
         key = (raw if isinstance(raw, bytes) else raw.encode()).decode()
         kind, _, name = key.removeprefix(prefix).partition(":")
-        ttls = keyspace.other_ttls_ms if kind in ("reply", "refreshed", "servers", "events") else keyspace.ttls_ms
+        ttls = keyspace.other_ttls_ms if kind in ("reply", "servers", "events") else keyspace.ttls_ms
         ttls[key] = int(_ask(client, "PTTL", key))
         if kind == "conn":
             record = _ask(client, "GET", key)
@@ -61,7 +61,7 @@ def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
             keyspace.epoch = -keyspace.last_seen.pop("", 0)
             if not keyspace.last_seen:
                 keyspace.other_ttls_ms[key] = keyspace.ttls_ms.pop(key)
-        elif kind not in ("reply", "refreshed", "events"):
+        elif kind not in ("reply", "events"):
             raise AssertionError(f"unknown key {key!r}")
     return keyspace
 

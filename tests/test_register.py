@@ -283,14 +283,11 @@ def test_a_registration_keeps_every_key_that_it_lives_in_from_expiring(
     if sid == "new":
         manager.unregister_connection("sid", grace_seconds=30)
     for key in keys().ttls_ms | keys().other_ttls_ms:
-        if key.endswith(":refreshed"):
-            client.delete(key)
-        else:
-            client.pexpire(key, 60_000)
+        client.pexpire(key, 60_000)
 
     assert manager.register_connection(sid, "user").connection.game_id == "game"
 
-    kept_ms = {key: ttl for key, ttl in (keys().ttls_ms | keys().other_ttls_ms).items() if ":re" not in key}
+    kept_ms = {key: ttl for key, ttl in (keys().ttls_ms | keys().other_ttls_ms).items() if ":reply" not in key}
     assert len(kept_ms) == 6  # the connection, its user's list, its game, its server's list, the servers, last_seen
     assert min(kept_ms.values()) > lifetime_ms - 30_000
 
@@ -309,15 +306,19 @@ def test_the_usual_registration_takes_few_commands(
             calls = {name.removeprefix("cmdstat_"): about["calls"] for name, about in stats.items()}
             return {name: count for name, count in calls.items() if name not in ("evalsha", "config|resetstat")}
 
-        manager.register_connection("other", "other user")  # The script is loaded, and the TTL of last_seen fresh.
-        first = {"time": 1, "mget": 1, "set": 2, "zadd": 1}
-        assert commands("first", "user") == first
-        displacing = first | {"zscore": 1, "getdel": 1, "zrem": 1, "hdel": 1}
+        manager.register_connection("other", "other user")  # The script is loaded.
+        usual = {"time": 1, "get": 1, "set": 2, "zadd": 1}
+        assert commands("first", "user") == usual | {"get": 2, "pexpire": 1}
+        displacing = usual | {"zscore": 1, "getdel": 1, "zrem": 1}
+        displacing_a_player = displacing | {"hdel": 1}
         manager.join_game("first", "game")
-        assert commands("soon", "user") == displacing | {"set": 3}
+        assert commands("soon", "user") == displacing_a_player | {"get": 2, "set": 3}
         manager.join_game("soon", "game")
         let_time_pass(client, namespace, 61)
-        assert commands("later", "user") == displacing
+        assert manager.update_heartbeat("soon")
+        assert commands("later", "user") == displacing_a_player
+        let_time_pass(client, namespace, 15 * 60)
+        assert commands("after a long silence", "user") == displacing | {"pexpire": 1}
 
 
 @pytest.mark.parametrize("call", ["register_connection", "start_server"])
@@ -342,6 +343,38 @@ def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
         make_manager().register_connection("second", "other user")
     refreshed_ms: Any = client.pttl(last_seen)
     assert refreshed_ms > lifetime_ms - 60_000
+
+
+@pytest.mark.parametrize("interval_seconds", [30, 890, 6 * 60 * 60 - 400])
+def test_a_player_who_only_comes_back_never_falls_out(
+    make_manager: ManagerFactory, wait: Callable[[float], None], interval_seconds: int
+) -> None:
+    """Each on a new connection, for longer than any key lives, and nobody sends a heartbeat or is new."""
+    manager = make_manager(conn_ttl_seconds=6 * 60 * 60)
+    manager.register_connection("0", "user")
+    count = 100_000 // interval_seconds
+    for number in range(1, count + 1):
+        wait(interval_seconds)
+        assert [gone.sid for gone in manager.register_connection(str(number), "user").displaced] == [str(number - 1)]
+    wait(5 * 60 * 60)
+
+    connection = manager.get_connection(str(count))
+    assert connection is not None
+    assert manager.get_user_connection("user") == connection
+    assert manager.get_connection_count() == 1
+
+
+@pytest.mark.parametrize("sid", ["sid", "new"])
+def test_an_index_that_was_evicted_has_a_ttl_as_soon_as_it_is_there_again(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, sid: str
+) -> None:
+    last_seen = f"{{{namespace}}}:last_seen"
+    manager.register_connection("sid", "user")
+    lifetime_ms: Any = client.pttl(last_seen)
+    client.delete(last_seen)
+    manager.register_connection(sid, "user")
+    ttl_ms: Any = client.pttl(last_seen)
+    assert ttl_ms > lifetime_ms - 60_000
 
 
 def test_registered_again_it_stays_connected_since_the_first_time_whatever_comes(

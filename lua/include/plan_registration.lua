@@ -1,5 +1,5 @@
 -- @include split_record
--- @include take_record
+-- @include split_owned
 -- Decide what a registration does to the connections that are there, and take away the records of those of its user
 -- that go. Gives a table:
 --   refusing    the newest that is alive, where the policy refuses; then nothing else, and nothing was changed
@@ -18,8 +18,12 @@ local function plan_registration(
   local own_score = table.remove(scores, 1)
 
   local function take(other, score)
-    local record, game_id, server = take_record(key_prefix, other, user_id, key_lifetime_ms)
-    return record and {sid = other, record = record, score = score, game_id = game_id, server = server}
+    local conn_key = key_prefix .. 'conn:' .. other
+    local record, game_id, server = redis.call('GETDEL', conn_key), nil, nil
+    if record then
+      game_id, server = split_owned(conn_key, record, user_id, key_lifetime_ms)
+    end
+    return game_id and {sid = other, record = record, score = score, game_id = game_id, server = server}
   end
   local function is_live(score)
     return tonumber(score) >= now - conn_ttl_ms
