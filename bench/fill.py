@@ -123,12 +123,12 @@ class Population:
         now = server_ms(self.client)
         self.set_last_seen({index: now - _random.randrange(HEARTBEAT_MS) for index in range(len(self.sids))})
 
-    def forget_answers(self) -> None:
-        """Let the registrations be older than a minute: until then their answers are kept in the users' lists.
+    def forget_answers(self, indexes: Iterable[int]) -> None:
+        """Let registrations be older than a minute: until then their answers are kept in the users' lists.
 
         It writes the lists as a refresh of the TTLs leaves them, see lua/include/split_sids.lua.
         """
-        lists = zip(self.user_ids, self.sids, strict=True)
+        lists = [(self.user_ids[index], self.sids[index]) for index in indexes]
         prefix = f"{{{self.operations.namespace}}}:user_conns:"
         send(self.client, [("SET", f"{prefix}{user}", f"{len(sid)}:{sid}", "KEEPTTL") for user, sid in lists])
 

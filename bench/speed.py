@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from presence.operations import Command, Operation
 
 HOW = """Every operation acts on connections chosen at random among 200,000 that are each in a two-player game (QUICK:
-20,000) and mostly were registered more than a minute ago; to displace one that was registered within the minute takes
-a SET more. Times are the server's own (`INFO commandstats`), so they hold neither the network nor the client. One call
-per round trip, never pipelined: a pipeline of one command keeps a tiny script's code and data in the CPU's caches,
-which the traffic of game servers does not. The commands take turns in short rounds; a ratio compares within a round.
-The rows *the commands within* give the time of the native commands that a script issued, in the very same calls: the
-server counts them in `commandstats` one by one, as if they came from outside, so they meet the same data in the same
-caches; the ratio is the whole script to them, and what is above 1 is Lua's and the answer's. A heartbeat is one that
-comes soon after the one before; of those that come every 30 seconds, one in 30 refreshes the TTLs as well."""
+20,000) and, if not said otherwise, were registered more than a minute ago. Times are the server's own (`INFO
+commandstats`), so they hold neither the network nor the client. One call per round trip, never pipelined: a pipeline of
+one command keeps a tiny script's code and data in the CPU's caches, which the traffic of game servers does not. The
+commands take turns in short rounds; a ratio compares within a round. The rows *the commands within* give the time of
+the native commands that a script issued, in the very same calls: the server counts them in `commandstats` one by one,
+as if they came from outside, so they meet the same data in the same caches; the ratio is the whole script to them, and
+what is above 1 is Lua's and the answer's. A heartbeat is one that comes soon after the one before; of those that come
+every 30 seconds, one in 30 refreshes the TTLs as well."""
 
 Result = TypeVar("Result")
 
@@ -47,6 +47,7 @@ REGISTER_PUBSUB = "the same with events in pub/sub, no subscriber"
 REGISTER_STREAM = "the same with events in the stream"
 DISPLACING = "register, displacing one in a game"
 DISPLACING_NO_GAME = "register, displacing one in no game"
+DISPLACING_SOON = "register, displacing one in a game within a minute"
 
 REFRESHING = "heartbeat that refreshes TTLs"
 """About one in 15 minutes of each connection."""
@@ -61,6 +62,7 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (REGISTER_STREAM, REGISTER, None),
     (DISPLACING, HSET, 13),
     (DISPLACING_NO_GAME, HSET, None),
+    (DISPLACING_SOON, HSET, None),
     ("snapshot of a two-player game", NOTHING, 10),
     ("join a game", HSET, None),
     ("leave a game", HSET, None),
@@ -89,10 +91,12 @@ class Rounds:
         self._operations = population.operations
         self._client = population.client
         self._calls = calls
+        self._registered: list[int] = []
         self._nothing = str(self._client.script_load("return 1"))
 
     def run_one(self) -> None:
         """Measure everything once; a native command comes right before the operations that are held against it."""
+        self._population.forget_answers(self._registered)
         self._measure_heartbeats()
         self._measure_reads()
         self._measure_registrations()
@@ -194,20 +198,22 @@ class Rounds:
         self._client.delete(self._operations.events_key)
 
         returning = self._sample()
-        for index in returning:
-            self._population.sids[index] = new_sid()
-        self._time(
-            DISPLACING,
-            [self._population.register(index) for index in returning],
-            lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is not None,
-        )
-        send(self._client, [self._population.join(index).command() for index in returning])
+        for name in (DISPLACING, DISPLACING_SOON):
+            for index in returning:
+                self._population.sids[index] = new_sid()
+            self._time(
+                name,
+                [self._population.register(index) for index in returning],
+                lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is not None,
+            )
+            send(self._client, [self._population.join(index).command() for index in returning])
+        self._registered = returning
 
     def _measure_joins_and_removals(self) -> None:
         sids = self._population.sids
-        moving = self._sample()
+        moving = self._sample(without=self._registered)
         self._time("leave a game", [self._operations.leave_game(sids[index]) for index in moving], _is_found)
-        going = self._sample(without=moving)
+        going = self._sample(without=moving + self._registered)
         self._time(
             "unregister one in a game",
             [self._operations.unregister_connection(sids[index]) for index in going],
@@ -222,6 +228,7 @@ class Rounds:
             lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is None,
         )
         self._time("join a game", [self._population.join(index) for index in moving], bool)
+        self._registered += going + moving
 
     def _sample(self, without: Sequence[int] = ()) -> list[int]:
         return sample(self._population, self._calls, without)
@@ -250,7 +257,7 @@ def measure_speed(server: Server, scale: Scale) -> list[Row]:
     """Measure the server time of each operation."""
     population = Population(server.client, scale.connections)
     population.fill()
-    population.forget_answers()
+    population.forget_answers(range(scale.connections))
     population.shuffle_last_seen()
     rounds = Rounds(population, scale.calls)
     progress = Progress(f"rounds of {scale.calls:,} calls of each operation", scale.rounds)
