@@ -196,7 +196,7 @@ redis.call('SET', user_conns_key, stay .. sid_length .. ':' .. sid .. '=' .. tok
 -- 7. What is shared with others: the TTL of last_seen, and the server.
 local is_due = true
 if other_game_id then
-  -- To come back counts as a heartbeat does, which refreshes the TTLs by chance.
+  -- To come back counts as a heartbeat, which refreshes by chance.
   -- @include random_number
   -- @include refresh_interval_ms
   is_due = random_number + (now_ms - other_score) / refresh_interval_ms >= 1

@@ -30,8 +30,7 @@ class Keyspace:
     """Of the keys in which connections live."""
     other_ttls_ms: dict[str, int] = field(default_factory=dict)
     """Of last_seen while it holds no more than the namespace's last epoch, of the answers that are kept for a minute
-    for calls that are sent again, of the mark that last_seen's TTL is fresh, of the known servers and the stream of
-    events."""
+    for calls that are sent again, of the known servers and the stream of events."""
 
 
 def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:

@@ -20,12 +20,13 @@ import redis.asyncio
 import presence
 import presence.sync
 from presence.operations import CLEANUP_BATCH_SIZE
+from presence.replies import parse_message
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from presence import CleanupResult
+    from presence import CleanupResult, EventsMode
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
     from tests.server import LocalServer
@@ -602,20 +603,37 @@ class TestAStateThatTheServerLostInPart:
         keyspace = keys()
         assert (keyspace.users, keyspace.games, keyspace.servers) == ({user_id: ["sid"]}, {}, {})
 
+    @pytest.mark.parametrize(
+        ("owner", "metadata"),
+        [("new owner", None), ("evicted", b" user")],
+        ids=["another", "one whose record ends as the user's would"],
+    )
+    @pytest.mark.parametrize("events", ["off", "stream"])
     def test_an_evicted_record_does_not_let_one_user_displace_another(
-        self, manager: ConnectionManager, client: redis.Redis, namespace: str, keys: Keys
+        self,
+        make_manager: ManagerFactory,
+        client: redis.Redis,
+        namespace: str,
+        keys: Keys,
+        owner: str,
+        metadata: bytes | None,
+        events: EventsMode,
     ) -> None:
+        manager = make_manager(events=events)
         manager.register_connection("sid", "evicted user")
         client.delete(f"{{{namespace}}}:conn:sid")
         client.zrem(f"{{{namespace}}}:last_seen", "sid")
-        owned = manager.register_connection("sid", "new owner").connection
+        owned = manager.register_connection("sid", owner, metadata=metadata).connection
         lifetime_ms = min(keys().ttls_ms.values())
 
         assert manager.get_user_connection("evicted user") is None
         assert manager.register_connection("new", "evicted user").displaced == ()
-        assert manager.is_user_online("new owner")
+        assert manager.is_user_online(owner)
         assert manager.get_connection("sid") == owned
         assert min(keys().ttls_ms.values()) > lifetime_ms - 30_000
+        last: Any = client.xrevrange(f"{{{namespace}}}:events", count=1)
+        for _, message in last:
+            assert [event.type.value for event in parse_message(message[b"message"])] == ["registered"]
 
     def test_a_join_does_not_fail_halfway_when_the_users_key_was_evicted(
         self, manager: ConnectionManager, client: redis.Redis, namespace: str

@@ -352,7 +352,7 @@ def test_a_player_who_only_comes_back_never_falls_out(
     """Each on a new connection, for longer than any key lives, and nobody sends a heartbeat or is new."""
     manager = make_manager(conn_ttl_seconds=6 * 60 * 60)
     manager.register_connection("0", "user")
-    count = 100_000 // interval_seconds
+    count = 150_000 // interval_seconds
     for number in range(1, count + 1):
         wait(interval_seconds)
         assert [gone.sid for gone in manager.register_connection(str(number), "user").displaced] == [str(number - 1)]
