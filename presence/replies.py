@@ -202,7 +202,8 @@ def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[Connect
     now, size = int(reply[-1]), len(reply) // 3
     oldest_live = now - conn_ttl_ms
     connections = []
-    for sid, body, score in zip(reply[: 2 * size : 2], reply[1 : 2 * size : 2], reply[2 * size : -1], strict=True):
+    members = iter(reply)  # sid and body in turns, as many of each as there are scores
+    for sid, body, score in zip(members, members, reply[2 * size : -1], strict=False):
         seen = int(score or 0)
         if seen < oldest_live and -seen < now:
             continue
