@@ -63,27 +63,37 @@ def test_a_ttl_shorter_than_the_stale_threshold_ends_being_online(
     assert not manager.is_user_online("user")
 
 
+@pytest.mark.parametrize("does", ["beats", "comes back"])
 @pytest.mark.parametrize("interval_seconds", [30, 890, 6 * 60 * 60 - 400])
-def test_a_player_who_beats_never_falls_out_however_long_the_game_lasts(
-    make_manager: ManagerFactory, wait: Callable[[float], None], interval_seconds: int
+def test_a_player_never_falls_out_however_long_the_game_lasts(
+    make_manager: ManagerFactory, wait: Callable[[float], None], interval_seconds: int, does: str
 ) -> None:
-    # Beats that come often, about as often as TTLs are refreshed, and as seldom as they may, for longer than any key
-    # lives without a refresh.
+    """One who beats, and one who never does and is there again on another connection each time.
+
+    Often, about as often as TTLs are refreshed, and as seldom as they may, for longer than any key lives without a
+    refresh.
+    """
     manager = make_manager(conn_ttl_seconds=6 * 60 * 60)
-    manager.register_connection("sid", "user")
-    manager.join_game("sid", "game")
-    for _ in range(150_000 // interval_seconds):
+    sid = "0"
+    manager.register_connection(sid, "user")
+    manager.join_game(sid, "game")
+    for number in range(1, 150_000 // interval_seconds + 1):
         wait(interval_seconds)
-        assert manager.update_heartbeat("sid")
+        if does == "beats":
+            assert manager.update_heartbeat(sid)
+        else:
+            earlier, sid = sid, str(number)
+            assert [gone.sid for gone in manager.register_connection(sid, "user").displaced] == [earlier]
+            assert manager.join_game(sid, "game")
     wait(5 * 60 * 60)
 
-    connection = manager.get_connection("sid")
+    connection = manager.get_connection(sid)
     assert connection is not None
     assert connection.game_id == "game"
     assert manager.get_user_connection("user") == connection
     assert manager.get_game_connections("game") == [connection]
     assert manager.get_connection_count() == manager.get_game_connection_count("game") == 1
-    assert manager.update_heartbeat("sid")
+    assert manager.update_heartbeat(sid)
     assert manager.is_user_online("user")
 
 

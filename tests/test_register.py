@@ -345,25 +345,6 @@ def test_registrations_keep_the_index_from_expiring_though_nobody_beats(
     assert refreshed_ms > lifetime_ms - 60_000
 
 
-@pytest.mark.parametrize("interval_seconds", [30, 890, 6 * 60 * 60 - 400])
-def test_a_player_who_only_comes_back_never_falls_out(
-    make_manager: ManagerFactory, wait: Callable[[float], None], interval_seconds: int
-) -> None:
-    """Each on a new connection, for longer than any key lives, and nobody sends a heartbeat or is new."""
-    manager = make_manager(conn_ttl_seconds=6 * 60 * 60)
-    manager.register_connection("0", "user")
-    count = 150_000 // interval_seconds
-    for number in range(1, count + 1):
-        wait(interval_seconds)
-        assert [gone.sid for gone in manager.register_connection(str(number), "user").displaced] == [str(number - 1)]
-    wait(5 * 60 * 60)
-
-    connection = manager.get_connection(str(count))
-    assert connection is not None
-    assert manager.get_user_connection("user") == connection
-    assert manager.get_connection_count() == 1
-
-
 @pytest.mark.parametrize("sid", ["sid", "new"])
 def test_an_index_that_was_evicted_has_a_ttl_as_soon_as_it_is_there_again(
     manager: ConnectionManager, client: redis.Redis, namespace: str, sid: str
