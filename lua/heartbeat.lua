@@ -20,7 +20,7 @@ local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local epoch = ARGV[5] or ''
 
-local now_ms = string.sub(now_us, 1, -4)
+local now_ms = now_us:sub(1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 local silence_ms = last_seen and now_ms - last_seen
 if not silence_ms or silence_ms > conn_ttl_ms then

@@ -18,7 +18,7 @@ local last_seen_key = KEYS[1]
 local key_prefix, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local sids = {unpack(ARGV, 4)}
 
-local now_ms = string.sub(now_us, 1, -4)
+local now_ms = now_us:sub(1, -4)
 local now_number = tonumber(now_ms)
 local seen, seen_count, reply = {}, 0, {}
 -- One random number is enough for all.

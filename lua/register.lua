@@ -26,26 +26,27 @@ Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 
+local call = redis.call -- To look it up for each command takes a sixtieth of the whole.
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_prefix, sid, user_id, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local connections_per_user, reject_ms = ARGV[5] or '', ARGV[6] or ''
 local server, metadata, events = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
 
-local now_ms = string.sub(now_us, 1, -4)
+local now_ms = now_us:sub(1, -4)
 -- The last 16 characters of the key are the token of this call.
-local token, answer = string.sub(reply_key, -16), now_us
+local token, answer = reply_key:sub(-16), now_us
 
 -- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
-local list = redis.call('GET', user_conns_key)
+local list = call('GET', user_conns_key)
 local other, other_length, others, kept = nil, nil, nil, ''
 if list then
-  local colon = string.find(list, ':', 1, true)
-  other_length = string.sub(list, 1, colon - 1)
+  local colon = list:find(':', 1, true)
+  other_length = list:sub(1, colon - 1)
   local sid_end, kept_at = colon + other_length, nil
   if sid_end == #list then
-    other = string.sub(list, colon + 1)
-  elseif string.find(list, '=', sid_end + 1, true) == sid_end + 1 then
-    other, kept_at = string.sub(list, colon + 1, sid_end), sid_end + 2
+    other = list:sub(colon + 1)
+  elseif list:find('=', sid_end + 1, true) == sid_end + 1 then
+    other, kept_at = list:sub(colon + 1, sid_end), sid_end + 2
   else
     -- @include split_sids
     others, kept_at = split_sids(list)
@@ -53,16 +54,16 @@ if list then
   if kept_at and kept_at <= #list then
     -- @include is_recent
     if is_recent(list, kept_at, now_ms) then
-      if string.sub(list, kept_at, kept_at + 15) == token then
-        return string.sub(list, kept_at + 16)
+      if list:sub(kept_at, kept_at + 15) == token then
+        return list:sub(kept_at + 16)
       end
-      kept = string.sub(list, kept_at)
+      kept = list:sub(kept_at)
     end
   end
 end
 if not list or kept ~= '' then
   -- Only then may there be an answer with a key of its own: see keep_apart.
-  local earlier = redis.call('GET', reply_key)
+  local earlier = call('GET', reply_key)
   if earlier then
     return earlier
   end
@@ -72,8 +73,8 @@ end
 -- that is connected and goes since the newest wins. The writes tell whether it is that.
 local is_usual, other_score = not list, nil
 if other and other ~= sid and connections_per_user == '' and reject_ms == '' then
-  other_score = redis.call('ZSCORE', last_seen_key, other)
-  is_usual = other_score and not string.find(other_score, '-', 1, true)
+  other_score = call('ZSCORE', last_seen_key, other)
+  is_usual = other_score and not other_score:find('-', 1, true)
 end
 local record, game_id = nil, ''
 if is_usual then
@@ -85,13 +86,13 @@ if is_usual then
     record = make_record('', make_body(user_id, now_us, '', '', server, metadata))
   end
   -- GET: nothing, where nothing was there, costs less than OK.
-  is_usual = not redis.call('SET', conn_key, record, 'NX', 'GET', 'PX', key_lifetime_ms)
+  is_usual = not call('SET', conn_key, record, 'NX', 'GET', 'PX', key_lifetime_ms)
   if is_usual then
-    is_usual = redis.call('ZADD', last_seen_key, 'LT', 'CH', '-' .. now_us, '', now_ms, sid) == 2
+    is_usual = call('ZADD', last_seen_key, 'LT', 'CH', '-' .. now_us, '', now_ms, sid) == 2
     if not is_usual then
       -- Its epoch is not the largest, since the clock ran back, or the sid has a score, whose record was evicted: from
       -- here on it is a connection that is registered again.
-      redis.call('ZADD', last_seen_key, now_ms, sid)
+      call('ZADD', last_seen_key, now_ms, sid)
     end
   end
 end
@@ -99,14 +100,14 @@ end
 local stay, plan, other_record, other_game_id, other_server = '', nil, nil, nil, nil
 if is_usual and other then
   local other_key = key_prefix .. 'conn:' .. other
-  other_record = redis.call('GETDEL', other_key)
+  other_record = call('GETDEL', other_key)
   if other_record then
     -- Most have an epoch of 16 digits, then the user's id and no more, and are taken apart here: see split_record.
-    local colon = string.find(other_record, ':', 1, true)
-    local game_end = colon + string.sub(other_record, 1, colon - 1)
-    local epoch_end = string.find(other_record, ' ', game_end + 1, true)
-    if epoch_end == game_end + 17 and string.sub(other_record, epoch_end + 1) == user_id then
-      other_game_id, other_server = string.sub(other_record, colon + 1, game_end), ''
+    local colon = other_record:find(':', 1, true)
+    local game_end = colon + other_record:sub(1, colon - 1)
+    local epoch_end = other_record:find(' ', game_end + 1, true)
+    if epoch_end == game_end + 17 and other_record:sub(epoch_end + 1) == user_id then
+      other_game_id, other_server = other_record:sub(colon + 1, game_end), ''
     else
       -- @include split_owned
       other_game_id, other_server = split_owned(other_key, other_record, user_id, key_lifetime_ms)
@@ -120,7 +121,7 @@ elseif not is_usual then
   -- 3. Any other has a plan.
   -- @include next_epoch
   -- @include plan_registration
-  local epoch = next_epoch(redis.call('ZSCORE', last_seen_key, ''), now_us)
+  local epoch = next_epoch(call('ZSCORE', last_seen_key, ''), now_us)
   local conn_ttl_ms = key_lifetime_ms - 24 * 60 * 60 * 1000
   plan = plan_registration(
     key_prefix, last_seen_key, sid, user_id, others or {other}, now_ms, conn_ttl_ms,
@@ -139,7 +140,7 @@ elseif not is_usual then
     local _, _, _, its_epoch, its_connected_at, _, its_metadata = split_record(seat.record)
     metadata = metadata ~= '' and metadata or its_metadata
     if plan.own then
-      connected_at = its_connected_at ~= '' and its_connected_at or string.sub(its_epoch, 1, -4)
+      connected_at = its_connected_at ~= '' and its_connected_at or its_epoch:sub(1, -4)
     end
   end
   -- @include make_record
@@ -172,17 +173,17 @@ elseif not is_usual then
       drop_from_user(key_prefix, replaced.user_id, sid, key_lifetime_ms, now_ms)
     end
   end
-  redis.call('SET', conn_key, record, 'PX', key_lifetime_ms)
-  redis.call('ZADD', last_seen_key, '-' .. epoch, '', now_ms, sid)
+  call('SET', conn_key, record, 'PX', key_lifetime_ms)
+  call('ZADD', last_seen_key, '-' .. epoch, '', now_ms, sid)
   -- @include make_sids
   stay = make_sids(plan.stay, '')
   if game_id ~= '' then
     local game_conns_key = key_prefix .. 'game_conns:' .. game_id
-    redis.call('HSET', game_conns_key, sid, body)
-    redis.call('PEXPIRE', game_conns_key, key_lifetime_ms)
+    call('HSET', game_conns_key, sid, body)
+    call('PEXPIRE', game_conns_key, key_lifetime_ms)
   end
   if plan.own and plan.own.server ~= '' and plan.own.server ~= server then
-    redis.call('SREM', key_prefix .. 'server_conns:' .. plan.own.server, sid)
+    call('SREM', key_prefix .. 'server_conns:' .. plan.own.server, sid)
   end
 end
 if kept ~= '' then
@@ -191,7 +192,7 @@ if kept ~= '' then
 end
 -- Most sids are equally long, and to format a length takes longer than the rest.
 local sid_length = other and #other == #sid and other_length or #sid
-redis.call('SET', user_conns_key, stay .. sid_length .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
+call('SET', user_conns_key, stay .. sid_length .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
 
 -- 7. What is shared with others: the TTL of last_seen, and the server.
 local is_due = true
@@ -202,19 +203,19 @@ if other_game_id then
   is_due = random_number + (now_ms - other_score) / refresh_interval_ms >= 1
 end
 if is_due then
-  redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
+  call('PEXPIRE', last_seen_key, key_lifetime_ms)
 end
 if server ~= '' then
   -- @include is_replaced
   local server_conns_key = key_prefix .. 'server_conns:' .. server
-  redis.call('SADD', server_conns_key, sid)
-  redis.call('PEXPIRE', server_conns_key, key_lifetime_ms)
+  call('SADD', server_conns_key, sid)
+  call('PEXPIRE', server_conns_key, key_lifetime_ms)
   -- One that was taken for dead is known again: otherwise nobody would find its connections when it dies.
   local servers_key = key_prefix .. 'servers'
-  if redis.call('ZADD', servers_key, 'NX', now_ms, server) == 1 and is_replaced(servers_key, server) then
-    redis.call('ZADD', servers_key, '0', server)
+  if call('ZADD', servers_key, 'NX', now_ms, server) == 1 and is_replaced(servers_key, server) then
+    call('ZADD', servers_key, '0', server)
   end
-  redis.call('PEXPIRE', servers_key, key_lifetime_ms)
+  call('PEXPIRE', servers_key, key_lifetime_ms)
 end
 
 -- 8. The end of those that go, whose records and places in the user's list are gone already.

@@ -24,10 +24,10 @@ end
 redis.call('ZADD', last_seen_key, '-' .. epoch, '')
 redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
 for _, server in ipairs(redis.call('ZRANGE', servers_key, '(0', '+inf', 'BYSCORE')) do
-  if string.match(server, '^%d+:(.*)$') == server_id then
+  if server:match('^%d+:(.*)$') == server_id then
     redis.call('ZADD', servers_key, '0', server)
   end
 end
-redis.call('ZADD', servers_key, string.sub(now_us, 1, -4), epoch .. ':' .. server_id)
+redis.call('ZADD', servers_key, now_us:sub(1, -4), epoch .. ':' .. server_id)
 redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 return epoch

@@ -23,16 +23,16 @@ local function earlier_record(record)
   return make_record(game_id, make_body(user_id, epoch, connected_at, heartbeat_at, server, metadata))
 end
 for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
-  local kind = string.match(string.sub(key, #prefix + 1), '^[a-z_]+')
+  local kind = key:sub(#prefix + 1):match('^[a-z_]+')
   if kind == 'conn' then
     redis.call('SET', key, earlier_record(redis.call('GET', key)), 'KEEPTTL')
   elseif kind == 'user_conns' then
     -- Only the time that the kept answer begins with is looked at before it is given again.
     local list = redis.call('GET', key)
     local sids, kept_at = split_sids(list)
-    local kept = string.sub(list, kept_at)
+    local kept = list:sub(kept_at)
     if kept ~= '' then
-      kept = string.sub(kept, 1, 16) .. earlier(string.sub(kept, 17, 32), 1000) .. string.sub(kept, 33)
+      kept = kept:sub(1, 16) .. earlier(kept:sub(17, 32), 1000) .. kept:sub(33)
       redis.call('SET', key, make_sids(sids, kept), 'KEEPTTL')
     end
   elseif kind == 'game_conns' then

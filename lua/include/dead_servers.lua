@@ -8,7 +8,7 @@ local function dead_servers(servers_key, server_id, now, server_threshold_ms)
   end
   local starts = {}
   for _, server in ipairs(redis.call('ZRANGE', servers_key, '0', '-1')) do
-    if #starts < 100 and string.match(server, '^%d+:(.*)$') == server_id then
+    if #starts < 100 and server:match('^%d+:(.*)$') == server_id then
       starts[#starts + 1] = server
     end
   end

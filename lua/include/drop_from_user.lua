@@ -14,10 +14,10 @@ local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now)
     end
   end
   if #sids > 0 then
-    redis.call('SET', user_conns_key, make_sids(sids, string.sub(list, kept_at)), 'PX', key_lifetime_ms)
+    redis.call('SET', user_conns_key, make_sids(sids, list:sub(kept_at)), 'PX', key_lifetime_ms)
   elseif list then
     if is_recent(list, kept_at, now) then
-      keep_apart(key_prefix, string.sub(list, kept_at))
+      keep_apart(key_prefix, list:sub(kept_at))
     end
     redis.call('DEL', user_conns_key)
   end

@@ -2,5 +2,5 @@
 -- that is recent (see is_recent) may be asked for. So while this key is there, the list is gone or has a newer answer:
 -- a register that finds a list without a recent answer need not look for the key.
 local function keep_apart(key_prefix, kept)
-  redis.call('SET', key_prefix .. 'reply:' .. string.sub(kept, 1, 16), string.sub(kept, 17), 'PX', '60000')
+  redis.call('SET', key_prefix .. 'reply:' .. kept:sub(1, 16), kept:sub(17), 'PX', '60000')
 end

@@ -1,3 +1,3 @@
 -- The server's clock in whole milliseconds, the unit of every time that is stored, as the text that commands take.
 local clock = redis.call('TIME')
-local now_ms = clock[1] .. string.sub('00000' .. clock[2], -6, -4)
+local now_ms = clock[1] .. ('00000' .. clock[2]):sub(-6, -4)

@@ -5,21 +5,21 @@
 -- The epoch, the order of all registrations, is a time in us, so connected_at stands there only where it differs: the
 -- sid was registered again, or the clock ran back. The last heartbeat stands there of a detached connection only.
 local function split_record(record)
-  local colon = string.find(record, ':', 1, true)
-  local game_end = colon + string.sub(record, 1, colon - 1)
-  local game_id = string.sub(record, colon + 1, game_end)
-  local epoch, user_at = string.match(record, '^(%d+) ()', game_end + 1)
+  local colon = record:find(':', 1, true)
+  local game_end = colon + record:sub(1, colon - 1)
+  local game_id = record:sub(colon + 1, game_end)
+  local epoch, user_at = record:match('^(%d+) ()', game_end + 1)
   if epoch then
-    return game_id, string.sub(record, user_at), '', epoch, '', '', ''
+    return game_id, record:sub(user_at), '', epoch, '', '', ''
   end
   local more, payload
-  epoch, more, payload = string.match(record, '^(%d+)(%S+) (.*)$', game_end + 1)
-  local connected_at, heartbeat_at, user, server = string.match(more .. ':::', '^:(%d*):(%d*):(%d*):(%d*)')
+  epoch, more, payload = record:match('^(%d+)(%S+) (.*)$', game_end + 1)
+  local connected_at, heartbeat_at, user, server = (more .. ':::'):match('^:(%d*):(%d*):(%d*):(%d*)')
   if user == '' then
     return game_id, payload, '', epoch, connected_at, heartbeat_at, ''
   end
   local user_end = tonumber(user)
   local server_end = user_end + server
-  return game_id, string.sub(payload, 1, user_end), string.sub(payload, user_end + 1, server_end),
-    epoch, connected_at, heartbeat_at, string.sub(payload, server_end + 1)
+  return game_id, payload:sub(1, user_end), payload:sub(user_end + 1, server_end),
+    epoch, connected_at, heartbeat_at, payload:sub(server_end + 1)
 end

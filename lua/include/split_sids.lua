@@ -4,12 +4,12 @@
 local function split_sids(list)
   local sids, position = {}, 1
   while list and position <= #list do
-    local length, first = string.match(list, '^(%d+):()', position)
+    local length, first = list:match('^(%d+):()', position)
     if not length then
       return sids, position + 1
     end
     position = first + length
-    sids[#sids + 1] = string.sub(list, first, position - 1)
+    sids[#sids + 1] = list:sub(first, position - 1)
   end
   return sids, position
 end
