@@ -23,6 +23,7 @@ from presence.operations import (
     Exchange,
     Operation,
     Operations,
+    RepeatedCleanup,
     as_sent,
     check_operations,
     clean_up,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from presence.operations import Displacement, EventsMode
-    from presence.replies import CleanupBatch
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
 logger = logging.getLogger("presence")
@@ -670,7 +670,8 @@ class ConnectionManager:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
-        run it. A fault, of the server or of ``on_removed``, is logged and does not end it. A cancellation waits until
+        run it. A fault, of the server or of ``on_removed``, is logged and does not end it. After an outage in which all
+        connections have come to look stale, it lets a heartbeat of everyone come first. A cancellation waits until
         ``on_removed`` has the batch under way; only the end of the event loop itself can lose that.
 
         Args:
@@ -684,9 +685,8 @@ class ConnectionManager:
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         arguments.check_callback("on_removed", on_removed, is_awaited=True)
-        describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
-        describe_batch()  # A bad threshold is refused here, not in the background.
-        return self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed), self._closes)
+        cleanup = RepeatedCleanup(self.operations, interval, threshold_seconds)
+        return self._repeat(lambda: self._clean_up_batch(cleanup, on_removed), self._closes)
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
         """Beat for this game server at once and then again and again, until the manager is closed.
@@ -746,16 +746,17 @@ class ConnectionManager:
 
     async def _clean_up_batch(
         self,
-        batch: Operation[CleanupBatch],
-        interval: float,
+        cleanup: RepeatedCleanup,
         on_removed: Callable[[CleanupResult], Awaitable[object]] | None,
     ) -> float:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
-            done = await self._run(batch)
+            done = await self._run(cleanup.next())
         except PresenceError as error:
-            logger.warning(CLEANUP_FAILED, interval, error)
-            return interval
+            pause = cleanup.fail()
+            logger.warning(CLEANUP_FAILED, pause, error)
+            return pause
+        pause = cleanup.succeed(done)
         if on_removed is not None and (done.removed or done.detached):
             try:
                 handled: object = on_removed(CleanupResult(done.removed, None, done.detached))
@@ -763,7 +764,7 @@ class ConnectionManager:
                     await handled
             except Exception:
                 logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
-        return interval if done.is_last else 0
+        return pause
 
     async def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.

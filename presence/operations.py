@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 from redis.exceptions import NoScriptError
@@ -707,6 +708,51 @@ def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[
         detached += done.detached
         if done.is_last:
             return CleanupResult(tuple(removed), None, tuple(detached))
+
+
+class RepeatedCleanup:
+    """What a ``run_cleanup`` sends next, and how many seconds it pauses after the answer or the fault.
+
+    A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before, and
+    what it removed is still reported. While no batch comes through, no heartbeat may either: when that has lasted so
+    long that all look stale, the next one waits until the server answers, and then for a heartbeat of everyone.
+    """
+
+    def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
+        self._operations = operations
+        self._interval = interval
+        self._threshold_seconds = threshold_seconds
+        self._batch = operations.cleanup_batch(threshold_seconds)
+        self._has_failed = self._only_asks = False
+        self._cleaned_at = monotonic()
+        # Game servers look dead after three heartbeats, whatever the threshold.
+        heartbeats = HEARTBEATS_UNTIL_STALE * operations.heartbeat_seconds
+        shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
+        self._harmless_seconds = shortest - operations.heartbeat_seconds
+
+    def next(self) -> Operation[CleanupBatch]:
+        """Give the operation to send."""
+        seconds = monotonic() - self._cleaned_at
+        # With a threshold below a heartbeat, cleanup does not go by heartbeats.
+        self._only_asks = self._has_failed and 0 < self._harmless_seconds <= seconds
+        if not self._only_asks:
+            return self._batch
+        count = self._operations.get_connection_count()
+        return Operation(count.script, count.keys, count.arguments, lambda _: CleanupBatch((), is_last=True))
+
+    def fail(self) -> float:
+        """Give the seconds to pause after a fault."""
+        self._has_failed = True
+        return self._interval
+
+    def succeed(self, done: CleanupBatch) -> float:
+        """Give the seconds to pause after an answer, none when there is more to remove."""
+        self._has_failed = False
+        if self._only_asks:
+            return self._operations.heartbeat_seconds
+        self._batch = self._operations.cleanup_batch(self._threshold_seconds)
+        self._cleaned_at = monotonic()
+        return self._interval if done.is_last else 0
 
 
 def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:

@@ -25,6 +25,7 @@ from presence.operations import (
     Exchange,
     Operation,
     Operations,
+    RepeatedCleanup,
     as_sent,
     check_operations,
     clean_up,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from presence.operations import Displacement, EventsMode
-    from presence.replies import CleanupBatch
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
 logger = logging.getLogger("presence")
@@ -646,8 +646,9 @@ class ConnectionManager:
         """Clean up again and again, until the manager is closed; run it in a background thread.
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
-        fleet may run it. A fault, of the server or of ``on_removed``, is logged and does not end it. On a manager that
-        is closed already it ends at once, and logs an error: it may have been closed before the thread began.
+        fleet may run it. A fault, of the server or of ``on_removed``, is logged and does not end it. After an outage in
+        which all connections have come to look stale, it lets a heartbeat of everyone come first. On a manager that is
+        closed already it ends at once, and logs an error: it may have been closed before the thread began.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
@@ -660,9 +661,8 @@ class ConnectionManager:
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         arguments.check_callback("on_removed", on_removed, is_awaited=False)
-        describe_batch = partial(self.operations.cleanup_batch, threshold_seconds)
-        describe_batch()  # A bad threshold is refused here, not in the background.
-        self._repeat(lambda: self._clean_up_batch(describe_batch(), interval, on_removed))
+        cleanup = RepeatedCleanup(self.operations, interval, threshold_seconds)
+        self._repeat(lambda: self._clean_up_batch(cleanup, on_removed))
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> None:
         """Beat for this game server at once and then again and again, until the manager is closed.
@@ -718,22 +718,23 @@ class ConnectionManager:
 
     def _clean_up_batch(
         self,
-        batch: Operation[CleanupBatch],
-        interval: float,
+        cleanup: RepeatedCleanup,
         on_removed: Callable[[CleanupResult], object] | None,
     ) -> float:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
-            done = self._run(batch)
+            done = self._run(cleanup.next())
         except PresenceError as error:
-            logger.warning(CLEANUP_FAILED, interval, error)
-            return interval
+            pause = cleanup.fail()
+            logger.warning(CLEANUP_FAILED, pause, error)
+            return pause
+        pause = cleanup.succeed(done)
         if on_removed is not None and (done.removed or done.detached):
             try:
                 on_removed(CleanupResult(done.removed, None, done.detached))
             except Exception:
                 logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
-        return interval if done.is_last else 0
+        return pause
 
     def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.

@@ -16,7 +16,7 @@ import presence.sync
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
-from tests.fault_proxy import BOUND_SECONDS
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.server import free_port
 from tests.test_cleanup import register_many
 from tests.test_faults import wait_until
@@ -99,6 +99,10 @@ def scripts_run(client: redis.Redis) -> int:
     return int(evalsha["calls"]) - int(evalsha["failed_calls"])
 
 
+def sids_of(result: CleanupResult) -> list[str]:
+    return [connection.sid for connection in result.removed]
+
+
 @pytest.fixture
 def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
     """A plain client of the test's own server, to count what that runs."""
@@ -154,6 +158,56 @@ class TestRunCleanup:
                 assert not background.is_closed.wait(A_MOMENT)
             finally:
                 may_go_on.set()
+
+    def test_after_a_long_outage_lets_the_heartbeats_come_first(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        reported: list[str] = []
+        with (
+            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager,
+            Proxy(own_server.port) as proxy,
+        ):
+            manager.register_connection("there", "user-1")
+            manager.register_connection("gone", "user-2")
+            background = Background(kind, proxy.url, heartbeat_seconds=1, **one_attempt(kind))
+            with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
+                wait_until(lambda: scripts_run(own_client) >= 3)
+                proxy.fates = [Fate.LOSE_REQUEST] * 1000
+                time.sleep(3.1)
+                own_client.config_resetstat()
+                proxy.fates.clear()
+                wait_until(lambda: scripts_run(own_client) == 1)  # It has seen that the server answers again.
+                assert manager.update_heartbeat("there")
+                wait_until(lambda: reported)
+        assert reported == ["gone"]
+
+    def test_after_a_short_outage_goes_on_at_once(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        reported: list[str] = []
+        with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
+            manager.register_connection("sid", "user")
+            let_time_pass(own_client, "presence", 91)
+            proxy.fates = [Fate.LOSE_REQUEST]
+            background = Background(kind, proxy.url, **one_attempt(kind))
+            with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
+                wait_until(lambda: reported)
+        assert reported == ["sid"]
+
+    def test_reports_what_a_batch_removed_whose_reply_was_lost(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        reported: list[str] = []
+        with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
+            manager.register_connection("sid", "user")
+            assert not manager.cleanup_stale_connections()  # The server has the script now.
+            let_time_pass(own_client, "presence", 91)
+            own_client.config_resetstat()
+            proxy.fates = [Fate.LOSE_REPLY]
+            background = Background(kind, proxy.url, **one_attempt(kind))
+            with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
+                wait_until(lambda: scripts_run(own_client) >= 3)
+        assert reported == ["sid"]
 
 
 @both_managers
