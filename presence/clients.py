@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from inspect import signature
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -44,6 +47,7 @@ _QUOTING = {
     "netloc ": "a character before the path is not allowed there",
 }
 """How the errors begin that quote what may be a password, and what is said instead."""
+_QUOTING_HINT = "special characters in a password must be percent-encoded"
 
 MAX_CONNECTIONS = 64
 """Connections of one manager's pool. Operations beyond it wait for a free one instead of failing."""
@@ -115,9 +119,7 @@ def parse(url: str) -> Address:
     except ValueError as error:
         for beginning, problem in _QUOTING.items():
             if str(error).startswith(beginning):
-                raise ValueError(
-                    f"url is malformed: {problem}; special characters in a password must be percent-encoded"
-                ) from None
+                raise ValueError(f"url is malformed: {problem}; {_QUOTING_HINT}") from None
         raise ValueError(f"url is malformed: {error}") from error
     return Address(url)
 
@@ -174,7 +176,7 @@ def _parse_database(text: str) -> int:
     # redis-py would take another database, 0, for a number that it cannot read.
     if not re.fullmatch(r"\d*", text, re.ASCII):
         # It is not quoted: it may be half a password.
-        raise ValueError("the database is no number; special characters in a password must be percent-encoded")
+        raise ValueError(f"the database is no number; {_QUOTING_HINT}")
     return int(text or 0)
 
 
@@ -185,6 +187,43 @@ def _check_host(host: str) -> None:
     except UnicodeError:
         # It is not quoted: it may be half a password.
         raise ValueError("a host is no host name: a part of it is empty or too long") from None
+
+
+def check_options(address: Address, given: dict[str, Any], module: Any, manager: type) -> None:
+    """Refuse what no client of this module of redis-py takes; perhaps an option of the manager was meant.
+
+    redis-py itself would do so on first use, perhaps in a background task, and its blocking cluster client never.
+    """
+    if "connection_class" in given or "connection_pool_class" in given:
+        return  # The caller's own class may take more.
+    known = {*_options_of(module), *signature(manager).parameters}
+    in_url = redis.connection.parse_url(address.url) if address.deployment == "server" else address.options
+    for name in (*given, *in_url):
+        if name not in known:
+            meant = get_close_matches(name, known, 1)
+            if name in given:
+                raise TypeError(
+                    f"from_url() has no option {name!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+                )
+            # It is not quoted: it may be a part of a password.
+            hint = f"did you mean {meant[0]!r}?" if meant else _QUOTING_HINT
+            raise ValueError(f"url is malformed: an option in it does not exist; {hint}")
+
+
+@cache
+def _options_of(module: Any) -> frozenset[str]:
+    """Name the options of a module's clients, pools and connections, which hand on those of their base classes."""
+    connections = module.connection
+    kinds = (
+        module.RedisCluster,
+        module.sentinel.Sentinel,
+        module.BlockingConnectionPool,
+        connections.Connection,
+        connections.SSLConnection,
+        connections.UnixDomainSocketConnection,
+    )
+    classes = {base for kind in kinds for base in kind.__mro__ if "__init__" in vars(base)}
+    return frozenset({"ssl"}.union(*(signature(base.__init__).parameters for base in classes)))
 
 
 def not_a_client(given: object, module: str) -> str:

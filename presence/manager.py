@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import redis.asyncio
 from redis.asyncio import Redis, RedisCluster
 
 from presence import arguments, clients
@@ -195,14 +196,14 @@ class ConnectionManager:
             server_grace_seconds: see the class.
             events: see the class.
             events_max_length: see the class.
-            client_options: more options for redis-py's client, over the defaults of presence. redis-py checks them when
-                it connects: an unknown one is a TypeError of the first operation.
+            client_options: more options for redis-py's client, over the defaults of presence. Their values redis-py
+                checks when it connects.
 
         Returns:
             The manager; close it with ``aclose()`` or use it as ``async with``.
 
         Raises:
-            TypeError: an argument has the wrong type.
+            TypeError: an argument has the wrong type, or there is no such option.
             ValueError: an argument is out of its bounds, or the URL is malformed.
 
         """
@@ -218,6 +219,7 @@ class ConnectionManager:
             events_max_length=events_max_length,
         )
         manager._address = clients.parse(url)
+        clients.check_options(manager._address, client_options, redis.asyncio, cls)
         manager._client_options = client_options
         return manager
 

@@ -418,6 +418,7 @@ class TestAUrl:
             "redis+cluster://user:half/secret@localhost",
             "redis://:half\N{ACCOUNT OF}secret@localhost",
             "redis+sentinel://:half\N{ACCOUNT OF}secret@localhost/service",
+            "redis://:secret?half=secret@localhost",
         ],
     )
     def test_that_is_wrong_shows_nothing_of_a_password(self, manager_type: Any, url: str) -> None:
@@ -429,6 +430,20 @@ class TestAUrl:
     def test_that_is_no_text_is_refused(self, manager_type: Any, url: Any) -> None:
         with pytest.raises(TypeError, match="url must be a str"):
             manager_type.from_url(url)
+
+    @pytest.mark.parametrize("url", ["redis://one", "redis+sentinel://one/two", "redis+cluster://one"])
+    def test_with_an_option_that_does_not_exist_is_refused(self, manager_type: Any, url: str) -> None:
+        with pytest.raises(TypeError, match="no option 'server_grace_second'; did you mean 'server_grace_seconds'"):
+            manager_type.from_url(url, server_grace_second=60)
+        with pytest.raises(TypeError, match="no option 'socket_timeouts'; did you mean 'socket_timeout'"):
+            manager_type.from_url(url, socket_timeouts=60)
+        with pytest.raises(TypeError, match=r"no option 'colour'$"):
+            manager_type.from_url(url, colour="red")
+        with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'socket_timeout'"):
+            manager_type.from_url(f"{url}?socket_timeouts=60")
+
+    def test_with_a_class_of_connections_of_the_callers_may_have_any_option(self, manager_type: Any) -> None:
+        assert manager_type.from_url("redis://one", connection_class=object, colour="red")
 
     @pytest.mark.parametrize("scheme", clients.SCHEMES)
     def test_that_leads_nowhere_is_accepted_until_it_is_used(self, manager_type: Any, scheme: str) -> None:
