@@ -2,7 +2,7 @@
 --[[
 Tell of several users which have a connection that was seen within the threshold, or within the TTL if that is shorter.
 
-KEYS  last_seen
+KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_prefix, threshold_ms, conn_ttl_ms, user_ids (at most 100)
 Reply {1 or 0, … for each user}
 Cost  O(M) for each user, M = connections of the user, one by default

@@ -2,7 +2,7 @@
 --[[
 Read the connections in each of several games, all at one moment.
 
-KEYS  last_seen
+KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_prefix, game_ids (at most 10)
 Reply {now ms, for each game what get_game replies, without now ms}
 Cost  O(M) for each game, M = connections in the game

@@ -2,7 +2,7 @@
 --[[
 Read the active connection of each of several users: of the live ones, the one that registered last.
 
-KEYS  last_seen
+KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_prefix, conn_ttl_ms, user_ids (at most 100)
 Reply {now ms, sid, record (see split_record) and score (see find_record) of each user's, or '', '' and '' when the user
       has no live connection}

@@ -4,7 +4,7 @@ Mark many connections as seen now and keep every key that they live in from expi
 
 The TTLs are refreshed by chance, as heartbeat does.
 
-KEYS  last_seen
+KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_prefix, conn_ttl_ms, key_lifetime_ms, sids (at most 100)
 Reply {position of a sid, 0 unknown | -1 expired | -2 detached, … for each that was not seen}
 Cost  O(log N) for each sid, N = connections in the namespace

@@ -136,7 +136,7 @@ HEARTBEAT = scripts.load(
     arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "epoch"),
 )
 HEARTBEATS = scripts.load(
-    "heartbeats", keys=("last_seen",), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
+    "heartbeats", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
 )
 CLEANUP = scripts.load(
     "cleanup",
@@ -161,13 +161,15 @@ START_SERVER = scripts.load(
 SERVER_HEARTBEAT = scripts.load("server_heartbeat", keys=("servers",), arguments=("server", "key_lifetime_ms"))
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
 GET_USERS_CONNECTIONS = scripts.load(
-    "get_users_connections", keys=("last_seen",), arguments=("key_prefix", "conn_ttl_ms", "user_ids")
+    "get_users_connections", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "user_ids")
 )
 ARE_USERS_ONLINE = scripts.load(
-    "are_users_online", keys=("last_seen",), arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "user_ids")
+    "are_users_online",
+    keys=("last_seen", "absent"),
+    arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "user_ids"),
 )
 GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=())
-GET_GAMES = scripts.load("get_games", keys=("last_seen",), arguments=("key_prefix", "game_ids"))
+GET_GAMES = scripts.load("get_games", keys=("last_seen", "absent"), arguments=("key_prefix", "game_ids"))
 GET_GAME_SNAPSHOT = scripts.load("get_game_snapshot", keys=("game_conns", "last_seen", "events"), arguments=())
 GET_CONNECTION_COUNT = scripts.load("get_connection_count", keys=("last_seen",), arguments=("conn_ttl_ms",))
 GET_GAME_CONNECTION_COUNT = scripts.load(
@@ -270,6 +272,9 @@ class Operations:
         self._prefix = f"{{{self.namespace}}}:".encode()
         self.last_seen_key = self._prefix + b"last_seen"
         self._servers_key = self._prefix + b"servers"
+        # With one of its keys there and one not, a cluster's node answers TRYAGAIN while it moves the slot: otherwise a
+        # script would run where records that it names itself are missing.
+        self._bulk_keys = (self.last_seen_key, self._prefix + b"absent")
         self.events_key = self._prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
@@ -447,7 +452,7 @@ class Operations:
             raise ValueError(f"sids must be 1 to {self._heartbeat_batch_size} ids, not {len(sids_bytes)}")
         return Operation(
             HEARTBEATS,
-            (self.last_seen_key,),
+            self._bulk_keys,
             (self._prefix, self._conn_ttl_ms, self._key_lifetime_ms, *sids_bytes),
             lambda reply: parse_heartbeats(len(sids_bytes), reply),
         )
@@ -488,7 +493,7 @@ class Operations:
         users = self._users_of_one_script(name, user_ids)
         return Operation(
             GET_USERS_CONNECTIONS,
-            (self.last_seen_key,),
+            self._bulk_keys,
             (self._prefix, self._conn_ttl_ms, *users),
             lambda reply: select(parse_users(reply)),
         )
@@ -518,7 +523,7 @@ class Operations:
         users = self._users_of_one_script(name, user_ids)
         return Operation(
             ARE_USERS_ONLINE,
-            (self.last_seen_key,),
+            self._bulk_keys,
             (self._prefix, self._stale_ms, self._conn_ttl_ms, *users),
             parse,
         )
@@ -547,7 +552,7 @@ class Operations:
                 for game_id, of_game in zip(game_ids, members, strict=True)
             ]
 
-        return Operation(GET_GAMES, (self.last_seen_key,), (self._prefix, *games), parse)
+        return Operation(GET_GAMES, self._bulk_keys, (self._prefix, *games), parse)
 
     def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
         """Describe the snapshot of any number of games, in scripts of bounded size."""

@@ -19,7 +19,9 @@ import redis.asyncio
 import presence
 import presence.sync
 from presence import clients
+from presence.operations import ARE_USERS_ONLINE, GET_GAMES, GET_USERS_CONNECTIONS, HEARTBEATS
 from presence.scripts import lua_folder
+from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Proxy
@@ -514,6 +516,19 @@ class TestEventsAcrossAFailoverBySentinel:
             assert events.next().connection.sid == "sid 2"
 
 
+class Migration:
+    """The keys of a slot that is being moved; a call moves some of them."""
+
+    def __init__(self, source: Any, port: int, keys: list[str]) -> None:
+        self.keys = keys
+        self._source = source
+        self._port = port
+
+    def __call__(self, keys: list[str]) -> None:
+        if keys:
+            self._source.migrate("127.0.0.1", self._port, keys, 0, BOUND_SECONDS * 1000)
+
+
 class Cluster:
     """Two nodes, each with half of the slots."""
 
@@ -563,13 +578,21 @@ class Cluster:
 
     def migrate(self, slot: int, node: int) -> None:
         """Move a slot with its keys to a node, as the cluster's own tools do."""
+        with self.migrating(slot, node):
+            pass
+
+    @contextmanager
+    def migrating(self, slot: int, node: int) -> Iterator[Migration]:
+        """Move a slot to a node key by key; what was not moved inside the block is moved in the end."""
         to, source = self.clients[node], self.clients[1 - node]
         to.cluster("SETSLOT", slot, "IMPORTING", source.cluster("MYID"))
         source.cluster("SETSLOT", slot, "MIGRATING", to.cluster("MYID"))
-        keys = source.cluster("GETKEYSINSLOT", slot, 1000)
-        if keys:
-            source.migrate("127.0.0.1", self.nodes[node].port, keys, 0, BOUND_SECONDS * 1000)
-        self.move(slot, node)
+        migration = Migration(source, self.nodes[node].port, source.cluster("GETKEYSINSLOT", slot, 1000))
+        try:
+            yield migration
+        finally:
+            migration(source.cluster("GETKEYSINSLOT", slot, 1000))
+            self.move(slot, node)
 
     def forget_everything(self) -> None:
         for client in self.clients:
@@ -686,6 +709,39 @@ class TestCluster:
                 cluster.clients[1].flushall()
         finally:
             cluster.move(slot, node=0)
+
+    @pytest.mark.parametrize("moved_first", ["last_seen", "the records"])
+    def test_while_a_slot_moves_key_by_key_no_call_answers_from_half_of_them(
+        self, make_manager: ManagerFactory, cluster: Cluster, at_once: dict[str, Any], moved_first: str
+    ) -> None:
+        manager = make_manager(cluster.url, namespace="one", **at_once)
+        sids, users = [f"sid-{number}" for number in range(20)], [f"user-{number}" for number in range(20)]
+        for sid, user_id in zip(sids, users, strict=True):
+            manager.register_connection(sid, user_id)
+            manager.join_game(sid, "game")
+        let_time_pass(cluster.clients[0], "one", 1000)  # The next heartbeat refreshes the TTLs of what it finds.
+        bulk: dict[str, tuple[Any, ...]] = {
+            "update_heartbeats": (sids,),
+            "are_users_online": (users,),
+            "is_user_online": ("user-1",),
+            "get_users_connections": (users,),
+            "get_user_connection": ("user-1",),
+            "get_games_connections": (["game"],),
+        }
+        for client in cluster.clients:
+            for script in (HEARTBEATS, ARE_USERS_ONLINE, GET_USERS_CONNECTIONS, GET_GAMES):
+                client.script_load(script.source)
+        with cluster.migrating(cluster.slot("one"), node=1) as move:
+            is_record = [key != "{one}:last_seen" for key in move.keys]
+            move(
+                [key for key, later in zip(move.keys, is_record, strict=True) if later != (moved_first == "last_seen")]
+            )
+            for name, given in bulk.items():
+                with pytest.raises(presence.PresenceError):
+                    getattr(manager, name)(*given)
+        assert all(manager.update_heartbeats(sids).values())
+        assert manager.get_connection_count() == manager.get_game_connection_count("game") == 20
+        cluster.migrate(cluster.slot("one"), node=0)
 
     @pytest.mark.parametrize("mode", ["pubsub", "stream"])
     def test_events_arrive_from_the_node_of_their_namespace(
