@@ -25,7 +25,7 @@ from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 ENVIRONMENT_VARIABLES = ("PRESENCE_REDIS_URL", "REDIS_URL")
 DEFAULT_URL = "redis://localhost:6379/0"
@@ -53,7 +53,7 @@ MAX_CONNECTIONS = 64
 """Connections of one manager's pool. Operations beyond it wait for a free one instead of failing."""
 
 MAX_CLUSTER_CONNECTIONS = 10_000
-"""Connections to one node from an asyncio cluster client: one for each operation that is under way."""
+"""Connections to one node from a cluster client: one for each operation that is under way."""
 
 RETRIES = 6
 """Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
@@ -66,6 +66,10 @@ RETRYING_SECONDS = 40
 had. The answers are kept for a minute: the rest of it is for the last attempt to connect, which asks the sentinels,
 opens the socket, greets, and has a timeout of 5 seconds for each.
 """
+
+
+CLUSTER_RETRIES = 10
+"""The same for a cluster, 3.3 to 6.6 seconds: a node refuses all for two seconds more after its restart."""
 
 
 def default_url() -> str:
@@ -269,6 +273,50 @@ def _backoff() -> EqualJitterBackoff:
     return EqualJitterBackoff(base=0.05, cap=1)
 
 
+def tries_again(address: Address, given: dict[str, Any]) -> bool:
+    """Tell whether the manager sends calls again; else the client does, as its own policy says."""
+    return address.deployment == "cluster" and "retry" not in given
+
+
+def cluster_pauses() -> Iterator[float]:
+    """Give the seconds to wait before each further attempt on a cluster; redis-py's clients would not wait at all."""
+    backoff, end = _backoff(), monotonic() + RETRYING_SECONDS
+    for failures in range(1, CLUSTER_RETRIES + 1):
+        if monotonic() > end:
+            return
+        yield backoff.compute(failures)
+
+
+def passing_faults(replies: Sequence[Any]) -> list[int]:
+    """Give the places of a cluster's replies that are faults which may pass: nodes that are away, slots that move."""
+    return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _may_pass(reply)]
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, redis.exceptions.RedisClusterException) and error.__cause__:
+        return _may_pass(error.__cause__)  # It could not read the layout.
+    return isinstance(error, _PASSING) and not isinstance(error, _LASTING)
+
+
+_PASSING = (
+    OSError,
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.ClusterError,
+    redis.exceptions.SlotNotCoveredError,
+    redis.exceptions.AskError,
+    redis.exceptions.TryAgainError,
+)
+_LASTING = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
+
+
+def cluster_fault(error: AttributeError) -> redis.exceptions.ClusterError:
+    """Name what redis-py's cluster clients meet of a node that they do not know yet, or that is closed under a call."""
+    fault = redis.exceptions.ClusterError("a node came or went during the call")
+    fault.__cause__ = error
+    return fault
+
+
 class _TimelyRetry(redis.retry.Retry):
     """Gives up in time, too; redis-py only counts, and tries to connect as often again within each attempt to send.
 
@@ -344,28 +392,33 @@ def _sentinel_options(address: Address, options: dict[str, Any], retry: object) 
     return {"retry": retry} | shared | address.sentinel_options
 
 
+def _cluster_options(options: dict[str, Any], address: Address, given: dict[str, Any]) -> dict[str, Any]:
+    options = {name: value for name, value in options.items() if name != "retry_on_error"}
+    # redis-py's asyncio client has no pool that waits, and into one its blocking client may put another node's
+    # connections, which two calls would then read from. So beyond the limit an operation fails.
+    if "max_connections" not in address.options | given:
+        options["max_connections"] = MAX_CLUSTER_CONNECTIONS
+    return options
+
+
 def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | redis.RedisCluster:
     """Make the blocking client of an address; ``given`` are options for redis-py."""
     if address.deployment == "server":
         # Not by the pool's from_url, in which the URL's options would win over the caller's.
         given = {**redis.connection.parse_url(address.url), **given}
-    options = _options(address, given, _TimelyRetry(_backoff(), RETRIES))
+    once = redis.retry.Retry(NoBackoff(), 0)
+    is_cluster = address.deployment == "cluster"  # Its retries are the manager's: see cluster_pauses.
+    options = _options(address, given, once if is_cluster else _TimelyRetry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
-            once = _sentinel_options(address, options, redis.retry.Retry(NoBackoff(), 0))
+            asking = _sentinel_options(address, options, once)
             options["connection_class"] = _SentinelTLSConnection if options.pop("ssl", False) else _SentinelConnection
-            sentinel = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=once, **options)
+            sentinel = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=asking, **options)
             client: redis.Redis = sentinel.master_for(address.service_name, connection_pool_class=_SentinelPool)
             return client
         case "cluster":
             nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
-            del options["retry_on_error"]
-            # redis-py heeds the class of the pool only where it has a URL too, which then must say whether to use TLS.
-            options.setdefault("connection_pool_class", redis.BlockingConnectionPool)
-            url = "rediss://{}:{}" if options.pop("ssl", False) else "redis://{}:{}"
-            host, port = address.hosts[0]
-            url = url.format(f"[{host}]" if ":" in host else host, port)
-            return redis.RedisCluster(url=url, startup_nodes=nodes, **options)
+            return redis.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
     return redis.Redis.from_pool(redis.BlockingConnectionPool(**options))
 
 
@@ -373,23 +426,21 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
     """Make the asyncio client of an address; ``given`` are options for redis-py."""
     if address.deployment == "server":
         given = {**redis.asyncio.connection.parse_url(address.url), **given}
-    options = _options(address, given, redis.asyncio.retry.Retry(_backoff(), RETRIES))
+    once = redis.asyncio.retry.Retry(NoBackoff(), 0)
+    is_cluster = address.deployment == "cluster"  # Its retries are the manager's: see cluster_pauses.
+    options = _options(address, given, once if is_cluster else redis.asyncio.retry.Retry(_backoff(), RETRIES))
     match address.deployment:
         case "sentinel":
-            once = _sentinel_options(address, options, redis.asyncio.retry.Retry(NoBackoff(), 0))
+            asking = _sentinel_options(address, options, once)
             options["connection_class"] = (
                 _AsyncSentinelTLSConnection if options.pop("ssl", False) else AsyncSentinelConnection
             )
-            sentinel = redis.asyncio.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=once, **options)
+            sentinel = redis.asyncio.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=asking, **options)
             client: redis.asyncio.Redis = sentinel.master_for(
                 address.service_name, connection_pool_class=_AsyncSentinelPool
             )
             return client
         case "cluster":
             nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in address.hosts]
-            del options["retry_on_error"]
-            # This client cannot let an operation wait for a free connection: beyond the limit it would fail.
-            if "max_connections" not in address.options | given:
-                options["max_connections"] = MAX_CLUSTER_CONNECTIONS
-            return redis.asyncio.RedisCluster(startup_nodes=nodes, **options)
+            return redis.asyncio.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
     return redis.asyncio.Redis.from_pool(redis.asyncio.BlockingConnectionPool(**options))

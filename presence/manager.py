@@ -15,6 +15,7 @@ from redis.asyncio import Redis, RedisCluster
 from presence import arguments, clients
 from presence.errors import FAULTS, PresenceError
 from presence.operations import (
+    AS_BYTES,
     CLEANUP_FAILED,
     ON_REMOVED_FAILED,
     SCRIPT_LOAD,
@@ -25,7 +26,6 @@ from presence.operations import (
     Operation,
     Operations,
     RepeatedCleanup,
-    as_sent,
     check_operations,
     clean_up,
     for_server,
@@ -53,21 +53,36 @@ Result = TypeVar("Result")
 class _OpenClient:
     """A client that the manager uses, and how many exchanges it carries, so that it is not closed under them."""
 
-    def __init__(self, client: Redis | RedisCluster) -> None:
+    def __init__(self, client: Redis | RedisCluster, *, tries_again: bool) -> None:
         self.client = client
+        self.tries_again = tries_again
+        """Whether calls of a cluster are sent again here, and not by the client."""
         self.in_flight = 0
         self.idle = asyncio.Event()
         # A cluster's client chooses its connections itself, and a client that has a single one must not need another.
         self.shared = (
             SharedConnection(client) if isinstance(client, Redis) and not client.single_connection_client else None
         )
-        # While redis-py's cluster client learns the slots it drops connections under calls that are made at once, so
-        # the first call goes alone.
-        self.may_share = not isinstance(client, RedisCluster)
-        self.first_call = asyncio.Lock()
+        self.is_cluster = isinstance(client, RedisCluster)
+        self.layout: asyncio.Future[Any] | None = None
         self.wait_for_events: asyncio.Task[Exception | None] | None = None
-        self.unclosed: list[_OpenClient] = []
-        """Those before it that a close which was cancelled has left to the next."""
+        self.closing: asyncio.Future[None] | None = None
+
+    async def learn_layout(self) -> None:
+        """Let a cluster's client ask the nodes who serves what: once for all who wait, and before they send anything.
+
+        Each would ask for itself, one after the other, and the client drops the connections under calls meanwhile.
+        """
+        if self.layout is None:
+            self.layout = asyncio.ensure_future(self.client.initialize())
+        layout = self.layout
+        if not layout.done():
+            await asyncio.wait([layout])
+        try:
+            layout.result()
+        except BaseException:
+            self.layout = None
+            raise
 
 
 class _Repetition:
@@ -163,6 +178,8 @@ class ConnectionManager:
         self._client_options: dict[str, Any] = {}
         # A client's connections belong to the event loop that opened them, so each loop has its own.
         self._own_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
+        self._put_aside: dict[asyncio.AbstractEventLoop, list[_OpenClient]] = {}
+        """Those that a close waits for, or has left to the next."""
         self._repetitions: set[_Repetition] = set()
         self._closes = 0
 
@@ -250,29 +267,26 @@ class ConnectionManager:
             if running.loop is loop and asyncio.current_task() is not running.step:
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
-        if own is None:
-            return
-        try:
-            for awaited in (*own.unclosed, own):
-                while awaited.in_flight:
-                    awaited.idle.clear()
-                    await awaited.idle.wait()
-        except asyncio.CancelledError:
-            # What is under way goes on with it, so it is left to the next close.
-            newer = self._own_clients.setdefault(loop, own)
-            if newer is not own:
-                newer.unclosed += (*own.unclosed, own)
-                own.unclosed = []
-            raise
-        await _to_its_end(asyncio.ensure_future(self._close(own)))
+        if own is not None:
+            self._put_aside.setdefault(loop, []).append(own)
+        for each in tuple(self._put_aside.get(loop, ())):
+            # A close that is cancelled here leaves it to the next.
+            while each.in_flight:
+                each.idle.clear()
+                await each.idle.wait()
+            each.closing = each.closing or asyncio.ensure_future(self._close(each, loop))
+            await _to_its_end(each.closing)
 
-    async def _close(self, own: _OpenClient) -> None:
-        for earlier in own.unclosed:
-            await self._close(earlier)
-        if own.shared is not None:
-            await own.shared.aclose()
-        if self._given_client is None:
-            await own.client.aclose()
+    async def _close(self, own: _OpenClient, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            if own.shared is not None:
+                await own.shared.aclose()
+            if self._given_client is None:
+                await own.client.aclose()
+        finally:
+            self._put_aside[loop].remove(own)
+            if not self._put_aside[loop]:
+                del self._put_aside[loop]
 
     async def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
@@ -843,30 +857,27 @@ class ConnectionManager:
         loop = asyncio.get_running_loop()
         own = self._own_clients.get(loop)
         if own is None:
+            tries_again = False
             if self._given_client is not None:
                 client = self._given_client
             else:
                 address = self._address or clients.parse_default()
                 client = clients.connect_asyncio(address, self._client_options)
+                tries_again = clients.tries_again(address, self._client_options)
             # What a loop that has ended left behind can only be dropped.
-            for known in tuple(self._own_clients):  # Other threads have their loops here too.
+            for known in (*self._own_clients, *self._put_aside):  # Other threads have their loops here too.
                 if known.is_closed():
                     self._own_clients.pop(known, None)
-            own = self._own_clients[loop] = _OpenClient(client)
+                    self._put_aside.pop(known, None)
+            own = self._own_clients[loop] = _OpenClient(client, tries_again=tries_again)
         return own
 
     async def _run(self, asked: Operation[Result] | Exchange[Result], *, alone: bool = False) -> Result:
         """Carry what is asked; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
         own = self._open_client()
         own.in_flight += 1
-        send = own.shared.send if own.shared is not None and not alone else partial(self._send, own.client)
+        send = own.shared.send if own.shared is not None and not alone else partial(self._send, own)
         try:
-            if not own.may_share:
-                async with own.first_call:
-                    if not own.may_share:
-                        result = await self._converse(asked, send)
-                        own.may_share = True
-                        return result
             return await self._converse(asked, send)
         finally:
             own.in_flight -= 1
@@ -893,28 +904,48 @@ class ConnectionManager:
             result: Result = finished.value
             return result
 
-    async def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
+    async def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
+        replies = await self._send_once(own, request)
+        for pause in clients.cluster_pauses() if own.tries_again else ():
+            failed = clients.passing_faults(replies)
+            if not failed:
+                break
+            await asyncio.sleep(pause)
+            again = await self._send_once(own, [request[index] for index in failed])
+            for index, reply in zip(failed, again, strict=True):
+                replies[index] = reply
+        return replies
+
+    async def _send_once(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         task = asyncio.current_task()
         cancellations = task.cancelling() if task else 0
+        client = own.client
         try:
+            if own.is_cluster:
+                await own.learn_layout()
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
-                await client.initialize()
                 node = client.get_node_from_key(self.operations.last_seen_key.decode())
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
                 rest = request[len(loads) :]
-                return replies + (await self._send(client, rest) if rest else [])
+                return replies + (await self._send_once(own, rest) if rest else [])
             if len(request) == 1:
-                replies = [await client.execute_command(*request[0], **as_sent(request[0]))]
+                replies = [await client.execute_command(*request[0], **AS_BYTES)]
             else:
                 pipeline = client.pipeline(transaction=False)
                 for command in request:
-                    pipeline.execute_command(*command, **as_sent(command))
+                    pipeline.execute_command(*command, **AS_BYTES)
                 replies = await pipeline.execute(raise_on_error=False)
         except FAULTS as error:
             replies = [error] * len(request)
+        except AttributeError as error:
+            if not own.is_cluster:
+                raise
+            replies = [clients.cluster_fault(error)] * len(request)
+        if own.is_cluster and clients.passing_faults(replies):
+            own.layout = None
         if task and task.cancelling() > cancellations:
             # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
             raise asyncio.CancelledError

@@ -827,11 +827,6 @@ def check_operations(operations: object) -> tuple[Operation[Any], ...]:
     return checked
 
 
-def as_sent(command: Command) -> dict[str, bool]:
-    """Give redis-py's options for a command: replies of scripts stay bytes, however the client decodes."""
-    return {} if command[0] == SCRIPT_LOAD else AS_BYTES
-
-
 def load_command(script: scripts.Script) -> Command:
     """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
     return (SCRIPT_LOAD, script.source)

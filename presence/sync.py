@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakSet
@@ -27,10 +29,10 @@ from presence.operations import (
     Operation,
     Operations,
     RepeatedCleanup,
-    as_sent,
     check_operations,
     clean_up,
     for_server,
+    perform,
     perform_batches,
     perform_each,
     recover,
@@ -54,14 +56,19 @@ Result = TypeVar("Result")
 class _OpenClient:
     """A client that the manager uses, and the threads that it serves now, so that it is not closed under them."""
 
-    def __init__(self, client: Redis | RedisCluster) -> None:
+    def __init__(self, client: Redis | RedisCluster, *, tries_again: bool) -> None:
         self.client = client
+        self.tries_again = tries_again
+        """Whether calls of a cluster are sent again here, and not by the client."""
         self.callers: list[int] = []
 
-    def is_used_elsewhere(self) -> bool:
-        """Tell whether it carries something of another thread; one's own goes on when a signal handler has closed."""
-        own = threading.get_ident()
-        return any(caller != own for caller in self.callers)
+
+class _Opening(Future[None]):
+    """A client of a cluster, which connects when it is made: once for all who wait, and without a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
 
 
 _managers: WeakSet[ConnectionManager] = WeakSet()
@@ -145,6 +152,9 @@ class ConnectionManager:
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
         self._own_client: _OpenClient | None = None
+        self._opening: _Opening | None = None
+        self._closing: list[_OpenClient] = []
+        """Those that a close has put aside: whoever ends their last call closes them."""
         self._repetitions: dict[threading.Event, threading.Thread] = {}
         self._is_closed = False
         # A signal handler may close the manager in the midst of what its thread does here.
@@ -214,9 +224,12 @@ class ConnectionManager:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._repetitions.clear()
-        if self._own_client is not None:
-            own = threading.get_ident()
-            self._own_client.callers = [caller for caller in self._own_client.callers if caller == own]
+        own = threading.get_ident()
+        for known in (*self._closing, *([self._own_client] if self._own_client else [])):
+            known.callers = [caller for caller in known.callers if caller == own]
+        self._closing = [known for known in self._closing if known.callers]
+        if self._opening is not None and self._opening.thread != own:
+            self._opening = None
 
     def __enter__(self) -> Self:
         self._is_closed = False
@@ -230,9 +243,11 @@ class ConnectionManager:
     def close(self) -> None:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
-        A client that was passed in stays open. Operations under way are waited for (those of other threads).
-        A closed manager connects again when it is used again, as by a subscription that was not ended before.
+        A client that was passed in stays open. Operations under way are waited for, but not by a signal handler that
+        has interrupted one: then the last to end closes the client. A closed manager connects again when it is used
+        again, as by a subscription that was not ended before.
         """
+        own_thread = threading.get_ident()
         with self._changed:
             self._is_closed = True
             for stop in self._repetitions:
@@ -240,17 +255,17 @@ class ConnectionManager:
             # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
             if threading.current_thread() not in self._repetitions.values():
                 self._changed.wait_for(lambda: not self._repetitions)
+            self._changed.wait_for(lambda: self._opening is None or self._opening.thread == own_thread)
             own, self._own_client = self._own_client, None
-            if own is None:
-                return
-            try:
-                self._changed.wait_for(lambda: not own.is_used_elsewhere())
-            except BaseException:
-                # Interrupted, as by Ctrl-C. What is under way goes on with it, so it is left to the next close.
-                self._own_client = self._own_client or own
-                raise
-        if self._given_client is None:
-            own.client.close()
+            if own is not None:
+                own.callers.append(own_thread)
+                self._closing.append(own)
+        if own is not None:
+            self._end(own)
+        with self._changed:
+            # What the interrupted call holds, others may need to end theirs.
+            if not any(own_thread in closing.callers for closing in self._closing):
+                self._changed.wait_for(lambda: not self._closing)
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
@@ -803,24 +818,72 @@ class ConnectionManager:
         return own.client
 
     def _begin(self) -> _OpenClient:
-        with self._lock:
-            own = self._own_client
-            if own is None:
-                if self._given_client is not None:
-                    client = self._given_client
-                else:
-                    address = self._address or clients.parse_default()
-                    client = clients.connect_blocking(address, self._client_options)
-                own = self._own_client = _OpenClient(client)
+        """Give the client, opened if there is none, and count this call as one of its own."""
+        while True:
+            with self._lock:
+                own = self._own_client
+                if own is not None:
+                    own.callers.append(threading.get_ident())
+                    return own
+                opening = self._opening
+                # A signal handler cannot wait for the opening that it has interrupted.
+                is_waiting = opening is not None and opening.thread != threading.get_ident()
+                if opening is None or not is_waiting:
+                    opening = self._opening = _Opening()
+            if is_waiting:
+                opening.result()
+            else:
+                self._open_for_all(opening)
+
+    def _open_for_all(self, opening: _Opening) -> None:
+        try:
+            own = self._open()
+        except BaseException as error:
+            self._end_opening(None)
+            if isinstance(error, Exception):
+                opening.set_exception(error)
+            else:
+                opening.set_result(None)  # Only this thread was interrupted; another tries.
+            raise
+        self._end_opening(own)
+        opening.set_result(None)
+
+    def _end_opening(self, own: _OpenClient | None) -> None:
+        with self._changed:
+            if own is not None and self._own_client is None:
+                self._own_client = own
                 self._is_closed = False
-            own.callers.append(threading.get_ident())
-            return own
+            self._opening = None
+            self._changed.notify_all()
+
+    def _open(self) -> _OpenClient:
+        if self._given_client is not None:
+            return _OpenClient(self._given_client, tries_again=False)
+        address = self._address or clients.parse_default()
+        tries_again = clients.tries_again(address, self._client_options)
+        pauses = clients.cluster_pauses() if tries_again else iter(())
+        while True:
+            try:
+                return _OpenClient(clients.connect_blocking(address, self._client_options), tries_again=tries_again)
+            except FAULTS as error:
+                pause = next(pauses, None)
+                if pause is None or not clients.passing_faults([error]):
+                    raise
+                time.sleep(pause)
 
     def _end(self, own: _OpenClient) -> None:
+        """End a call; the last one closes what was put aside."""
         with self._lock:
-            own.callers.remove(threading.get_ident())
-            # Only a close() waits for it, and that has put it aside before.
-            if own is not self._own_client:
+            if len(own.callers) > 1 or own is self._own_client:
+                own.callers.remove(threading.get_ident())
+                return
+        try:
+            if self._given_client is None:
+                own.client.close()
+        finally:
+            with self._changed:
+                own.callers.clear()
+                self._closing.remove(own)
                 self._changed.notify_all()
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
@@ -830,27 +893,41 @@ class ConnectionManager:
             # A cluster's client connects when it is made.
             raise explain(error) from error
         try:
-            if isinstance(asked, Operation):
+            if not isinstance(asked, Operation):
+                exchange = asked
+            elif isinstance(own.client, RedisCluster):
+                exchange = perform(asked)
+            else:
                 # The answer of nearly every call, without the cost of a conversation.
                 try:
-                    reply = own.client.execute_command(*asked.command(), **AS_BYTES)  # type: ignore[no-untyped-call]
+                    reply = own.client.execute_command(*asked.command(), **AS_BYTES)
                 except FAULTS as error:
                     exchange = recover(asked, error)
                 else:
                     return asked.parse(reply)
-            else:
-                exchange = asked
             request = next(exchange)
             while True:
-                request = exchange.send(self._send(own.client, request))
+                request = exchange.send(self._send(own, request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
         finally:
             self._end(own)
 
-    def _send(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
+    def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
+        replies = self._send_once(own.client, request)
+        for pause in clients.cluster_pauses() if own.tries_again else ():
+            failed = clients.passing_faults(replies)
+            if not failed:
+                break
+            time.sleep(pause)
+            again = self._send_once(own.client, [request[index] for index in failed])
+            for index, reply in zip(failed, again, strict=True):
+                replies[index] = reply
+        return replies
+
+    def _send_once(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         try:
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
@@ -858,13 +935,16 @@ class ConnectionManager:
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
                 rest = request[len(loads) :]
-                return replies + (self._send(client, rest) if rest else [])
+                return replies + (self._send_once(client, rest) if rest else [])
             if len(request) == 1:
-                command = request[0]
-                return [client.execute_command(*command, **as_sent(command))]  # type: ignore[no-untyped-call]
+                return [client.execute_command(*request[0], **AS_BYTES)]  # type: ignore[no-untyped-call]
             pipeline = client.pipeline(transaction=False)
             for command in request:
-                pipeline.execute_command(*command, **as_sent(command))
+                pipeline.execute_command(*command, **AS_BYTES)
             return pipeline.execute(raise_on_error=False)
         except FAULTS as error:
             return [error] * len(request)
+        except AttributeError as error:
+            if not isinstance(client, RedisCluster):
+                raise
+            return [clients.cluster_fault(error)] * len(request)

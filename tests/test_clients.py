@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -266,7 +267,72 @@ class TestClosing:
             assert removed.sid == "sid"
             assert proxy.accepted == 1
 
-    def test_that_is_interrupted_leaves_the_rest_to_the_next(
+    def test_waits_for_the_calls_under_way_though_another_close_does(self, own_server: LocalServer) -> None:
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                manager = presence.ConnectionManager.from_url(proxy.url)
+                await manager.get_connection_count()
+                proxy.fates = [Fate.HOLD_REPLY]
+                call = asyncio.create_task(manager.get_connection_count())
+                await is_held(proxy)
+                closing = [asyncio.create_task(manager.aclose()) for _ in range(2)]
+                assert not (await asyncio.wait(closing, timeout=0.1, return_when=asyncio.FIRST_COMPLETED))[0]
+                proxy.release()
+                assert await call == 0
+                await asyncio.wait_for(asyncio.gather(*closing), BOUND_SECONDS)
+
+        asyncio.run(run())
+
+    def test_in_another_thread_waits_though_another_close_does(self, own_server: LocalServer) -> None:
+        with Proxy(own_server.port) as proxy, ThreadPoolExecutor(3) as threads:
+            manager = presence.sync.ConnectionManager.from_url(proxy.url)
+            assert manager.get_connection_count() == 0
+            proxy.fates = [Fate.HOLD_REPLY]
+            call = threads.submit(manager.get_connection_count)
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            closing = [threads.submit(manager.close) for _ in range(2)]
+            time.sleep(0.1)
+            were_waiting = [not each.done() for each in closing]
+            proxy.release()
+            assert call.result(BOUND_SECONDS) == 0
+            for each in closing:
+                each.result(BOUND_SECONDS)
+            assert were_waiting == [True, True]
+
+    def test_in_a_signal_handler_waits_for_nobody_when_it_has_interrupted_a_call(
+        self, own_server: LocalServer, connections: Callable[[], int]
+    ) -> None:
+        """What that call holds, such as a lock of the pool, the others may need to end theirs."""
+        is_closed = False
+
+        def close(*_: object) -> None:
+            nonlocal is_closed
+            manager.close()
+            is_closed = True
+            proxy.release()
+
+        with Proxy(own_server.port) as proxy, ThreadPoolExecutor(1) as threads:
+            manager = presence.sync.ConnectionManager.from_url(proxy.url, client_name="presence")
+            manager.register_connection("sid", "user")
+            proxy.fates = [Fate.HOLD_REPLY, Fate.HOLD_REPLY]
+            other = threads.submit(manager.get_connection_count)
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            before = signal.signal(signal.SIGALRM, close)
+            release = threading.Timer(BOUND_SECONDS / 2, proxy.release)
+            release.start()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.2)
+                assert manager.update_heartbeat("sid")
+            finally:
+                signal.signal(signal.SIGALRM, before)
+                was_at_once = release.is_alive()
+                release.cancel()
+            assert other.result(BOUND_SECONDS) == 1
+            assert is_closed
+            assert was_at_once
+            wait_until(lambda: connections() == 0)
+
+    def test_that_is_interrupted_is_ended_by_the_last_call(
         self, own_server: LocalServer, connections: Callable[[], int]
     ) -> None:
         def interrupt(*_: object) -> None:
@@ -287,9 +353,8 @@ class TestClosing:
                 signal.signal(signal.SIGALRM, before)
             proxy.release()
             assert call.result(BOUND_SECONDS) == 0
-            assert connections() == 1
-            manager.close()
             wait_until(lambda: connections() == 0)
+            manager.close()
 
     def test_does_not_wait_for_the_call_that_a_signal_has_interrupted(self, own_server: LocalServer) -> None:
         """The handler runs in the thread of that call, which goes on when the handler has ended."""

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +28,6 @@ from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_sc
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
-from tests.test_clients import check_the_retries
 from tests.test_events import MODES, Subscribed, subscribed
 
 if TYPE_CHECKING:
@@ -530,9 +530,10 @@ class Migration:
 
 
 class Cluster:
-    """Two nodes, each with half of the slots."""
+    """Two nodes, each with half of the slots, or with other shares."""
 
-    def __init__(self) -> None:
+    def __init__(self, one: tuple[int, ...] = (8192, 16383), two: tuple[int, ...] = (0, 8191)) -> None:
+        self._shares = one, two
         self.nodes = [
             LocalServer(
                 program(), "--cluster-enabled", "yes", "--cluster-port", str(port), "--cluster-node-timeout", "2000"
@@ -548,8 +549,9 @@ class Cluster:
     def running(self) -> Iterator[Cluster]:
         with self.nodes[0], self.nodes[1], admin(self.nodes[0]) as one, admin(self.nodes[1]) as two:
             self.clients = [one, two]
-            one.execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
-            two.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+            for client, share in zip(self.clients, self._shares, strict=True):
+                if share:
+                    client.execute_command("CLUSTER", "ADDSLOTSRANGE", *share)
             bus_port = two.config_get("cluster-port")["cluster-port"]
             one.execute_command("CLUSTER", "MEET", "127.0.0.1", self.nodes[1].port, bus_port)
             wait_until(lambda: all(self._knows_every_slot(client) for client in self.clients))
@@ -732,10 +734,7 @@ class TestCluster:
             for script in (HEARTBEATS, ARE_USERS_ONLINE, GET_USERS_CONNECTIONS, GET_GAMES):
                 client.script_load(script.source)
         with cluster.migrating(cluster.slot("one"), node=1) as move:
-            is_record = [key != "{one}:last_seen" for key in move.keys]
-            move(
-                [key for key, later in zip(move.keys, is_record, strict=True) if later != (moved_first == "last_seen")]
-            )
+            move([key for key in move.keys if (key == "{one}:last_seen") is (moved_first == "last_seen")])
             for name, given in bulk.items():
                 with pytest.raises(presence.PresenceError):
                     getattr(manager, name)(*given)
@@ -797,15 +796,17 @@ class TestCluster:
         options = asyncio_client.connection_kwargs
         limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
         assert limits == [5, 5, 3]
-        check_the_retries(asyncio_client.retry)
         blocking: Any = clients.connect_blocking(address, {})
+        # redis-py's cluster clients would try again without a pause, so the managers do.
+        assert (asyncio_client.retry.get_retries(), blocking.retry.get_retries()) == (0, 0)
+        seconds = [sum(clients.cluster_pauses()) for _ in range(200)]
+        assert 4 < sum(seconds) / len(seconds) < 6
         with blocking:
-            check_the_retries(blocking.retry)
             for node in blocking.get_nodes():
                 pool = blocking.get_redis_connection(node).connection_pool
                 options = pool.connection_kwargs
                 limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
-                assert (pool.max_connections, limits) == (64, [5, 5, 3])
+                assert (pool.max_connections, limits) == (10_000, [5, 5, 3])
 
     def test_serves_tls(self, make_manager: ManagerFactory, tmp_path: Path) -> None:
         certificate = write_certificate(tmp_path)
@@ -823,12 +824,99 @@ class TestCluster:
             manager.close()
 
     def test_serves_more_threads_than_connections(self, cluster: Cluster) -> None:
-        ask_at_once(f"{cluster.url}?max_connections=1", kinds=("blocking",))
+        """None of them waits for a free connection, but what finds none is sent again."""
+        manager = presence.sync.ConnectionManager.from_url(f"{cluster.url}?max_connections=3", namespace="one")
+        with manager, ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(lambda _: manager.get_connection_count(), range(400))) == [0] * 400
+
+    def test_never_takes_another_nodes_connection_into_a_pool(self, cluster: Cluster) -> None:
+        """redis-py's blocking client releases one twice when the next node has none; two calls would read from it."""
+        blocking: Any = clients.connect_blocking(clients.parse(cluster.url), {})
+        with blocking:
+            one, two = (blocking.get_redis_connection(node).connection_pool for node in blocking.get_nodes())
+            connection = one.get_connection()
+            one.release(connection)
+            taken = two.get_connection()
+            two.release(connection)
+            assert two.get_connection() is not connection
+            two.release(taken)
+
+    def test_sends_calls_again_whose_connections_break(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
+        manager = make_manager(cluster.url, namespace="one")
+        operations = manager.operations
+        set_the_scene(manager)
+        sids = ["sid-1", "sid-2", *(f"unknown {number}" for number in range(200))]
+        for _ in range(3):
+            for client in cluster.clients:
+                client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert sum(map(bool, manager.update_heartbeats(sids).values())) == 2
+            for client in cluster.clients:
+                client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert manager.pipeline([operations.update_heartbeat(sid) for sid in sids[:3]]) == [True, True, False]
+            for client in cluster.clients:
+                client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert manager.update_heartbeat("sid-1")
+
+    def test_waits_for_a_node_that_restarts(self, make_manager: ManagerFactory) -> None:
+        node = LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        with node, admin(node) as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+            manager = make_manager(f"redis+cluster://127.0.0.1:{node.port}")
+            manager.register_connection("sid", "user")
+            node.kill()
+            restart = Timer(0.5, node.start)
+            restart.start()
+            try:
+                assert manager.get_connection_count() == 0
+            finally:
+                restart.join()
+
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    def test_tells_all_at_once_who_wait_for_a_node_that_is_mute(self, kind: str) -> None:
+        """It is asked for the layout once for all of them, not by one after the other."""
+        with socket.socket() as mute:
+            mute.bind(("127.0.0.1", 0))
+            mute.listen(64)
+            url = f"redis+cluster://127.0.0.1:{mute.getsockname()[1]}"
+            options: dict[str, Any] = {"socket_timeout": 0.5, **one_attempt(kind)}
+
+            async def ask() -> list[Any]:
+                async with presence.ConnectionManager.from_url(url, **options) as manager:
+                    return await asyncio.gather(
+                        *(manager.get_connection_count() for _ in range(8)), return_exceptions=True
+                    )
+
+            def ask_in_threads() -> list[Any]:
+                manager = presence.sync.ConnectionManager.from_url(url, **options)
+                with ThreadPoolExecutor(8) as threads:
+                    calls = [threads.submit(manager.get_connection_count) for _ in range(8)]
+                return [call.exception() for call in calls]
+
+            start = time.monotonic()
+            answers = asyncio.run(ask()) if kind == "asyncio" else ask_in_threads()
+            assert [type(answer) for answer in answers] == [presence.ServerUnreachableError] * 8
+            assert time.monotonic() - start < 4 * 0.5
+
+    def test_a_slot_that_moves_to_a_node_without_any_is_a_clear_error(
+        self, make_manager: ManagerFactory, at_once: dict[str, Any]
+    ) -> None:
+        """redis-py's clients do not know that node."""
+        cluster = Cluster(one=(0, 16383), two=())
+        with cluster.running():
+            manager = make_manager(cluster.url, namespace="one", **at_once)
+            set_the_scene(manager)
+            with cluster.migrating(cluster.slot("one"), node=1) as move:
+                move(move.keys)
+                for call_it in (manager.get_connection_count, lambda: manager.update_heartbeats(["sid-1", "sid-2"])):
+                    with pytest.raises(presence.ServerUnreachableError):
+                        call_it()
+            assert manager.get_connection_count() == 2
 
     @pytest.mark.parametrize("as_option", [False, True])
     def test_opens_as_many_connections_to_a_node_as_it_is_allowed(self, cluster: Cluster, as_option: bool) -> None:
         async def run() -> None:
-            options: dict[str, Any] = {"max_connections": 3} if as_option else {}
+            options: dict[str, Any] = one_attempt("asyncio") | ({"max_connections": 3} if as_option else {})
             url = cluster.url if as_option else f"{cluster.url}?max_connections=3"
             async with presence.ConnectionManager.from_url(url, namespace="one", **options) as manager:
                 await manager.get_connection_count()
@@ -914,8 +1002,10 @@ class TestAClusterThatCannotServe:
         with pytest.raises(presence.ServerUnreachableError, match=r"check that its nodes run in cluster mode"):
             manager.get_connection_count()
 
-    def test_nodes_that_cannot_be_reached_are_named(self, make_manager: ManagerFactory) -> None:
-        manager = make_manager(f"redis+cluster://127.0.0.1:{free_port()}")
+    def test_nodes_that_cannot_be_reached_are_named(
+        self, make_manager: ManagerFactory, at_once: dict[str, Any]
+    ) -> None:
+        manager = make_manager(f"redis+cluster://127.0.0.1:{free_port()}", **at_once)
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs") as raised:
             manager.get_connection_count()
         assert isinstance(raised.value.__cause__, redis.exceptions.RedisClusterException)
