@@ -235,7 +235,8 @@ class TestRejectWithSeveralConnectionsPerUser:
         assert registration
         assert [gone.sid for gone in registration.displaced] == [stale]
         assert rejecting.get_connection(alive) is not None
-        assert not rejecting.register_connection("fourth", "user")
+        refused = rejecting.register_connection("fourth", "user")
+        assert (refused.refused, refused.connection.sid) == (True, "third")
 
     def test_a_detached_one_of_two_is_resumed_and_the_one_alive_stays(self, rejecting: ConnectionManager) -> None:
         for sid in ("first", "second"):
@@ -630,6 +631,7 @@ class TestCapacity:
         assert not joined
         assert joined == JoinResult(False, is_full=True)
         assert_unchanged(before, keys())
+        assert manager.join_game("sid", "game", capacity=3) == JoinResult(True, "current game")
 
     def test_an_unknown_connection_is_not_told_that_it_is_full(self, manager: ConnectionManager) -> None:
         fill(manager, "sid-1", "sid-2")
@@ -707,19 +709,21 @@ class TestCapacity:
         assert manager.join_game("sid", "game", capacity=count + 1)
 
     @pytest.mark.parametrize(
-        ("capacity", "error"),
+        ("capacity", "error", "rule"),
         [
-            (0, ValueError),
-            (-1, ValueError),
-            (1_000_001, ValueError),
-            ("2", TypeError),
-            (2.0, TypeError),
-            (True, TypeError),
+            (0, ValueError, "from 1 to 1000000"),
+            (-1, ValueError, "from 1 to 1000000"),
+            (1_000_001, ValueError, "from 1 to 1000000"),
+            ("2", TypeError, "an int"),
+            (2.0, TypeError, "an int"),
+            (True, TypeError, "an int"),
         ],
     )
-    def test_a_wrong_capacity_is_named(self, manager: ConnectionManager, capacity: Any, error: type[Exception]) -> None:
+    def test_a_wrong_capacity_is_named(
+        self, manager: ConnectionManager, capacity: Any, error: type[Exception], rule: str
+    ) -> None:
         manager.register_connection("sid", "user")
-        with pytest.raises(error, match="capacity must be"):
+        with pytest.raises(error, match=f"capacity must be {rule}"):
             manager.join_game("sid", "game", capacity=capacity)
         assert manager.get_game_connections("game") == []
 
