@@ -48,9 +48,6 @@ class TestPipelines:
         assert registration.connection.sid == "sid"
         assert join
 
-    def test_an_empty_pipeline_answers_nothing(self, manager: ConnectionManager) -> None:
-        assert manager.pipeline([]) == []
-
     def test_an_iterator_will_do(self, manager: ConnectionManager) -> None:
         heartbeats: Any = (manager.operations.update_heartbeat(sid) for sid in ("one", "two"))
         assert manager.pipeline(heartbeats) == [False, False]
