@@ -16,6 +16,7 @@ import redis
 import presence
 import presence.sync
 from tests.clock import let_time_pass
+from tests.fault_calls import one_attempt
 from tests.invariants import Keyspace, read_keyspace, violations
 from tests.processes import PROCESSES, spawn
 from tests.server import LocalServer, NoServerError, Server, program, running_server
@@ -132,6 +133,12 @@ def make_manager(request: pytest.FixtureRequest, server_url: str, namespace: str
 @pytest.fixture
 def manager(make_manager: ManagerFactory) -> presence.sync.ConnectionManager:
     return make_manager()
+
+
+@pytest.fixture
+def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The client options of a manager that does not try again, for tests of the error alone."""
+    return one_attempt(request.node.callspec.params["make_manager"])
 
 
 @pytest.fixture(scope="module")

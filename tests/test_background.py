@@ -19,7 +19,7 @@ from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.server import free_port
 from tests.test_cleanup import register_many
-from tests.test_faults import wait_until
+from tests.watching import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

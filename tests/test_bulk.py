@@ -14,6 +14,7 @@ from presence import HeartbeatStatus, Operations
 from presence.operations import HEARTBEAT_BATCH_SIZE, perform_batches
 from tests.fault_calls import one_attempt
 from tests.server import free_port
+from tests.watching import evalsha_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,11 +40,6 @@ READS = {
     "get_games_connections": Read("get_game_connections", 10),
 }
 every_read = pytest.mark.parametrize("read", READS)
-
-
-def evalsha_calls(client: redis.Redis) -> int:
-    stats: Any = client.info("commandstats")
-    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
 
 
 class TestHeartbeats:

@@ -32,7 +32,7 @@ from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, call, check, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
-from tests.test_faults import is_held, wait_until
+from tests.watching import is_held, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -6,7 +6,6 @@ import asyncio
 import re
 import socket
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,32 +28,13 @@ from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
 from tests.test_events import MODES, Subscribed, subscribed
+from tests.watching import admin, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for a state that another process is about to reach."""
-    deadline = time.monotonic() + BOUND_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
-
-
-@contextmanager
-def admin(server: LocalServer) -> Iterator[Any]:
-    with redis.Redis.from_url(server.url, decode_responses=True) as client:
-        yield client
-
-
-@pytest.fixture
-def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The client options of a manager that does not try again, for tests of the error alone."""
-    return one_attempt(request.node.callspec.params["make_manager"])
 
 
 def play(manager: ConnectionManager) -> None:

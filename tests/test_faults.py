@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,29 +23,16 @@ from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_sc
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port, program
+from tests.watching import admin, is_held, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from presence import CleanupResult
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
 every_operation = pytest.mark.parametrize("name", CALLS)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for a state that another process or thread is about to reach."""
-    deadline = time.monotonic() + BOUND_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The client options of a manager that does not try again, for tests of the error alone."""
-    return one_attempt(request.node.callspec.params["make_manager"])
 
 
 @pytest.fixture
@@ -534,12 +520,6 @@ class TestFailover:
         assert counts["evalsha that failed"] == 6
 
 
-@contextmanager
-def admin(server: LocalServer) -> Iterator[Any]:
-    with redis.Redis.from_url(server.url, decode_responses=True) as client:
-        yield client
-
-
 def promote(replica: LocalServer, primary: LocalServer, address: Proxy) -> None:
     """Let the replica, once it has all that was written, and its primary change places, and the address follow."""
     with admin(primary) as old, admin(replica) as new:
@@ -850,14 +830,6 @@ class TestACleanupThatMeetsAFault:
                 manager.cleanup_stale_connections()
             manager.close()
         assert len(own_manager.cleanup_stale_connections()) == len(stale)
-
-
-async def is_held(proxy: Proxy) -> None:
-    """Wait until a call waits for nothing but the reply that the proxy holds."""
-    assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
-    for _ in range(10):
-        # The task that wrote the request ends. (In Python 3.11 its wait_for swallows a cancellation at that moment.)
-        await asyncio.sleep(0)
 
 
 class TestACancelledCall:

@@ -21,8 +21,8 @@ from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port
-from tests.test_faults import wait_until
 from tests.test_retries import CuttingProxy
+from tests.watching import is_held, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -60,10 +60,6 @@ def scripts_run(admin: Any) -> int:
 async def until(condition: Callable[[], object]) -> None:
     """Wait for a state that the server is about to reach."""
     await asyncio.to_thread(wait_until, condition)
-
-
-async def is_held(proxy: Proxy) -> None:
-    assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
 
 
 class TestWhatIsAwaitedAtOnce:

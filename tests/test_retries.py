@@ -117,7 +117,7 @@ def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
+def without_backoff(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The client options of a manager that tries again as often as managers do, but does not wait before it."""
     is_asyncio = request.node.callspec.params["make_manager"] == "asyncio"
     retry = redis.asyncio.retry.Retry if is_asyncio else redis.retry.Retry
@@ -279,13 +279,13 @@ def test_wherever_the_reply_is_cut_the_call_takes_effect_once_and_answers_the_sa
     own_server: LocalServer,
     own_client: redis.Redis,
     proxy: CuttingProxy,
-    at_once: dict[str, Any],
+    without_backoff: dict[str, Any],
     namespace: str,
     name: str,
 ) -> None:
     case = CASES[name]
     direct = make_manager(own_server.url, **case.options)
-    manager = make_manager(proxy.url, **case.options, **at_once)
+    manager = make_manager(proxy.url, **case.options, **without_backoff)
 
     def set_the_scene() -> None:
         own_client.flushdb()
@@ -327,12 +327,12 @@ def test_a_long_cleanup_reports_each_connection_once_when_the_reply_of_a_batch_i
     own_server: LocalServer,
     own_client: redis.Redis,
     proxy: CuttingProxy,
-    at_once: dict[str, Any],
+    without_backoff: dict[str, Any],
     namespace: str,
     batch: int,
     share: float,
 ) -> None:
-    direct, manager = make_manager(own_server.url), make_manager(proxy.url, **at_once)
+    direct, manager = make_manager(own_server.url), make_manager(proxy.url, **without_backoff)
     sids = [f"sid-{number:03}" for number in range(2 * CLEANUP_BATCH_SIZE + 10)]
 
     def clean_up(cuts: list[int | None]) -> list[str]:

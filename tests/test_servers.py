@@ -19,6 +19,7 @@ from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
 from tests.processes import PROCESSES, sleep_until, spawn
 from tests.server import free_port
+from tests.watching import evalsha_calls, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,23 +44,10 @@ def register_many(manager: ConnectionManager, count: int, name: str = "sid") -> 
     return names
 
 
-def evalsha_calls(client: redis.Redis) -> int:
-    stats: Any = client.info("commandstats")
-    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until another thread or process has brought it about."""
-    deadline = time.monotonic() + BOUND_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def beats(keys: Keys) -> None:
     """Wait for the next heartbeat of a server."""
     known = keys().known_servers
-    eventually(lambda: keys().known_servers != known)
+    wait_until(lambda: keys().known_servers != known)
 
 
 class TestADeadServer:
@@ -587,7 +575,7 @@ class TestRunServerHeartbeat:
                 server_url, namespace=namespace, server_id="server"
             ) as manager:
                 task = asyncio.create_task(manager.run_server_heartbeat())
-                await asyncio.to_thread(eventually, lambda: manager.operations.boot_epoch is not None)
+                await asyncio.to_thread(wait_until, lambda: manager.operations.boot_epoch is not None)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -612,7 +600,7 @@ class TestRunServerHeartbeat:
         ) as manager:
             thread = threading.Thread(target=manager.run_server_heartbeat, args=(0.01,), daemon=True)
             thread.start()
-            eventually(lambda: len(caplog.records) >= 3)
+            wait_until(lambda: len(caplog.records) >= 3)
         thread.join(BOUND_SECONDS)
         assert not thread.is_alive()
         assert len(caplog.records) >= 3
@@ -628,7 +616,7 @@ class TestRunServerHeartbeat:
                 url, namespace=namespace, server_id="server", **one_attempt("asyncio")
             ) as manager:
                 task = asyncio.create_task(manager.run_server_heartbeat(0.01))
-                await asyncio.to_thread(eventually, lambda: len(caplog.records) >= 3)
+                await asyncio.to_thread(wait_until, lambda: len(caplog.records) >= 3)
             await asyncio.wait_for(task, BOUND_SECONDS)
 
         asyncio.run(run())
@@ -719,7 +707,7 @@ def test_the_players_of_a_server_that_is_killed_are_taken_and_resumed_by_another
     killed = spawn.Process(target=serve, args=(server_url, namespace))
     killed.start()
     try:
-        eventually(lambda: len(survivor.get_game_connections("game")) == 3)
+        wait_until(lambda: len(survivor.get_game_connections("game")) == 3)
         # As long as it beats it is alive, whatever time passes.
         wait(91)
         survivor.update_heartbeats(["sid-000", "sid-001", "sid-002"])

@@ -1,0 +1,50 @@
+"""What tests watch a server with: a state that is about to come, the scripts that were run, a reply that is held."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from tests.fault_proxy import BOUND_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.fault_proxy import Proxy
+    from tests.server import LocalServer
+
+# Long enough for a process that is spawned, and has to import the library first.
+WAIT_SECONDS = 30
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for a state that another process or thread is about to reach."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+
+
+async def is_held(proxy: Proxy) -> None:
+    """Wait until a call waits for nothing but the reply that the proxy holds."""
+    assert await asyncio.to_thread(proxy.is_holding.wait, BOUND_SECONDS)
+    for _ in range(10):
+        # The task that wrote the request ends. (In Python 3.11 its wait_for swallows a cancellation at that moment.)
+        await asyncio.sleep(0)
+
+
+@contextmanager
+def admin(server: LocalServer) -> Iterator[Any]:
+    """A plain client of the test's own server, to look into it and to reconfigure it."""
+    with redis.Redis.from_url(server.url, decode_responses=True) as client:
+        yield client
+
+
+def evalsha_calls(client: redis.Redis) -> int:
+    """How many scripts the server was asked to run since it was last asked to forget."""
+    stats: Any = client.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
