@@ -177,6 +177,11 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
 )
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit"))
 
+KEPT_SECONDS = 60
+"""How long the scripts keep the answer of a call for when it is sent again."""
+RESENDING_SECONDS = 5
+"""The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
+
 REJECT_WHILE_ALIVE = "reject_while_alive"
 MAX_CAPACITY = 1_000_000
 
@@ -728,8 +733,10 @@ class RepeatedCleanup:
         self._interval = interval
         self._threshold_seconds = threshold_seconds
         self._batch = operations.cleanup_batch(threshold_seconds)
-        self._has_failed = self._only_asks = False
+        self._sent_at: float | None = None
+        """When this batch was sent first."""
         self._cleaned_at = monotonic()
+        self._only_asks = self._has_waited = False
         # Game servers look dead after three heartbeats, whatever the threshold.
         heartbeats = HEARTBEATS_UNTIL_STALE * operations.heartbeat_seconds
         shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
@@ -737,25 +744,30 @@ class RepeatedCleanup:
 
     def next(self) -> Operation[CleanupBatch]:
         """Give the operation to send."""
-        seconds = monotonic() - self._cleaned_at
+        now = monotonic()
         # With a threshold below a heartbeat, cleanup does not go by heartbeats.
-        self._only_asks = self._has_failed and 0 < self._harmless_seconds <= seconds
-        if not self._only_asks:
-            return self._batch
-        count = self._operations.get_connection_count()
-        return Operation(count.script, count.keys, count.arguments, lambda _: CleanupBatch((), is_last=True))
+        may_be_outage = 0 < self._harmless_seconds <= now - self._cleaned_at
+        self._only_asks = may_be_outage and not self._has_waited
+        if self._only_asks:
+            count = self._operations.get_connection_count()
+            return Operation(count.script, count.keys, count.arguments, lambda _: CleanupBatch((), is_last=True))
+        self._sent_at = self._sent_at or now
+        return self._batch
 
     def fail(self) -> float:
         """Give the seconds to pause after a fault."""
-        self._has_failed = True
-        return self._interval
+        self._has_waited = False
+        # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
+        is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
+        return min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
 
     def succeed(self, done: CleanupBatch) -> float:
         """Give the seconds to pause after an answer, none when there is more to remove."""
-        self._has_failed = False
         if self._only_asks:
+            self._has_waited = True
             return self._operations.heartbeat_seconds
         self._batch = self._operations.cleanup_batch(self._threshold_seconds)
+        self._sent_at, self._has_waited = None, False
         self._cleaned_at = monotonic()
         return self._interval if done.is_last else 0
 

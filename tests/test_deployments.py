@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
