@@ -1,5 +1,5 @@
 # Every target does its own set-up: Python 3.11 or newer and make are all that a machine needs.
-# PYTHON=python3.13 uses another interpreter; PRESENCE_REDIS_URL=redis://... uses a server that already runs.
+# PYTHON=python3.13 VENV=.venv-3.13 uses another interpreter; PRESENCE_REDIS_URL=redis://... a server that already runs.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -506,7 +506,8 @@ class Operations:
     def _users_of_one_script(self, name: str, user_ids: Sequence[str | UUID]) -> list[bytes]:
         if not 1 <= len(user_ids) <= self._users_batch_size:
             raise ValueError(f"{name} must be 1 to {self._users_batch_size} ids, not {len(user_ids)}")
-        return [arguments.encode_user_id(name, user_id) for user_id in user_ids]
+        each = name if name == "user_id" else f"each of {name}"
+        return [arguments.encode_user_id(each, user_id) for user_id in user_ids]
 
     def is_user_online(self, user_id: str | UUID) -> Operation[bool]:
         """Describe the question whether a user is online."""
@@ -668,22 +669,14 @@ class Operations:
         return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime_ms), bool)
 
 
-@dataclass(frozen=True, slots=True)
 class Batches(Generic[Key, Result_co]):
     """A call for any number of ids: the different ones, and the scripts of bounded size that together serve them."""
-
-    ids: list[Key]
-    operations: list[Operation[list[Result_co]]]
 
     def __init__(
         self, different: list[Key], size: int, describe: Callable[[list[Key]], Operation[list[Result_co]]]
     ) -> None:
-        object.__setattr__(self, "ids", different)
-        object.__setattr__(
-            self,
-            "operations",
-            [describe(different[start : start + size]) for start in range(0, len(different), size)],
-        )
+        self.ids = different
+        self.operations = [describe(different[start : start + size]) for start in range(0, len(different), size)]
 
 
 def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:

@@ -52,10 +52,10 @@ class Position:
         """Check a text and make it a position."""
         if not isinstance(text, str):
             raise TypeError(f"after must be a str, the position of an event or a snapshot, not {type(text).__name__}")
-        match = re.fullmatch(r"(\d{1,20}-\d{1,20})/(\d{1,15})(?:\+(\d{1,9}))?", text, re.ASCII)
-        if not match:
+        match = re.fullmatch(r"((\d{1,20})-(\d{1,20}))/(\d{1,15})(?:\+(\d{1,9}))?", text, re.ASCII)
+        if not match or max(int(match[2]), int(match[3])) >= 1 << 64:
             raise ValueError(f"after must be the position of an event or a snapshot, not {text!r:.80}")
-        return cls(match[1], int(match[2]), int(match[3] or 0))
+        return cls(match[1], int(match[4]), int(match[5] or 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,9 +243,8 @@ class ConnectionManager:
     def close(self) -> None:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
-        A client that was passed in stays open. Operations under way are waited for, but not by a signal handler that
-        has interrupted one: then the last to end closes the client. A closed manager connects again when it is used
-        again, as by a subscription that was not ended before.
+        A client that was passed in stays open. Operations under way are waited for (those of other threads).
+        A closed manager connects again when it is used again, as by a subscription that was not ended before.
         """
         own_thread = threading.get_ident()
         with self._changed:
@@ -263,7 +262,8 @@ class ConnectionManager:
         if own is not None:
             self._end(own)
         with self._changed:
-            # What the interrupted call holds, others may need to end theirs.
+            # A signal handler has interrupted a call of its own thread, which may hold what the others need to end
+            # theirs: it waits for nobody, and the last call to end closes the client.
             if not any(own_thread in closing.callers for closing in self._closing):
                 self._changed.wait_for(lambda: not self._closing)
 
