@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 HOW = """Crowds of *plain* and of *presence* (40 % of each in two-player games, 10 % in rooms of 10, 10 % in rooms of
 100, 40 % in rooms of 1,000), each in a database of its own on one server, written by pipelines and then measured
-through the contenders' own asyncio methods: one call at a time, one command or script per round trip, on connections
-and rooms chosen at random, in short rounds in which all crowds take turns operation by operation. So the caches are as
-cold as the crowd is large. *Server time* is the server's own account (`INFO commandstats`): of the script, or of all
-commands that *plain* needed; it leaves out what the server spends on reading and answering each command, so it
-flatters *plain*. *Time at the client* is what the caller waits for. Memory is the difference in `used_memory` before
-and after a crowd was written, without the answers that are kept for a minute. For a cleanup, 1 % of a crowd chosen at
-random fell silent; *plain*'s runs once, since it takes minutes. The growth of every operation is held against the
-smallest crowd, within one round. The longest script is found in `SLOWLOG`, over everything that this section ran after
-the crowds were written; its strict maximum holds the time for which the server waited for a CPU, or a virtual machine
-for its host: so beside it stand the longest call of a script that only counts, run all along, and the usual maximum of
-a round."""
+through the contenders' own asyncio methods: one call at a time, one command or script per round trip (but for the
+snapshots by 64 tasks, of which each has a connection of its own in *plain*), on connections and rooms chosen at random,
+in short rounds in which all crowds take turns operation by operation. So the caches are as cold as the crowd is large.
+*Server time* is the server's own account (`INFO commandstats`): of the script, or of all commands that *plain* needed;
+it leaves out what the server spends on reading and answering each command, so it flatters *plain*. *Time at the client*
+is what the caller waits for. Memory is the difference in `used_memory` before and after a crowd was written, without
+the answers that are kept for a minute. For a cleanup, 1 % of a crowd chosen at random fell silent; *plain*'s runs once,
+since it takes minutes. The growth of every operation is held against the smallest crowd, within one round. The longest
+script is found in `SLOWLOG`, over everything that this section ran after the crowds were written; its strict maximum
+holds the time for which the server waited for a CPU, or a virtual machine for its host: so beside it stand the longest
+call of a script that only counts, run all along, and the usual maximum of a round."""
 
 GROWTH_RATIO = 1.6
 PLAIN_RATIO = 20
@@ -55,6 +55,8 @@ SILENT_SECONDS = 3.0
 PLAIN_SILENT_SECONDS, PLAIN_THRESHOLD_SECONDS = 20_000, 10_000
 """*plain*'s silent ones get an older time: older than a whole run takes."""
 COMPARED_ROOM = 100
+TASKS, CALLS_BY_TASKS = 64, 128
+"""Snapshots of the compared room are also asked for by so many tasks at once, and so many of them in a round."""
 
 COUNT = "count of all connections"
 CLEANUP = "cleanup, for each removed"
@@ -65,6 +67,9 @@ PLOTTED = ("heartbeat", FIRST, DISPLACING, "join a game", "is_user_online", COUN
 def snapshot(members: int) -> str:
     """Name the snapshot of a room."""
     return f"snapshot of a room of {members:,}"
+
+
+BY_TASKS = f"{snapshot(COMPARED_ROOM)} by {TASKS} tasks"
 
 
 class Sample(NamedTuple):
@@ -104,12 +109,18 @@ class Measured:
         self.bytes_per_connection = (used_memory(self._server.client) - before) / self.crowd.size
 
     async def _time(
-        self, name: str, calls: Sequence[Awaitable[Any]], is_right: Callable[[Any], object], parts: int = 1
+        self,
+        name: str,
+        calls: Sequence[Awaitable[Any]],
+        is_right: Callable[[Any], object],
+        *,
+        parts: int = 1,
+        tasks: int = 1,
     ) -> None:
-        """Await calls one by one; ``parts`` is what each is made of, where that is counted instead of the call."""
+        """Await calls, one by one in each task; ``parts`` is what each call is made of, where that is counted."""
         before = command_stats(self._server.client)
         start = perf_counter()
-        answers = [await call for call in calls]
+        answers = [await call for call in calls] if tasks == 1 else await _await_in_tasks(calls, tasks)
         seconds = perf_counter() - start
         used = difference(before, command_stats(self._server.client))
         for answer in answers:
@@ -168,6 +179,12 @@ class Measured:
         await self._time("is_user_online", calls, lambda answer: isinstance(answer, bool))
         for members in self.crowd.rooms:
             await self._read_room(snapshot(members), members, self.contender.get_game, len)
+        if COMPARED_ROOM in self.crowd.rooms:
+            # Each of plain's tasks has a connection, opened before the clock starts.
+            await asyncio.gather(*(self._client.ping() for _ in range(TASKS)))
+            games = self._games(COMPARED_ROOM, CALLS_BY_TASKS)
+            reads = [self.contender.get_game(game) for game in games]
+            await self._time(BY_TASKS, reads, lambda answer: len(answer) == COMPARED_ROOM, tasks=TASKS)
 
     async def read_more(self) -> None:
         """Measure the other reads of this library."""
@@ -186,8 +203,11 @@ class Measured:
     async def _read_room(
         self, name: str, members: int, read: Callable[[str], Awaitable[Any]], count: Callable[[Any], int]
     ) -> None:
-        games = [self.crowd.game_id(number) for number in self.crowd.sample(CALLS[members], members)]
+        games = self._games(members, CALLS[members])
         await self._time(name, [read(game) for game in games], lambda answer: count(answer) == members)
+
+    def _games(self, members: int, count: int) -> list[str]:
+        return [self.crowd.game_id(number) for number in self.crowd.sample(count, members)]
 
     async def count(self, calls: int = 1) -> None:
         """Measure the count of all connections."""
@@ -209,6 +229,15 @@ class Measured:
         cleanup = self.contender.cleanup(threshold)
         await self._time(CLEANUP, [cleanup], lambda removed: {*removed} == expected, parts=len(stale))
         self.crowd.add(self._blocking, stale)
+
+
+async def _await_in_tasks(calls: Sequence[Awaitable[Any]], tasks: int) -> list[Any]:
+    left = iter(calls)
+
+    async def work() -> list[Any]:
+        return [await call for call in left]
+
+    return list(itertools.chain.from_iterable(await asyncio.gather(*(work() for _ in range(tasks)))))
 
 
 def measure_growth(server: Server, scale: Scale) -> Findings:
@@ -311,6 +340,8 @@ def _growth(ours: BySize) -> Findings:
     smallest, *larger = ours
     rows = []
     for name in ours[smallest].samples:
+        if name == BY_TASKS:
+            continue  # In the server it is what one task asks for.
         base = _server(ours[smallest], name)
         rows.append(Row(f"{name}, among {smallest:,}", Spread.of(base), "µs"))
         for size in larger:
@@ -338,7 +369,7 @@ def _beside_plain(plain: BySize, ours: BySize) -> Findings:
     for name in plain[largest].samples:
         if name in (CLEANUP, COUNT):
             continue
-        target = PLAIN_RATIO if name == snapshot(COMPARED_ROOM) else None
+        target = PLAIN_RATIO if name in (snapshot(COMPARED_ROOM), BY_TASKS) else None
         rows += _comparison(name, plain[largest], ours[largest], target)
     for size in ours:
         rows += _comparison(COUNT, plain[size], ours[size], None)
