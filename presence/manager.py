@@ -170,7 +170,7 @@ class ConnectionManager:
             events=events,
             events_max_length=events_max_length,
         )
-        """The same operations as descriptions, for :meth:`pipeline`."""
+        """Descriptions of every operation that is one script, for :meth:`pipeline`."""
         if client is not None and not isinstance(client, Redis | RedisCluster):
             raise TypeError(clients.not_a_client(client, "redis.asyncio"))
         self._given_client = client
@@ -306,8 +306,11 @@ class ConnectionManager:
             The connection, and the displaced ones, whose sockets are now the caller's to close: no other call on any
             server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and refused it.
 
-        Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server, N = connections in
-        the namespace.
+        Raises:
+            OutOfMemoryError: the server's memory is full; nothing was changed.
+
+        Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server for itself and for
+        each connection that it displaces, N = connections in the namespace.
 
         """
         return await self._run(
@@ -321,7 +324,8 @@ class ConnectionManager:
 
         With a grace the connection is detached: the user is offline, but ``get_game_connections`` still lists the seat,
         and a register of the same user within the grace takes it over with its game, on any server. After the grace,
-        cleanup removes it and reports it. To detach it again changes nothing; without a grace it is removed.
+        cleanup removes it and reports it. To detach it again changes nothing, but answers it once more; without a grace
+        it is removed.
 
         Args:
             sid: the connection's id.
@@ -329,7 +333,7 @@ class ConnectionManager:
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            What was removed or detached; None when there was no such connection, as after it was displaced.
+            What was removed, or is detached now; None when there was no such connection, as after it was displaced.
 
         Cost: one round trip; O(log N).
 
@@ -351,6 +355,9 @@ class ConnectionManager:
         Returns:
             Whether it is in the game, and the game that it left. Falsy when there is no such connection, or the game
             ``is_full``: then the connection stays in the game that it was in.
+
+        Raises:
+            OutOfMemoryError: the server's memory is full; nothing was changed.
 
         Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
 
@@ -382,6 +389,9 @@ class ConnectionManager:
 
         Returns:
             Whether there is such a connection.
+
+        Raises:
+            OutOfMemoryError: the server's memory is full; nothing was changed.
 
         Cost: one round trip; O(1).
 
@@ -519,7 +529,7 @@ class ConnectionManager:
 
         Returns:
             The newest sid of the other user; None when there is none, or it is detached. With several others, that of
-            the one who connected first.
+            the one whose registration is the earliest by its epoch; one that is refreshed or resumed counts as new.
 
         Cost: one round trip; O(M), M = connections in the game.
 
@@ -653,6 +663,7 @@ class ConnectionManager:
 
         Raises:
             ValueError: the manager has no ``server_id``.
+            OutOfMemoryError: the server's memory is full; nothing was changed.
 
         Cost: one round trip; O(S log S), S = servers.
 
@@ -796,8 +807,9 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some failed; its ``results`` holds what every one of them answered or met.
-            ValueError: an operation of a manager with a ``server_id`` was described before ``start_server`` (the
-                manager's own methods see to that).
+
+        With a ``server_id``, to describe a registration or a heartbeat of the server before ``start_server`` raises
+        ``ValueError`` there already, where it is described (the manager's own methods see to the start).
 
         Cost: one round trip; the sum of the operations in the server.
 
@@ -824,7 +836,8 @@ class ConnectionManager:
 
         Args:
             game_id: only the events of connections in this game (those who leave it among them).
-            user_id: only the events of this user's connections.
+            user_id: only the events of this user's connections; not together with ``game_id``. Neither: all events of
+                the namespace.
             after: begin after this position, ``Event.position`` or ``GameSnapshot.position``, instead of now; needs
                 ``events="stream"``.
 
@@ -832,7 +845,11 @@ class ConnectionManager:
             The subscription.
 
         Raises:
-            ValueError: events are off, or arguments that exclude each other are given.
+            TypeError: an argument has the wrong type.
+            ValueError: events are off, arguments that exclude each other are given, or one is out of its bounds.
+            EventsLostError: while it iterates: events may be missing. Read a snapshot and subscribe again.
+            PresenceError: when the block is entered or, with the stream, while it iterates: a fault.
+            RuntimeError: it is iterated over without ``async with``.
 
         Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace, and one each
         second.

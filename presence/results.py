@@ -205,7 +205,10 @@ class GameSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class CleanupResult:
-    """What a cleanup removed and detached; its length is how many it removed."""
+    """What a cleanup removed and detached; its length is how many it removed.
+
+    So it is false when it removed none, even if it detached some.
+    """
 
     removed: tuple[ConnectionInfo, ...] = ()
     """The connections that this call removed, longest silent first. No other call reports them."""
