@@ -131,7 +131,13 @@ class Timeline:
             # Of two servers' registrations the later one may be heard first: its displaced ones need their names now.
             for connection in (*line["answer"]["displaced"], line["answer"]["connection"]):
                 self._give_name(connection["sid"], connection["user_id"])
-        call = f"{operation}({', '.join(self.words(it) for it in arguments if it is not None)})"
+        notes = []
+        if operation == "update_server_heartbeat":
+            # The call itself takes nothing: these are the server's id and its boot epoch.
+            call = f"{operation}()"
+            notes.append(arguments[0])
+        else:
+            call = f"{operation}({', '.join(self.words(it) for it in arguments if it is not None)})"
         if "error" in line:
             self.differ(f"{call} on {server} failed: {line['error']}")
             return
@@ -142,8 +148,9 @@ class Timeline:
             if arguments[0] in self._beaten:
                 return
             self._beaten.add(arguments[0])
-            call += ", and so on"
-        self.say(server, f"{call} -> {self.words(answer.value)}")
+            notes.append("repeats not shown")
+        note = f" ({', '.join(notes)})" if notes else ""
+        self.say(server, f"{call} -> {self.words(answer.value)}{note}")
 
     def _give_name(self, sid: str, user_id: str) -> None:
         if sid not in self._names:
