@@ -310,8 +310,12 @@ _PASSING = (
 _LASTING = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
 
 
-def cluster_fault(error: AttributeError) -> redis.exceptions.ClusterError:
+def cluster_replies(replies: list[Any]) -> list[Any]:
     """Name what redis-py's cluster clients meet of a node that they do not know yet, or that is closed under a call."""
+    return [_fault(reply) if isinstance(reply, AttributeError) else reply for reply in replies]
+
+
+def _fault(error: AttributeError) -> redis.exceptions.ClusterError:
     fault = redis.exceptions.ClusterError("a node came or went during the call")
     fault.__cause__ = error
     return fault

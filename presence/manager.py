@@ -960,9 +960,11 @@ class ConnectionManager:
         except AttributeError as error:
             if not own.is_cluster:
                 raise
-            replies = [clients.cluster_fault(error)] * len(request)
-        if own.is_cluster and clients.passing_faults(replies):
-            own.layout = None
+            replies = [error] * len(request)
+        if own.is_cluster:
+            replies = clients.cluster_replies(replies)
+            if clients.passing_faults(replies):
+                own.layout = None
         if task and task.cancelling() > cancellations:
             # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
             raise asyncio.CancelledError

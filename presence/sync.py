@@ -958,10 +958,11 @@ class ConnectionManager:
             pipeline = client.pipeline(transaction=False)
             for command in request:
                 pipeline.execute_command(*command, **AS_BYTES)
-            return pipeline.execute(raise_on_error=False)
+            replies = pipeline.execute(raise_on_error=False)
         except FAULTS as error:
             return [error] * len(request)
         except AttributeError as error:
             if not isinstance(client, RedisCluster):
                 raise
-            return [clients.cluster_fault(error)] * len(request)
+            replies = [error] * len(request)
+        return clients.cluster_replies(replies) if isinstance(client, RedisCluster) else replies

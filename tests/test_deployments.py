@@ -892,6 +892,10 @@ class TestCluster:
                 for call_it in (manager.get_connection_count, lambda: manager.update_heartbeats(["sid-1", "sid-2"])):
                     with pytest.raises(presence.ServerUnreachableError):
                         call_it()
+                operations = manager.operations
+                with pytest.raises(presence.PipelineError) as raised:
+                    manager.pipeline([operations.update_heartbeat("sid-1"), operations.get_connection_count()])
+                assert [type(result) for result in raised.value.results] == [presence.ServerUnreachableError] * 2
             assert manager.get_connection_count() == 2
 
     @pytest.mark.parametrize("as_option", [False, True])
