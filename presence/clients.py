@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
+from itertools import takewhile
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -200,11 +201,11 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
     """
     if "connection_class" in given or "connection_pool_class" in given:
         return  # The caller's own class may take more.
-    known = {*_options_of(module), *signature(manager).parameters}
+    known = _options_of(module)
     in_url = redis.connection.parse_url(address.url) if address.deployment == "server" else address.options
     for name in (*given, *in_url):
         if name not in known:
-            meant = get_close_matches(name, known, 1)
+            meant = get_close_matches(name, {*known, *signature(manager).parameters}, 1)
             if name in given:
                 raise TypeError(
                     f"from_url() has no option {name!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
@@ -227,7 +228,8 @@ def _options_of(module: Any) -> frozenset[str]:
         connections.UnixDomainSocketConnection,
     )
     classes = {base for kind in kinds for base in kind.__mro__ if "__init__" in vars(base)}
-    return frozenset({"ssl"}.union(*(signature(base.__init__).parameters for base in classes)))
+    # Two are taken out of the rest, so that no signature names them.
+    return frozenset({"ssl", "check_connection"}.union(*(signature(base.__init__).parameters for base in classes)))
 
 
 def not_a_client(given: object, module: str) -> str:
@@ -279,12 +281,13 @@ def tries_again(address: Address, given: dict[str, Any]) -> bool:
 
 
 def cluster_pauses() -> Iterator[float]:
-    """Give the seconds to wait before each further attempt on a cluster; redis-py's clients would not wait at all."""
+    """Give the seconds to wait before each further attempt on a cluster; redis-py's clients would not wait at all.
+
+    Call it before the first attempt: the time within which a call may be sent again begins then.
+    """
     backoff, end = _backoff(), monotonic() + RETRYING_SECONDS
-    for failures in range(1, CLUSTER_RETRIES + 1):
-        if monotonic() > end:
-            return
-        yield backoff.compute(failures)
+    failures = takewhile(lambda _: monotonic() < end, range(1, CLUSTER_RETRIES + 1))
+    return map(backoff.compute, failures)
 
 
 def passing_faults(replies: Sequence[Any]) -> list[int]:
@@ -422,6 +425,11 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
             return client
         case "cluster":
             nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
+            if "connection_pool_class" in given:
+                # redis-py heeds it only where it has a URL too, which then must say whether to use TLS.
+                url = "rediss://{}:{}" if options.pop("ssl", False) else "redis://{}:{}"
+                host, port = address.hosts[0]
+                options["url"] = url.format(f"[{host}]" if ":" in host else host, port)
             return redis.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
     return redis.Redis.from_pool(redis.BlockingConnectionPool(**options))
 

@@ -73,16 +73,17 @@ class _OpenClient:
 
         Each would ask for itself, one after the other, and the client drops the connections under calls meanwhile.
         """
-        if self.layout is None:
-            self.layout = asyncio.ensure_future(self.client.initialize())
-        layout = self.layout
-        if not layout.done():
-            await asyncio.wait([layout])
-        try:
-            layout.result()
-        except BaseException:
-            self.layout = None
-            raise
+        while True:
+            layout = self.layout
+            if layout is None or (layout.done() and (layout.cancelled() or layout.exception() is not None)):
+                layout = self.layout = asyncio.ensure_future(self.client.initialize())
+                # Whoever waits may be cancelled, and then nobody asks what it met.
+                layout.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            if not layout.done():
+                await asyncio.wait([layout])
+            if not layout.cancelled():  # Whoever cancels all tasks there are cancels this one, but not those who call.
+                layout.result()
+                return
 
 
 class _Repetition:
@@ -281,6 +282,9 @@ class ConnectionManager:
         try:
             if own.shared is not None:
                 await own.shared.aclose()
+            if own.layout is not None and not own.layout.done():
+                own.layout.cancel()
+                await asyncio.wait([own.layout])
             if self._given_client is None:
                 await own.client.aclose()
         finally:
@@ -923,8 +927,9 @@ class ConnectionManager:
 
     async def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
+        pauses = clients.cluster_pauses() if own.tries_again else iter(())
         replies = await self._send_once(own, request)
-        for pause in clients.cluster_pauses() if own.tries_again else ():
+        for pause in pauses:
             failed = clients.passing_faults(replies)
             if not failed:
                 break
@@ -963,7 +968,7 @@ class ConnectionManager:
             replies = [error] * len(request)
         if own.is_cluster:
             replies = clients.cluster_replies(replies)
-            if clients.passing_faults(replies):
+            if clients.passing_faults(replies) and own.layout is not None and own.layout.done():
                 own.layout = None
         if task and task.cancelling() > cancellations:
             # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.

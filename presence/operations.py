@@ -716,9 +716,10 @@ def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[
 class RepeatedCleanup:
     """What a ``run_cleanup`` sends next, and how many seconds it pauses after the answer or the fault.
 
-    A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before, and
-    what it removed is still reported. While no batch comes through, no heartbeat may either: when that has lasted so
-    long that all look stale, the next one waits until the server answers, and then for a heartbeat of everyone.
+    A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before while
+    the answer is kept, and what it removed is still reported. While no batch comes through, no heartbeat may either:
+    when that has lasted so long that all may look stale, the next one waits until the server answers, and then for a
+    heartbeat of everyone. So it does after a pause that may hide such a time.
     """
 
     def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
@@ -729,7 +730,7 @@ class RepeatedCleanup:
         self._sent_at: float | None = None
         """When this batch was sent first."""
         self._cleaned_at = monotonic()
-        self._only_asks = self._has_waited = False
+        self._has_failed = self._only_asks = self._has_waited = False
         # Game servers look dead after three heartbeats, whatever the threshold.
         heartbeats = HEARTBEATS_UNTIL_STALE * operations.heartbeat_seconds
         shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
@@ -738,9 +739,11 @@ class RepeatedCleanup:
     def next(self) -> Operation[CleanupBatch]:
         """Give the operation to send."""
         now = monotonic()
+        seconds = now - self._cleaned_at
         # With a threshold below a heartbeat, cleanup does not go by heartbeats.
-        may_be_outage = 0 < self._harmless_seconds <= now - self._cleaned_at
-        self._only_asks = may_be_outage and not self._has_waited
+        may_look_stale = 0 < self._harmless_seconds <= seconds
+        may_be_outage = self._has_failed or seconds > self._operations.heartbeat_seconds
+        self._only_asks = may_look_stale and may_be_outage and not self._has_waited
         if self._only_asks:
             count = self._operations.get_connection_count()
             return Operation(count.script, count.keys, count.arguments, lambda _: CleanupBatch((), is_last=True))
@@ -749,7 +752,7 @@ class RepeatedCleanup:
 
     def fail(self) -> float:
         """Give the seconds to pause after a fault."""
-        self._has_waited = False
+        self._has_failed, self._has_waited = True, False
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         return min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
@@ -760,7 +763,7 @@ class RepeatedCleanup:
             self._has_waited = True
             return self._operations.heartbeat_seconds
         self._batch = self._operations.cleanup_batch(self._threshold_seconds)
-        self._sent_at, self._has_waited = None, False
+        self._sent_at, self._has_failed, self._has_waited = None, False, False
         self._cleaned_at = monotonic()
         return self._interval if done.is_last else 0
 

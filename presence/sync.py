@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakSet
@@ -54,21 +53,19 @@ Result = TypeVar("Result")
 
 
 class _OpenClient:
-    """A client that the manager uses, and the threads that it serves now, so that it is not closed under them."""
+    """A client that the manager uses, and the threads that it serves or that wait until it is open."""
 
-    def __init__(self, client: Redis | RedisCluster, *, tries_again: bool) -> None:
-        self.client = client
-        self.tries_again = tries_again
-        """Whether calls of a cluster are sent again here, and not by the client."""
-        self.callers: list[int] = []
-
-
-class _Opening(Future[None]):
-    """A client of a cluster, which connects when it is made: once for all who wait, and without a lock."""
+    client: Redis | RedisCluster
 
     def __init__(self) -> None:
-        super().__init__()
-        self.thread = threading.get_ident()
+        self.opener = threading.get_ident()
+        self.is_open = False
+        self.has_tried = threading.Event()
+        self.error: Exception | None = None
+        self.is_cluster = False
+        self.tries_again = False
+        """Whether calls of a cluster are sent again here, and not by the client."""
+        self.callers: list[int] = []
 
 
 _managers: WeakSet[ConnectionManager] = WeakSet()
@@ -152,7 +149,6 @@ class ConnectionManager:
         self._address: clients.Address | None = None
         self._client_options: dict[str, Any] = {}
         self._own_client: _OpenClient | None = None
-        self._opening: _Opening | None = None
         self._closing: list[_OpenClient] = []
         """Those that a close has put aside: whoever ends their last call closes them."""
         self._repetitions: dict[threading.Event, threading.Thread] = {}
@@ -224,12 +220,15 @@ class ConnectionManager:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._repetitions.clear()
-        own = threading.get_ident()
-        for known in (*self._closing, *([self._own_client] if self._own_client else [])):
-            known.callers = [caller for caller in known.callers if caller == own]
+        own_thread = threading.get_ident()
+        for known in self._known_clients():
+            known.callers = [caller for caller in known.callers if caller == own_thread]
         self._closing = [known for known in self._closing if known.callers]
-        if self._opening is not None and self._opening.thread != own:
-            self._opening = None
+        if self._own_client and not self._own_client.is_open and self._own_client.opener != own_thread:
+            self._own_client = None
+
+    def _known_clients(self) -> list[_OpenClient]:
+        return self._closing + ([self._own_client] if self._own_client else [])
 
     def __enter__(self) -> Self:
         self._is_closed = False
@@ -251,20 +250,20 @@ class ConnectionManager:
             self._is_closed = True
             for stop in self._repetitions:
                 stop.set()
+            # A signal handler has interrupted a call of its own thread, which may hold what the others need to end
+            # theirs: it waits for nobody, and the last call to end closes the client.
+            has_interrupted = any(own_thread in known.callers for known in self._known_clients())
             # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
-            if threading.current_thread() not in self._repetitions.values():
+            if not has_interrupted and threading.current_thread() not in self._repetitions.values():
                 self._changed.wait_for(lambda: not self._repetitions)
-            self._changed.wait_for(lambda: self._opening is None or self._opening.thread == own_thread)
             own, self._own_client = self._own_client, None
             if own is not None:
                 own.callers.append(own_thread)
                 self._closing.append(own)
         if own is not None:
             self._end(own)
-        with self._changed:
-            # A signal handler has interrupted a call of its own thread, which may hold what the others need to end
-            # theirs: it waits for nobody, and the last call to end closes the client.
-            if not any(own_thread in closing.callers for closing in self._closing):
+        if not has_interrupted:
+            with self._changed:
                 self._changed.wait_for(lambda: not self._closing)
 
     def register_connection(
@@ -836,52 +835,61 @@ class ConnectionManager:
 
     def _begin(self) -> _OpenClient:
         """Give the client, opened if there is none, and count this call as one of its own."""
+        own_thread = threading.get_ident()
         while True:
             with self._lock:
                 own = self._own_client
-                if own is not None:
-                    own.callers.append(threading.get_ident())
-                    return own
-                opening = self._opening
-                # A signal handler cannot wait for the opening that it has interrupted.
-                is_waiting = opening is not None and opening.thread != threading.get_ident()
-                if opening is None or not is_waiting:
-                    opening = self._opening = _Opening()
-            if is_waiting:
-                opening.result()
-            else:
-                self._open_for_all(opening)
+                if own is None:
+                    own = self._own_client = _OpenClient()
+                    self._is_closed = False
+                elif not own.is_open and own.opener == own_thread:
+                    # A signal handler cannot wait for the opening that it has interrupted: this is for its call.
+                    own = _OpenClient()
+                    self._closing.append(own)
+                own.callers.append(own_thread)
+            if own.is_open or self._open(own):
+                return own
+            self._end(own)
 
-    def _open_for_all(self, opening: _Opening) -> None:
+    def _open(self, own: _OpenClient) -> bool:
+        """Open a client, once for all who wait; tell whether it is open, and not its opener was interrupted."""
         try:
-            own = self._open()
-        except BaseException as error:
-            self._end_opening(None)
-            if isinstance(error, Exception):
-                opening.set_exception(error)
+            if own.opener == threading.get_ident():
+                self._try_to_open(own)
             else:
-                opening.set_result(None)  # Only this thread was interrupted; another tries.
+                own.has_tried.wait()
+            if own.error is not None:
+                raise own.error
+        except BaseException:
+            self._end(own)
             raise
-        self._end_opening(own)
-        opening.set_result(None)
+        return own.is_open
 
-    def _end_opening(self, own: _OpenClient | None) -> None:
-        with self._changed:
-            if own is not None and self._own_client is None:
-                self._own_client = own
-                self._is_closed = False
-            self._opening = None
-            self._changed.notify_all()
+    def _try_to_open(self, own: _OpenClient) -> None:
+        # Without a lock, since a cluster's client connects when it is made.
+        try:
+            own.client, own.tries_again = self._make_client()
+            own.is_cluster = isinstance(own.client, RedisCluster)  # To ask that of each call takes a microsecond.
+            own.is_open = True
+        except Exception as error:
+            own.error = error
+        finally:
+            try:
+                with self._lock:
+                    if self._own_client is own and not own.is_open:
+                        self._own_client = None
+            finally:
+                own.has_tried.set()
 
-    def _open(self) -> _OpenClient:
+    def _make_client(self) -> tuple[Redis | RedisCluster, bool]:
         if self._given_client is not None:
-            return _OpenClient(self._given_client, tries_again=False)
+            return self._given_client, False
         address = self._address or clients.parse_default()
         tries_again = clients.tries_again(address, self._client_options)
         pauses = clients.cluster_pauses() if tries_again else iter(())
         while True:
             try:
-                return _OpenClient(clients.connect_blocking(address, self._client_options), tries_again=tries_again)
+                return clients.connect_blocking(address, self._client_options), tries_again
             except FAULTS as error:
                 pause = next(pauses, None)
                 if pause is None or not clients.passing_faults([error]):
@@ -895,12 +903,13 @@ class ConnectionManager:
                 own.callers.remove(threading.get_ident())
                 return
         try:
-            if self._given_client is None:
+            if own.is_open and self._given_client is None:
                 own.client.close()
         finally:
             with self._changed:
                 own.callers.clear()
-                self._closing.remove(own)
+                if own in self._closing:  # Not where it could not be opened.
+                    self._closing.remove(own)
                 self._changed.notify_all()
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
@@ -912,12 +921,12 @@ class ConnectionManager:
         try:
             if not isinstance(asked, Operation):
                 exchange = asked
-            elif isinstance(own.client, RedisCluster):
+            elif own.is_cluster:
                 exchange = perform(asked)
             else:
                 # The answer of nearly every call, without the cost of a conversation.
                 try:
-                    reply = own.client.execute_command(*asked.command(), **AS_BYTES)
+                    reply = own.client.execute_command(*asked.command(), **AS_BYTES)  # type: ignore[no-untyped-call]
                 except FAULTS as error:
                     exchange = recover(asked, error)
                 else:
@@ -933,8 +942,9 @@ class ConnectionManager:
 
     def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
+        pauses = clients.cluster_pauses() if own.tries_again else iter(())
         replies = self._send_once(own.client, request)
-        for pause in clients.cluster_pauses() if own.tries_again else ():
+        for pause in pauses:
             failed = clients.passing_faults(replies)
             if not failed:
                 break

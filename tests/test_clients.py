@@ -215,6 +215,9 @@ class TestEventLoops:
         assert (removed.sid, removed.user_id) == (sid, str(user_id))
 
 
+OPENING_SECONDS = 0.4
+
+
 class TestClosing:
     """It waits for the calls under way, and leaves no connection open that belongs to what it closes."""
 
@@ -228,6 +231,20 @@ class TestClosing:
                 return [client["name"] for client in clients].count("presence")
 
             yield count
+
+    @pytest.fixture
+    def slow_to_open(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+        """A blocking client takes a moment to open, as a cluster's does; the event tells that one has begun."""
+        has_begun = threading.Event()
+        connect = clients.connect_blocking
+
+        def connect_slowly(*given: Any) -> Any:
+            has_begun.set()
+            time.sleep(OPENING_SECONDS)
+            return connect(*given)
+
+        monkeypatch.setattr(clients, "connect_blocking", connect_slowly)
+        return has_begun
 
     def test_waits_for_the_calls_under_way(self, own_server: LocalServer) -> None:
         async def run() -> None:
@@ -380,6 +397,42 @@ class TestClosing:
                 signal.signal(signal.SIGALRM, before)
             manager.close()
 
+    def test_waits_for_the_calls_that_wait_until_the_client_is_open(
+        self, own_server: LocalServer, connections: Callable[[], int], slow_to_open: threading.Event
+    ) -> None:
+        with ThreadPoolExecutor(9) as threads:
+            manager = presence.sync.ConnectionManager.from_url(own_server.url, client_name="presence")
+            calls = [threads.submit(manager.get_connection_count) for _ in range(8)]
+            assert slow_to_open.wait(BOUND_SECONDS)
+            time.sleep(OPENING_SECONDS / 2)  # Now all of them wait.
+            threads.submit(manager.close).result(BOUND_SECONDS)
+            assert [call.done() and call.result() for call in calls] == [0] * 8
+            assert connections() == 0
+            manager.run_cleanup()  # It ends at once: the manager is closed.
+
+    def test_in_a_signal_handler_waits_for_nobody_when_it_has_interrupted_the_opening(
+        self, own_server: LocalServer, connections: Callable[[], int], slow_to_open: threading.Event
+    ) -> None:
+        handled = threading.Event()
+
+        def close(*_: object) -> None:
+            manager.close()
+            handled.set()
+
+        manager = presence.sync.ConnectionManager.from_url(own_server.url, client_name="presence")
+        cleaning = threading.Thread(target=manager.run_cleanup, daemon=True)
+        before = signal.signal(signal.SIGALRM, close)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, OPENING_SECONDS / 2)
+            threading.Timer(OPENING_SECONDS / 4, cleaning.start).start()
+            assert manager.get_connection_count() == 0
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert handled.is_set()
+        cleaning.join(BOUND_SECONDS)
+        assert not cleaning.is_alive()
+        wait_until(lambda: connections() == 0)
+
     def test_that_is_cancelled_leaves_the_rest_to_the_next(
         self, own_server: LocalServer, connections: Callable[[], int]
     ) -> None:
@@ -502,6 +555,8 @@ class TestAUrl:
             manager_type.from_url(url, server_grace_second=60)
         with pytest.raises(TypeError, match="no option 'socket_timeouts'; did you mean 'socket_timeout'"):
             manager_type.from_url(url, socket_timeouts=60)
+        with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'namespace'"):
+            manager_type.from_url(f"{url}?namespace=blue")
         with pytest.raises(TypeError, match=r"no option 'colour'$"):
             manager_type.from_url(url, colour="red")
         with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'socket_timeout'"):
@@ -509,6 +564,9 @@ class TestAUrl:
 
     def test_with_a_class_of_connections_of_the_callers_may_have_any_option(self, manager_type: Any) -> None:
         assert manager_type.from_url("redis://one", connection_class=object, colour="red")
+
+    def test_may_have_the_options_of_a_sentinels_pool(self, manager_type: Any) -> None:
+        assert manager_type.from_url("redis+sentinel://one/two", check_connection=True, min_other_sentinels=1)
 
     @pytest.mark.parametrize("scheme", clients.SCHEMES)
     def test_that_leads_nowhere_is_accepted_until_it_is_used(self, manager_type: Any, scheme: str) -> None:

@@ -838,6 +838,45 @@ class TestCluster:
                 client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             assert manager.update_heartbeat("sid-1")
 
+    def test_a_first_call_that_is_cancelled_leaves_nothing_behind(self, cluster: Cluster) -> None:
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(cluster.url, namespace="one", client_name="p") as manager:
+                call = asyncio.create_task(manager.get_connection_count())
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(run())
+        connected: Any = [client.client_list() for client in cluster.clients]
+        assert "p" not in [client["name"] for clients in connected for client in clients]
+
+    def test_serves_a_call_in_the_finally_of_a_first_call_that_is_cancelled_with_all_tasks(
+        self, cluster: Cluster
+    ) -> None:
+        removed: list[Any] = []
+        with presence.sync.ConnectionManager.from_url(cluster.url, namespace="one") as registering:
+            registering.register_connection("sid", "user")
+
+        async def play_until_the_end(manager: presence.ConnectionManager) -> None:
+            try:
+                await manager.get_connection_count()
+            finally:
+                removed.append(await manager.unregister_connection("sid"))
+                await manager.aclose()
+
+        async def run() -> None:
+            manager = presence.ConnectionManager.from_url(cluster.url, namespace="one")
+            running.append(asyncio.create_task(play_until_the_end(manager)))
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        running: list[asyncio.Task[None]] = []
+        asyncio.run(run())
+        assert [connection and connection.sid for connection in removed] == ["sid"]
+
     def test_waits_for_a_node_that_restarts(self, make_manager: ManagerFactory) -> None:
         node = LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         with node, admin(node) as client:
