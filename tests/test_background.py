@@ -198,31 +198,18 @@ class TestRunCleanup:
                 wait_until(lambda: reported)
         assert reported == ["gone"]
 
-    def test_after_a_short_outage_goes_on_at_once(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str
-    ) -> None:
-        reported: list[str] = []
-        with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
-            manager.register_connection("sid", "user")
-            let_time_pass(own_client, "presence", 91)
-            proxy.fates = [Fate.LOSE_REQUEST]
-            background = Background(kind, proxy.url, **one_attempt(kind))
-            with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
-                wait_until(lambda: reported)
-        assert reported == ["sid"]
-
-    def test_reports_what_a_batch_removed_whose_reply_was_lost(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    @pytest.mark.parametrize(("fate", "interval"), [(Fate.LOSE_REQUEST, 0.05), (Fate.LOSE_REPLY, HOUR)])
+    def test_reports_after_a_fault_what_a_batch_removed_or_would_have(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str, fate: Fate, interval: float
     ) -> None:
         reported: list[str] = []
         with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
             manager.register_connection("sid", "user")
             assert not manager.cleanup_stale_connections()  # The server has the script now.
             let_time_pass(own_client, "presence", 91)
-            own_client.config_resetstat()
-            proxy.fates = [Fate.LOSE_REPLY]
+            proxy.fates = [fate]
             background = Background(kind, proxy.url, **one_attempt(kind))
-            with repeating(background, "run_cleanup", HOUR, lambda result: reported.extend(sids_of(result))):
+            with repeating(background, "run_cleanup", interval, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: reported)
         assert reported == ["sid"]
 
