@@ -8,7 +8,7 @@ client that beats every 30 seconds would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
-ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, epoch ('' = any)
+ARGV  key_lifetime_ms (a day more than the TTL of connections), epoch ('' = any)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
@@ -17,12 +17,15 @@ Cost  O(log N), N = connections in the namespace
 -- @include refresh_interval_ms
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
-local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local epoch = ARGV[5] or ''
+local key_lifetime_ms, epoch = ARGV[1], ARGV[2] or ''
+-- What the keys tell is not passed again: to take an argument costs a fiftieth of the whole.
+local prefix_length = #last_seen_key - #'last_seen'
+local sid = conn_key:sub(prefix_length + #'conn:' + 1)
 
 local now_ms = now_us:sub(1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 local silence_ms = last_seen and now_ms - last_seen
+local conn_ttl_ms = key_lifetime_ms - 24 * 60 * 60 * 1000
 if not silence_ms or silence_ms > conn_ttl_ms then
   return 0
 end
@@ -35,7 +38,7 @@ if epoch ~= '' then
 end
 if random_number + silence_ms / refresh_interval_ms >= 1 then
   -- @include refresh_ttls
-  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now_ms) then
+  if not refresh_ttls(last_seen_key:sub(1, prefix_length), last_seen_key, sid, key_lifetime_ms, now_ms) then
     return 0
   end
 end

@@ -13,9 +13,8 @@ a refresh of its TTL; one which is less than a minute old moves to its own key, 
 finds it in one of the two.
 
 KEYS  conn, user_conns, last_seen, reply
-ARGV  key_prefix, sid, user_id, key_lifetime_ms (a day more than the TTL of connections),
-      connections_per_user ('' = 1), reject_ms ('' = the newest wins), server ('' = none),
-      metadata ('' = none, or what it had), events ('' = off)
+ARGV  key_lifetime_ms (a day more than the TTL of connections), connections_per_user ('' = 1),
+      reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
 Reply '<now us>' and, where there is something to report, each as an event (see event), in this order:
       refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
       (oldest first), registered (the new connection itself; not of the usual one, all of which the caller knows: it
@@ -28,9 +27,13 @@ Error OOM when the server's memory is full; nothing is changed then
 
 local call = redis.call -- To look it up for each command takes a sixtieth of the whole.
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local key_prefix, sid, user_id, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local connections_per_user, reject_ms = ARGV[5] or '', ARGV[6] or ''
-local server, metadata, events = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
+local key_lifetime_ms, connections_per_user, reject_ms = ARGV[1], ARGV[2] or '', ARGV[3] or ''
+local server, metadata, events = ARGV[4] or '', ARGV[5] or '', ARGV[6] or ''
+-- What the keys tell is not passed again; see heartbeat.
+local prefix_length = #last_seen_key - #'last_seen'
+local key_prefix = last_seen_key:sub(1, prefix_length)
+local sid = conn_key:sub(prefix_length + #'conn:' + 1)
+local user_id = user_conns_key:sub(prefix_length + #'user_conns:' + 1)
 
 local now_ms = now_us:sub(1, -4)
 -- The last 16 characters of the key are the token of this call.

@@ -99,9 +99,6 @@ REGISTER = scripts.load(
     "register",
     keys=("conn", "user_conns", "last_seen", "reply"),
     arguments=(
-        "key_prefix",
-        "sid",
-        "user_id",
         "key_lifetime_ms",
         "connections_per_user",
         "reject_ms",
@@ -130,11 +127,7 @@ UPDATE_METADATA = scripts.load(
     keys=("conn", "last_seen", "reply"),
     arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "metadata", "epoch", "events"),
 )
-HEARTBEAT = scripts.load(
-    "heartbeat",
-    keys=("conn", "last_seen"),
-    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "epoch"),
-)
+HEARTBEAT = scripts.load("heartbeat", keys=("conn", "last_seen"), arguments=("key_lifetime_ms", "epoch"))
 HEARTBEATS = scripts.load(
     "heartbeats", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
 )
@@ -340,9 +333,6 @@ class Operations:
                 self._reply(),
             ),
             (
-                self._prefix,
-                sid_bytes,
-                user_bytes,
                 self._key_lifetime_ms,
                 "" if self._connections_per_user == 1 else self._connections_per_user,
                 self._reject_ms or "",
@@ -437,13 +427,7 @@ class Operations:
         return Operation(
             HEARTBEAT,
             (self._conn(sid_bytes), self.last_seen_key),
-            (
-                self._prefix,
-                sid_bytes,
-                self._conn_ttl_ms,
-                self._key_lifetime_ms,
-                arguments.check_epoch(epoch),
-            ),
+            (self._key_lifetime_ms, arguments.check_epoch(epoch)),
             bool,
         )
 

@@ -172,11 +172,11 @@ def test_each_microsecond_is_another_chance_to_refresh_the_ttls(server_url: str)
     """However short the time between two heartbeats is, it counts."""
     text = (lua_folder() / "include" / "random_number.lua").read_text(encoding="utf-8")
     script = (
-        f"local function number_of(now_us)\n{text}\nreturn random_number\nend"
+        f"local function number_of(clock)\n{text}\nreturn random_number\nend"
         + """
         local seen, distinct, small_after_small, before = {}, 0, 0, 1
         for microsecond = 0, 999999 do
-          local number = number_of(string.format('1763999999%06d', microsecond))
+          local number = number_of({'1763999999', tostring(microsecond)})
           local millionth = math.floor(number * 1000000 + 0.5)
           if not seen[millionth] then
             seen[millionth], distinct = true, distinct + 1
