@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,8 @@ _CLEANUP = pytest.StashKey[ExitStack]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the session's server; without one, fail with one clear line instead of skipping anything."""
+    # By itself pytest ends what its fixtures have started where it is interrupted, but not where it is terminated.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     stack = config.stash[_CLEANUP] = ExitStack()
     try:
         config.stash[_SERVER] = stack.enter_context(running_server(docker=True))
