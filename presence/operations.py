@@ -520,13 +520,7 @@ class Operations:
 
     def get_game_connections(self, game_id: str) -> Operation[list[ConnectionInfo]]:
         """Describe the snapshot of a game."""
-        game_bytes = arguments.encode("game_id", game_id)
-        return Operation(
-            GET_GAME,
-            (self._game_conns(game_bytes), self.last_seen_key),
-            (),
-            partial(parse_game, game_id, self._conn_ttl_ms),
-        )
+        return self._get_game(game_id, partial(parse_game, game_id, self._conn_ttl_ms))
 
     def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
         """Describe the snapshot of at most 10 games, all at one moment."""
@@ -573,26 +567,27 @@ class Operations:
 
     def get_game_user_sids(self, game_id: str) -> Operation[dict[str, str]]:
         """Describe the snapshot of a game as user_id -> sid; of a user's connections the newest counts."""
-        return self._get_game(
-            game_id,
-            lambda seats: {connection.user_id: connection.sid for connection in seats if not connection.is_detached},
-        )
+        return self._get_game(game_id, partial(self._parse_user_sids, game_id))
 
     def get_opponent_sid(self, game_id: str, current_user_id: str | UUID) -> Operation[str | None]:
         """Describe the search for the other player of a game."""
         current_user = arguments.encode_user_id("current_user_id", current_user_id).decode()
 
-        def opponent(connections: list[ConnectionInfo]) -> str | None:
-            sids = {connection.user_id: connection.sid for connection in connections if not connection.is_detached}
-            return next((sid for user_id, sid in sids.items() if user_id != current_user), None)
+        def parse(reply: list[Any]) -> str | None:
+            for user_id, sid in self._parse_user_sids(game_id, reply).items():
+                if user_id != current_user:
+                    return sid
+            return None
 
-        return self._get_game(game_id, opponent)
+        return self._get_game(game_id, parse)
 
-    def _get_game(self, game_id: str, select: Callable[[list[ConnectionInfo]], Result]) -> Operation[Result]:
-        snapshot = self.get_game_connections(game_id)
-        return Operation(
-            snapshot.script, snapshot.keys, snapshot.arguments, lambda reply: select(snapshot.parse(reply))
-        )
+    def _get_game(self, game_id: str, parse: Callable[[list[Any]], Result]) -> Operation[Result]:
+        game_bytes = arguments.encode("game_id", game_id)
+        return Operation(GET_GAME, (self._game_conns(game_bytes), self.last_seen_key), (), parse)
+
+    def _parse_user_sids(self, game_id: str, reply: list[Any]) -> dict[str, str]:
+        seats = parse_game(game_id, self._conn_ttl_ms, reply)
+        return {connection.user_id: connection.sid for connection in seats if connection.detached_until is None}
 
     def get_connection_count(self) -> Operation[int]:
         """Describe the count of live connections."""

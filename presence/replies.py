@@ -169,6 +169,8 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
     time, _, rest = reply.partition(b" ")
     epoch = int(time)
     now = epoch // 1000
+    if not rest:
+        return Registration(_connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata))
     connection = replaced = resumed_from = None
     displaced: list[ConnectionInfo] = []
     for kind, told in _parse_events(rest, now):
