@@ -3,8 +3,8 @@
 The core's figures are taken on every server that is found. The contenders, the growth to a million connections and the
 throughput take longer: they are measured on the first server found, or with ``ALL_SERVERS=1`` on each.
 
-Ends with 1 when something could not be measured; a missed target is reported and is no failure, since it depends on the
-machine and on what else runs there.
+Ends with 1 when something could not be measured, or an invariant was broken; another target that is missed is reported
+and is no failure, since it depends on the machine and on what else runs there.
 """
 
 from __future__ import annotations

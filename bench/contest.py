@@ -74,6 +74,7 @@ def measure_storms(server: Server, scale: Scale) -> Findings:
             Spread.exactly(race.wrong),
             "",
             target=0 if contender == PRESENCE else None,
+            is_promise=contender == PRESENCE,
         )
         for contender, race in zip(CONTENDERS, races, strict=True)
     ]
@@ -95,7 +96,10 @@ def storm_rows(result: StormResult) -> list[Row]:
         of = f"of {result.history.users:,}, {result.history.calls:,} calls"
         counts[f"users whose history is not linearizable, {of}"] = len(result.history.wrong)
         counts["users whose history is undecided"] = len(result.history.undecided)
-    rows = [Row(f"{name}: {what}", Spread.exactly(count), "", target=must) for what, count in counts.items()]
+    rows = [
+        Row(f"{name}: {what}", Spread.exactly(count), "", target=must, is_promise=must is not None)
+        for what, count in counts.items()
+    ]
     if must == 0 and not result.history:
         raise MeasurementError("the history of presence's storm was not checked")
     rows += [

@@ -363,17 +363,15 @@ def _growth(ours: BySize) -> Findings:
 
 
 def _beside_plain(plain: BySize, ours: BySize) -> Findings:
-    """Hold *plain* against *presence* in the largest crowd, and the cleanup in every one."""
+    """Hold *plain* against *presence* at every size; the targets are for the largest."""
     largest = max(ours)
+    compared = (snapshot(COMPARED_ROOM), BY_TASKS, CLEANUP)
     rows = []
     for name in plain[largest].samples:
-        if name in (CLEANUP, COUNT):
-            continue
-        target = PLAIN_RATIO if name in (snapshot(COMPARED_ROOM), BY_TASKS) else None
-        rows += _comparison(name, plain[largest], ours[largest], target)
-    for size in ours:
-        rows += _comparison(COUNT, plain[size], ours[size], None)
-        rows += _comparison(CLEANUP, plain[size], ours[size], PLAIN_RATIO if size == largest else None)
+        for size in ours:
+            if name in plain[size].samples:
+                target = PLAIN_RATIO if size == largest and name in compared else None
+                rows += _comparison(name, plain[size], ours[size], target)
     cleanups = {
         name: [
             (size, Spread.of(_client(each, CLEANUP)).median * size * STALE_SHARE / 1e6) for size, each in crowds.items()

@@ -22,7 +22,8 @@ BY_HAND = "<!-- written by hand -->"
 
 HEAD = """# Benchmarks
 
-One run of `make bench` on the machine below (`python -m bench.page docs` then wrote this page). No absolute time is
+One run of `make prove` and one of `make bench` on the machine below (`python -m bench.page docs` then wrote this page).
+Each names the Lua scripts that it ran. No absolute time is
 promised: what counts are the ratios, each taken within one run, and mostly within one short round of it, on the same
 server and the same data. On another machine, or beside other load, the values move by far more than the ratios do; the
 range beside each is that of the middle 80 % of its rounds.
@@ -99,6 +100,9 @@ def main(arguments: Sequence[str]) -> int:
     if not (bench or proof):
         print(f"There is no run to tell of in {report.FOLDER}: make bench")
         return 1
+    for run in (bench, proof):
+        if run and run.machine.get("Scripts") != report.scripts():
+            print(f"The run of {run.machine['Date']} was of other Lua scripts than these: measure again")
     folder = report.FOLDER
     written = publish(bench, proof) if arguments else write(bench, proof, folder / "latest.md", folder / "images")
     for path in written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from bench.measure import Spread
+from presence.scripts import lua_folder, splice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +41,8 @@ class Row:
     target: float | None = None
     at_least: bool = False
     """Whether the target is a lower bound instead of an upper one."""
+    is_promise: bool = False
+    """Whether to miss it is a fault of the library, which no machine and no moment excuses."""
 
     @property
     def verdict(self) -> str:
@@ -65,6 +69,7 @@ class Row:
             "to": self.baseline or None,
             "target": self.target,
             "at_least": self.at_least,
+            "is_promise": self.is_promise,
             "verdict": self.verdict or None,
         }
 
@@ -79,6 +84,7 @@ class Row:
             plain["to"] or "",
             plain["target"],
             plain["at_least"],
+            plain.get("is_promise", False),
         )
 
 
@@ -151,8 +157,10 @@ class ServerReport:
         return [row.what for section in self.sections for row in section.rows if row.verdict == "MISS"]
 
     def failures(self) -> list[str]:
-        """Say which sections failed, and why."""
-        return [f"{section.title}: {section.failure}" for section in self.sections if section.failure]
+        """Say which sections failed, and why, and which promises of the library were broken."""
+        failed = [f"{section.title}: {section.failure}" for section in self.sections if section.failure]
+        rows = (row for section in self.sections for row in section.rows)
+        return failed + [row.what for row in rows if row.is_promise and row.verdict == "MISS"]
 
 
 def _text(spread: Spread, unit: str) -> str:
@@ -185,8 +193,18 @@ def machine() -> dict[str, str]:
         "System": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Python": platform.python_version(),
         "redis-py": f"{version('redis')}, hiredis {version('hiredis')}",
+        "Scripts": scripts(),
         "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def scripts() -> str:
+    """Tell which Lua scripts are measured, so that two runs can be told to be of the same ones."""
+    folder = lua_folder()
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".lua"))
+    sources = "".join(splice(folder, name.removesuffix(".lua")) for name in names)
+    digest = hashlib.sha1(sources.encode(), usedforsecurity=False).hexdigest()
+    return f"{len(names)}, the SHA1 of all is {digest[:12]}"
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -57,7 +57,7 @@ FULL = Scale(
     throughput_rounds=8,
     throughput_calls=2_000,
     storm_operations=60_000,
-    register_rounds=3,
+    register_rounds=5,
     register_seconds=2,
 )
 QUICK = Scale(

@@ -5,6 +5,7 @@ Every round measures every operation on connections chosen at random, and leaves
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,8 @@ from bench.measure import MeasurementError, Spread, ratios, send, server_time, s
 from bench.progress import Progress
 from bench.report import Row
 from presence.operations import HEARTBEAT_BATCH_SIZE, Operations
+from presence.operations import REGISTER as REGISTER_SCRIPT
+from presence.replies import Position
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +27,16 @@ if TYPE_CHECKING:
     from presence.operations import Command, Operation
 
 HOW = """Every operation acts on connections chosen at random among 200,000 that are each in a two-player game (QUICK:
-20,000) and, if not said otherwise, were registered more than a minute ago. Times are the server's own (`INFO
+20,000) and, if not said otherwise, were registered more than a minute ago (who joins a game has come back a moment
+before). Times are the server's own (`INFO
 commandstats`), so they hold neither the network nor the client. One call per round trip, never pipelined: a pipeline of
 one command keeps a tiny script's code and data in the CPU's caches, which the traffic of game servers does not. The
 commands take turns in short rounds; a ratio compares within a round. The rows *the commands within* give the time of
 the native commands that a script issued, in the very same calls: the server counts them in `commandstats` one by one,
 as if they came from outside, so they meet the same data in the same caches; the ratio is the whole script to them, and
 what is above 1 is Lua's and the answer's. A heartbeat is one that comes soon after the one before; of those that come
-every 30 seconds, one in 30 refreshes the TTLs as well."""
+every 30 seconds, one in 30 refreshes the TTLs as well. What events cost where they are off is a register beside the
+same script without its part for events."""
 
 Result = TypeVar("Result")
 
@@ -48,6 +53,12 @@ REGISTER_STREAM = "the same with events in the stream"
 DISPLACING = "register, displacing one in a game"
 DISPLACING_NO_GAME = "register, displacing one in no game"
 DISPLACING_SOON = "register, displacing one in a game within a minute"
+WITHOUT_EVENTS = "register, first of its user, cut: no part for events"
+DETACHING = "unregister one in a game with a grace"
+RESUMING = "register, resuming one in a game"
+STREAM_EVENTS = 100
+EVENTS_OFF = 1.05
+"""No cost that could be measured: two scripts that do the same differ by as much."""
 
 REFRESHING = "heartbeat that refreshes TTLs"
 """About one in 15 minutes of each connection."""
@@ -67,6 +78,16 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     ("join a game", HSET, None),
     ("leave a game", HSET, None),
     ("unregister one in a game", HSET, None),
+    (DETACHING, HSET, None),
+    (RESUMING, HSET, None),
+    ("update_metadata", HSET, None),
+    ("update_server_heartbeat", ZADD, None),
+    ("cleanup, none stale", NOTHING, None),
+    ("snapshot of a two-player game with its position", NOTHING, None),
+    ("get_games_connections of 10", NOTHING, None),
+    ("get_users_connections of 100", NOTHING, None),
+    ("are_users_online of 100", NOTHING, None),
+    (f"events: {STREAM_EVENTS} changes from the stream", NOTHING, None),
     ("get_connection", NOTHING, None),
     ("get_user_connection", NOTHING, None),
     ("is_user_online", NOTHING, None),
@@ -93,6 +114,15 @@ class Rounds:
         self._calls = calls
         self._registered: list[int] = []
         self._nothing = str(self._client.script_load("return 1"))
+        source, count = re.subn(
+            r"\n-- 9\. The events\..*(?=\nreturn answer\n)", "", REGISTER_SCRIPT.source, flags=re.DOTALL
+        )
+        if count != 1 or "event" in source.rpartition("-- 8.")[2]:
+            raise MeasurementError("the register's part for events was not found")
+        self._without_events = str(self._client.script_load(source))
+        self._server = Operations(NAMESPACE, server_id="server")
+        start = self._server.start_server()
+        start.parse(self._client.execute_command(*start.command()))
 
     def run_one(self) -> None:
         """Measure everything once; a native command comes right before the operations that are held against it."""
@@ -101,6 +131,7 @@ class Rounds:
         self._measure_reads()
         self._measure_registrations()
         self._measure_joins_and_removals()
+        self._measure_servers()
 
     def run_refreshing_heartbeats(self, rounds: int) -> None:
         """Measure heartbeats of connections that were silent for long; each connection can be measured once."""
@@ -150,6 +181,27 @@ class Rounds:
             [describe.get_game_connections(game_id(index)) for index in self._sample()],
             lambda connections: len(connections) == 2,
         )
+        self._time(
+            "snapshot of a two-player game with its position",
+            [describe.get_game_snapshot(game_id(index)) for index in self._sample()],
+            lambda snapshot: len(snapshot.connections) == 2,
+        )
+        self._time(
+            "get_games_connections of 10",
+            [describe.games_connections_batch([game_id(index) for index in many]) for many in self._many(10)],
+            lambda games: all(len(game) == 2 for game in games),
+        )
+        self._time(
+            "get_users_connections of 100",
+            [describe.users_connections_batch([user_ids[index] for index in many]) for many in self._many(100)],
+            all,
+        )
+        self._time(
+            "are_users_online of 100",
+            [describe.users_online_batch([user_ids[index] for index in many]) for many in self._many(100)],
+            _is_found,
+        )
+        self._time("cleanup, none stale", [Operations(NAMESPACE, heartbeat_seconds=3600).cleanup_batch()], _is_found)
         self._time("get_connection", [describe.get_connection(sids[index]) for index in self._sample()], _is_found)
         self._time(
             "get_user_connection",
@@ -184,6 +236,7 @@ class Rounds:
             send(self._client, [("DEL", record) for record in records])
 
         for name, operations in (
+            (WITHOUT_EVENTS, self._operations),
             (REGISTER, self._operations),
             (REGISTER_PUBSUB, Operations(NAMESPACE, events="pubsub")),
             (REGISTER_STREAM, Operations(NAMESPACE, events="stream")),
@@ -193,8 +246,18 @@ class Rounds:
                 name,
                 [operations.register_connection(sid, user) for sid, user in zip(sids, users, strict=True)],
                 lambda registration: not registration.displaced,
+                sha=self._without_events if name == WITHOUT_EVENTS else "",
             )
             send(self._client, [self._operations.unregister_connection(sid).command() for sid in sids])
+        start = Position()
+        reads = [self._operations.read_events(start, STREAM_EVENTS) for _ in range(BATCHES)]
+        of_each = 2  # registered, and user_online
+        expected = of_each * min(STREAM_EVENTS, self._calls)
+        self._time(
+            f"events: {STREAM_EVENTS} changes from the stream",
+            reads,
+            lambda batch: len(batch.events) == expected,
+        )
         self._client.delete(self._operations.events_key)
 
         returning = self._sample()
@@ -220,6 +283,25 @@ class Rounds:
             lambda connection: connection is not None and connection.game_id is not None,
         )
         self._population.restore(going)
+        seated = self._sample(without=moving + going + self._registered)
+        self._time(
+            DETACHING,
+            [self._operations.unregister_connection(sids[index], grace_seconds=60) for index in seated],
+            lambda connection: connection is not None and connection.is_detached,
+        )
+        for index in seated:
+            sids[index] = new_sid()
+        self._time(
+            RESUMING,
+            [self._population.register(index) for index in seated],
+            lambda registration: registration.resumed and registration.connection.game_id is not None,
+        )
+        for metadata in ("metadata", ""):
+            changes = [self._operations.update_metadata(sids[index], metadata) for index in seated]
+            if metadata:
+                self._time("update_metadata", changes, bool)
+            else:
+                send(self._client, [change.command() for change in changes])
         for index in moving:
             sids[index] = new_sid()
         self._time(
@@ -228,7 +310,13 @@ class Rounds:
             lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is None,
         )
         self._time("join a game", [self._population.join(index) for index in moving], bool)
-        self._registered += going + moving
+        self._registered += going + moving + seated
+
+    def _measure_servers(self) -> None:
+        self._time("update_server_heartbeat", [self._server.update_server_heartbeat()] * self._calls, bool)
+
+    def _many(self, count: int) -> list[list[int]]:
+        return [sample(self._population, count) for _ in range(BATCHES)]
 
     def _sample(self, without: Sequence[int] = ()) -> list[int]:
         return sample(self._population, self._calls, without)
@@ -240,11 +328,22 @@ class Rounds:
                 raise MeasurementError(f"{name} answered {reply!r} instead of {expected!r}")
         self.costs[name].append(cost)
 
-    def _time(self, name: str, operations: Sequence[Operation[Result]], is_right: Callable[[Result], object]) -> None:
-        cost = server_times(self._client, [operation.command() for operation in operations])
+    def _time(
+        self,
+        name: str,
+        operations: Sequence[Operation[Result]],
+        is_right: Callable[[Result], object],
+        *,
+        sha: str = "",
+    ) -> None:
+        """Measure calls; with a ``sha`` that script runs in the place of theirs."""
+        commands = [operation.command() for operation in operations]
+        if sha:
+            commands = [(name_, sha, *rest) for name_, _, *rest in commands]
+        cost = server_times(self._client, commands)
         for operation, reply in zip(operations, cost.replies, strict=True):
             if not is_right(operation.parse(reply)):
-                raise MeasurementError(f"{name} answered {reply!r}, so it did not do what was to be measured")
+                raise MeasurementError(f"{name} answered {reply!r:.200}, so it did not do what was to be measured")
         self.costs[name].append(cost.whole)
         self.commands[name].append(cost.commands)
 
@@ -267,11 +366,15 @@ def measure_speed(server: Server, scale: Scale) -> list[Row]:
     rounds.run_refreshing_heartbeats(scale.rounds)
 
     costs = rounds.costs
-    natives = [Row(name, Spread.of(costs[name]), "µs") for name in (NOTHING, ZADD, ZADD_MANY, HSET)]
+    natives = [Row(name, Spread.of(costs[name]), "µs") for name in (NOTHING, ZADD, ZADD_MANY, HSET, WITHOUT_EVENTS)]
     compared = [
         Row(name, Spread.of(costs[name]), "µs", ratios(costs[name], costs[native]), native, target)
         for name, native, target in COMPARED
     ]
+    register, cut = costs[REGISTER], costs[WITHOUT_EVENTS]
+    compared.append(
+        Row(f"{REGISTER}, events off", Spread.of(register), "µs", ratios(register, cut), WITHOUT_EVENTS, EVENTS_OFF)
+    )
     own = [_beside_own_commands(name, costs[name], rounds.commands[name]) for name, _, _ in COMPARED]
     return natives + compared + own
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis.asyncio
 
 import presence
-from bench.fill import NAMESPACE, Population, sample
-from bench.measure import Spread, ratios
+from bench.fill import NAMESPACE, Population, new_sid, sample
+from bench.measure import MeasurementError, Spread, ratios
 from bench.progress import Progress
 from bench.report import Row
 
@@ -52,7 +52,7 @@ KINDS = (
 
 
 class Call(NamedTuple):
-    """One call, as the manager takes it and as the plain client takes it."""
+    """One call, as the manager takes it, and one like it, as the plain client takes it."""
 
     arguments: tuple[str, ...]
     evalsha: Command
@@ -83,12 +83,16 @@ def measure_throughput(server: Server, scale: Scale) -> list[Row]:
 
 def _calls(population: Population, kind: Kind) -> list[Call]:
     describe = getattr(population.operations, kind.method)
-    calls = []
-    for index in sample(population, CALLS):
-        sid, user_id = population.sids[index], population.user_ids[index]
-        arguments = (sid, user_id) if kind.of_user else (sid,)
-        calls.append(Call(arguments, describe(*arguments).command()[1:]))
-    return calls
+
+    def arguments(index: int) -> tuple[str, ...]:
+        # Each register brings a new connection, and displaces the user's earlier one.
+        return (new_sid(), population.user_ids[index]) if kind.of_user else (population.sids[index],)
+
+    chosen = sample(population, 2 * CALLS)
+    return [
+        Call(arguments(ours), describe(*arguments(other)).command()[1:])
+        for ours, other in zip(chosen[::2], chosen[1::2], strict=True)
+    ]
 
 
 async def _measure(url: str, population: Population, kind: Kind, rounds: int) -> tuple[list[float], list[float]]:
@@ -108,12 +112,16 @@ async def _per_second(call: Callable[..., Awaitable[object]], arguments: Iterabl
     """Let the tasks share the calls; give the calls per second."""
     pending = iter(arguments)
 
+    answers: list[object] = []
+
     async def work() -> None:
-        for one in pending:
-            await call(*one)
+        answers.extend([await call(*one) for one in pending])
 
     start = perf_counter()
     async with asyncio.TaskGroup() as tasks:
         for _ in range(TASKS):
             tasks.create_task(work())
-    return CALLS / (perf_counter() - start)
+    seconds = perf_counter() - start
+    if not all(answers):
+        raise MeasurementError("a call did not do what was to be measured")
+    return CALLS / seconds

@@ -135,11 +135,16 @@ def test_a_section_that_fails_is_reported_and_keeps_no_other_from_running(
 
 
 @pytest.mark.usefixtures("local_place", "folder")
-def test_a_missed_target_fails_the_proof_but_not_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_target_fails_the_proof_and_a_broken_promise_the_benchmark_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(bench, "CORE", (give(*ROWS),))
     monkeypatch.setattr(bench, "LONGER", ())
     assert bench.main() == 0
+    broken = Row("orders that end wrong", Spread.exactly(1), "", target=0, is_promise=True)
+    monkeypatch.setattr(bench, "CORE", (give(broken),))
+    assert bench.main() == 1
     monkeypatch.setattr(prove, "PLANS", (give(*ROWS),))
     assert prove.main() == 1
     monkeypatch.setattr(prove, "PLANS", (give(ROWS[0], ROWS[2]),))
