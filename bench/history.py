@@ -5,6 +5,9 @@ is said by the model of the stateful test and by nothing else. No operation of t
 users are checked one by one (linearizability is local), each by a search of the kind of Wing, Gong and Lowe: a call is
 given its place only when one that returns needs it, and no pair of state and placed calls is looked at twice.
 
+The model of the search has no time. That a cleanup took only who was silent for as long as its threshold is a check of
+its own, by the times at which the calls began and ended.
+
 A history is a folder of text files, a call a line, so it can be read, kept, and edited by hand.
 """
 
@@ -33,7 +36,7 @@ JOIN = "join"
 LEAVE = "leave"
 HEARTBEAT = "heartbeat"
 CLEAN_UP = "clean_up"
-"""A cleanup reported this sid. It says nothing of what it left: the checker has no clock to tell what was stale.
+"""A cleanup reported this sid. It says nothing of what it left, and nobody looks whether that was stale.
 
 Nobody knows the sids of a cleanup that never returned: it has none, and may remove whatever the user has, repeatedly.
 """
@@ -52,6 +55,10 @@ NOW = 0
 """Nothing expires in a history: for the model, all of it is one moment."""
 CONN_TTL_MS = 3_600_000
 
+CLOCK_MARGIN_NS = 2_000_000
+"""How much less than its threshold a connection that a cleanup took may seem to have been silent: thresholds are
+rounded to milliseconds, and so are the server's times."""
+
 State = tuple["ModelConnection", ...]
 """What a user has, in the order of registration."""
 
@@ -68,6 +75,8 @@ class Call(NamedTuple):
     game_id: str | None
     answer: Any
     """Hashable; for a register the displaced sids, for a join whether it joined and the game left."""
+    threshold_ns: int | None = None
+    """For a cleanup, how long it let connections be silent; None: the times of what it took are not looked at."""
 
     def changes_nothing(self) -> bool:
         """Tell whether its answer says that it changed nothing, in whichever state it gave that answer."""
@@ -126,6 +135,23 @@ class Violation:
             lines.append("  earlier calls that name the same connections:")
             lines += [f"    {call.describe(origin)}" for call in self.related]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class EarlyCleanup:
+    """A cleanup took a connection of a user that was seen within its threshold."""
+
+    cleanup: Call
+    seen: Call
+    """The last call that saw the connection."""
+
+    def __str__(self) -> str:
+        origin = min(self.cleanup.start, self.seen.start)
+        milliseconds = (self.cleanup.threshold_ns or 0) / 1e6
+        return (
+            f"user {self.cleanup.user_id!r}: a cleanup took a connection that was seen within its threshold of "
+            f"{milliseconds:.3f} ms\n  {self.seen.describe(origin)}\n  {self.cleanup.describe(origin)}"
+        )
 
 
 class _States:
@@ -287,13 +313,48 @@ def _run(search: _Search, events: list[_Event]) -> Iterator[bool]:
             yield True
 
 
-def check_user(calls: Iterable[Call]) -> Violation | None:
+def check_user(calls: Iterable[Call]) -> Violation | EarlyCleanup | None:
     """Check all the calls of one user, who had no connection before; give the first calls that cannot be.
 
     Raises:
         UndecidedError: too many calls were under way at once to look at all their orders.
 
     """
+    calls = list(calls)
+    return _find_early_cleanup(calls) or _find_violation(calls)
+
+
+def _find_early_cleanup(calls: list[Call]) -> EarlyCleanup | None:
+    """Find a cleanup that took a connection which was seen for certain within its threshold.
+
+    A register, and a heartbeat that found its connection, saw it no earlier than they began, and a cleanup looked no
+    later than it ended: so the silence was at most the time between these two, and nobody has to know the server's
+    clock, only that it was not set meanwhile. They ran before the removal, even where they returned after it: only a
+    register brings a sid back that is gone, so one that was registered twice is not judged. A lost register must have
+    run, since there was something to take; a lost heartbeat need not have.
+    """
+    registered: set[str] = set()
+    registered_again: set[str] = set()
+    seen: dict[str, Call] = {}
+    for call in calls:
+        if call.operation == REGISTER:
+            (registered_again if call.sid in registered else registered).add(call.sid)
+        elif call.operation != HEARTBEAT or call.answer is not True:
+            continue
+        if call.sid not in seen or call.start > seen[call.sid].start:
+            seen[call.sid] = call
+    for call in calls:
+        if call.operation != CLEAN_UP or call.threshold_ns is None or call.end is None:
+            continue
+        last = seen.get(call.sid)
+        if last is None or call.sid in registered_again:
+            continue
+        if call.end - last.start < call.threshold_ns - CLOCK_MARGIN_NS:
+            return EarlyCleanup(call, last)
+    return None
+
+
+def _find_violation(calls: list[Call]) -> Violation | None:
     search = _Search(_States())
     events = _events(calls)
     certain, certain_from = search.copy(), 0
@@ -369,14 +430,14 @@ class HistoryReport:
     overlapping: int = 0
     """Those that began while another call of the same user was under way; without any, nothing was proved."""
     wrong: list[str] = field(default_factory=list)
-    """For each user whose history is not linearizable, why."""
+    """For each user whose history is not linearizable, or of whom a cleanup took what was not silent, why."""
     undecided: list[str] = field(default_factory=list)
     """The users whose search was given up."""
     seconds: float = 0
 
     @property
     def is_linearizable(self) -> bool:
-        """Tell whether every user's history is known to be."""
+        """Tell whether every user's history is known to be, and its cleanups took only who was silent."""
         return not self.wrong and not self.undecided
 
     def __add__(self, other: HistoryReport) -> HistoryReport:

@@ -241,11 +241,11 @@ class Worker:
                 return
             self._cleanup_is_due.clear()
             seconds_each = (self._seconds() - since) / (self._begun - begun)
-            threshold = IDLE_OPERATIONS * self._plan.users * seconds_each / self._plan.processes
+            threshold = max(0.001, IDLE_OPERATIONS * self._plan.users * seconds_each / self._plan.processes)
             since, begun = self._seconds(), self._begun
             start = time.monotonic_ns()
             try:
-                removed = await self._contender.cleanup(max(0.001, threshold))
+                removed = await self._contender.cleanup(threshold)
             except (RedisError, PresenceError, TimeoutError) as error:
                 self.outcome.errors[f"{CLEAN_UP}: {_name(error)}"] += 1
                 self._record_lost_cleanup(start)
@@ -254,7 +254,7 @@ class Worker:
             self.outcome.latencies_ns[CLEAN_UP].append(end - start)
             self.outcome.cleaned_up += removed
             for sid in removed:
-                self._record(start, end, CLEAN_UP, sid, answer=True)
+                self._record(start, end, CLEAN_UP, sid, answer=True, threshold_ns=round(threshold * 1e9))
 
     def _record_lost_cleanup(self, start: int) -> None:
         """Write down for every user that a cleanup may have removed something."""
@@ -277,10 +277,18 @@ class Worker:
         return answer
 
     def _record(
-        self, start: int, end: int | None, operation: str, sid: str, game_id: str | None = None, answer: Any = None
+        self,
+        start: int,
+        end: int | None,
+        operation: str,
+        sid: str,
+        game_id: str | None = None,
+        answer: Any = None,
+        threshold_ns: int | None = None,
     ) -> None:
         if self._recorder:
-            self._recorder.add(Call(start, end, operation, self._plan.user_of(sid), sid, game_id, answer))
+            user_id = self._plan.user_of(sid)
+            self._recorder.add(Call(start, end, operation, user_id, sid, game_id, answer, threshold_ns))
 
 
 def _name(error: Exception) -> str:

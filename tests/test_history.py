@@ -23,6 +23,7 @@ from bench.history import (
     Call,
     Recorder,
     UndecidedError,
+    Violation,
     check_history,
     check_user,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 USER = "alice"
+MS = 1_000_000
 
 
 def call(
@@ -162,6 +164,56 @@ def test_a_history_that_was_edited_to_be_wrong_is_caught(calls: list[Call]) -> N
     assert check_user(calls) is not None
 
 
+def clean_up(start: int, end: int, sid: str, threshold_ns: int) -> Call:
+    return call(start, end, CLEAN_UP, sid, answer=True)._replace(threshold_ns=threshold_ns)
+
+
+TOO_EARLY = {
+    "a cleanup takes who registered within its threshold": [
+        register(0, 1 * MS, "a"),
+        clean_up(50 * MS, 60 * MS, "a", 90 * MS),
+    ],
+    "a cleanup takes who beat within its threshold": [
+        register(0, 1 * MS, "a"),
+        call(200 * MS, 201 * MS, HEARTBEAT, "a", answer=True),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+    ],
+    "a cleanup takes who beat while it ran": [
+        register(0, 1 * MS, "a"),
+        call(215 * MS, 225 * MS, HEARTBEAT, "a", answer=True),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+    ],
+    "a cleanup takes whose register was lost, though it began within the threshold": [
+        call(0, None, REGISTER, "a"),
+        clean_up(50 * MS, 60 * MS, "a", 90 * MS),
+    ],
+    "an earlier and a later heartbeat do not hide the one that matters": [
+        register(0, 1 * MS, "a"),
+        call(200 * MS, 201 * MS, HEARTBEAT, "a", answer=True),
+        call(100 * MS, 101 * MS, HEARTBEAT, "a", answer=True),
+        call(230 * MS, 231 * MS, HEARTBEAT, "a", answer=False),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+    ],
+    "a cleanup takes the second connection of a user, and only the first was silent": [
+        register(0, 1 * MS, "a"),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+        register(230 * MS, 231 * MS, "b"),
+        clean_up(240 * MS, 250 * MS, "b", 90 * MS),
+    ],
+    "a connection began one nanosecond too late to be stale": [
+        register(10 * MS + history.CLOCK_MARGIN_NS + 1, 20 * MS, "a"),
+        clean_up(50 * MS, 100 * MS, "a", 90 * MS),
+    ],
+}
+
+
+@pytest.mark.parametrize("calls", TOO_EARLY.values(), ids=TOO_EARLY)
+def test_a_cleanup_that_takes_who_was_seen_within_its_threshold_is_caught(calls: list[Call]) -> None:
+    assert check_user(calls) is not None
+    # It is the time that is wrong, and nothing else.
+    assert check_user([one._replace(threshold_ns=None) for one in calls]) is None
+
+
 OVERLAPPING = {
     "calls at once in the order in which they did not begin": [register(0, 10, "a", "b"), register(5, 15, "b")],
     "a heartbeat at the time of the removal": [
@@ -206,6 +258,34 @@ OVERLAPPING = {
         register(30, 40, "b", "a"),
     ],
     "a lost register that did nothing": [call(0, None, REGISTER, "a"), register(10, 20, "b")],
+    "a cleanup of who was silent for as long as its threshold, to the margin": [
+        register(10 * MS + history.CLOCK_MARGIN_NS, 20 * MS, "a"),
+        clean_up(50 * MS, 100 * MS, "a", 90 * MS),
+    ],
+    "a cleanup that may have looked long after the register": [
+        register(0, 1 * MS, "a"),
+        clean_up(2 * MS, 100 * MS, "a", 90 * MS),
+    ],
+    "a cleanup of who beat in vain, joined, left and lost a heartbeat within its threshold": [
+        register(0, 1 * MS, "a"),
+        call(200 * MS, 201 * MS, JOIN, "a", "game-1", (True, None)),
+        call(202 * MS, 203 * MS, LEAVE, "a", answer="game-1"),
+        call(204 * MS, None, HEARTBEAT, "a"),
+        call(205 * MS, 225 * MS, HEARTBEAT, "a", answer=False),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+    ],
+    "a cleanup of one connection, while another of the user was seen": [
+        register(0, 1 * MS, "a"),
+        register(150 * MS, 300 * MS, "b"),
+        call(218 * MS, 219 * MS, HEARTBEAT, "b", answer=True),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+    ],
+    "a cleanup of a sid that came back while it ran": [
+        register(0, 1 * MS, "a"),
+        clean_up(210 * MS, 220 * MS, "a", 90 * MS),
+        register(215 * MS, 216 * MS, "a"),
+        call(217 * MS, 218 * MS, HEARTBEAT, "a", answer=True),
+    ],
     "lost calls of every kind": [
         register(0, 10, "a"),
         call(20, None, JOIN, "a", "game-1"),
@@ -226,7 +306,7 @@ def test_a_history_that_some_order_explains_is_taken(calls: list[Call]) -> None:
 
 def test_the_error_names_the_user_and_shows_the_smallest_window() -> None:
     violation = check_user(edited(at=130, answer=(True, None)))
-    assert violation is not None
+    assert isinstance(violation, Violation)
     assert violation.window == [call(130, 140, JOIN, "b", "game-2", (True, None))]
     assert [(one.sid, one.game_id) for one in violation.before] == [("b", "game-1")]
     lines = str(violation).splitlines()
@@ -236,12 +316,22 @@ def test_the_error_names_the_user_and_shows_the_smallest_window() -> None:
     assert [one.start for one in violation.related] == [40, 80, 110]
 
 
+def test_the_error_of_a_cleanup_that_came_too_early_shows_it_and_when_the_connection_was_seen() -> None:
+    last_beat = call(200 * MS, 201 * MS, HEARTBEAT, "a", answer=True)
+    calls = [register(0, 1 * MS, "a"), last_beat, clean_up(210 * MS, 220 * MS, "a", 90 * MS)]
+    assert str(check_user(calls)).splitlines() == [
+        "user 'alice': a cleanup took a connection that was seen within its threshold of 90.000 ms",
+        "  0.000000 to 1.000000  heartbeat(a) answered True",
+        "  10.000000 to 20.000000  clean_up(a) answered True",
+    ]
+
+
 def test_the_window_holds_the_calls_that_were_under_way_and_no_reader_that_does_not_matter() -> None:
     long_ago = [register(0, 1, "x"), register(2, 3, "a", "x")]
     claims = [register(10, 20, "b", "c"), register(12, 22, "c", "b")]
     readers = [call(11, 13, HEARTBEAT, "a", answer=True), call(14, 30, HEARTBEAT, "x", answer=False)]
     violation = check_user([*long_ago, *claims, *readers])
-    assert violation is not None
+    assert isinstance(violation, Violation)
     assert violation.window == claims
     assert violation.related == [long_ago[1], readers[0]]
 
@@ -313,7 +403,7 @@ def test_every_corruption_of_a_run_without_overlaps_is_caught(calls: list[Call],
     place = data.draw(st.integers(0, len(calls) - 1))
     wrong = calls[place]._replace(answer=data.draw(st.sampled_from(wrong_answers(calls[place]))))
     violation = check_user([*calls[:place], wrong, *calls[place + 1 :]])
-    assert violation is not None
+    assert isinstance(violation, Violation)
     # With another answer the later ones may be what cannot be, as long as no earlier one is.
     assert violation.window[-1].start == wrong.start
 
@@ -382,9 +472,9 @@ def test_a_recorded_history_of_several_processes_is_checked_user_by_user(
 def test_a_recorded_history_in_which_one_line_is_edited_is_caught(folder: Callable[[list[Call]], Path]) -> None:
     users = [f"user-{number}" for number in range(20)]
     path = folder([one._replace(user_id=user) for user in users for one in RIGHT])
-    right = json.dumps([40, 50, REGISTER, "user-7", "b", None, ["a"]])
+    right = json.dumps([40, 50, REGISTER, "user-7", "b", None, ["a"], None])
     (file,) = (file for file in path.iterdir() if right in file.read_text())
-    file.write_text(file.read_text().replace(right, json.dumps([40, 50, REGISTER, "user-7", "b", None, []])))
+    file.write_text(file.read_text().replace(right, json.dumps([40, 50, REGISTER, "user-7", "b", None, [], None])))
 
     report = check_history(path, processes=2)
 

@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from bench import storm
-from bench.history import REGISTER, check_history
+from bench.history import REGISTER, Call, check_history
 from bench.storm import StormError, StormResult, register_throughput, run_storm
 from bench.storm_worker import Outcome
 
@@ -94,10 +94,10 @@ def test_one_displaced_connection_that_is_taken_out_of_the_history_is_missed(
     for file in sorted(presence_storm.record.iterdir()):
         lines = file.read_text().splitlines()
         for number, line in enumerate(lines):
-            start, end, operation, user_id, sid, game_id, answer = json.loads(line)
-            if edited is None and operation == REGISTER and answer:
-                edited = user_id
-                lines[number] = json.dumps([start, end, operation, user_id, sid, game_id, []])
+            one = Call._make(json.loads(line))
+            if edited is None and one.operation == REGISTER and one.answer:
+                edited = one.user_id
+                lines[number] = json.dumps(one._replace(answer=[]))
         (tmp_path / file.name).write_text("\n".join(lines) + "\n")
 
     (wrong,) = check_history(tmp_path, processes=2).wrong
