@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -21,10 +23,10 @@ from bench.storm_worker import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.server import LocalServer
 
+ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = 8_000
 USERS = 40
 
@@ -102,6 +104,37 @@ def test_one_displaced_connection_that_is_taken_out_of_the_history_is_missed(
 
     (wrong,) = check_history(tmp_path, processes=2).wrong
     assert wrong.startswith(f"user {edited!r}")
+
+
+BROKEN = {
+    "a cleanup that takes everyone": (
+        "cleanup.lua",
+        "find_by_score('0', '(' .. as_argument(now_ms - math.min(threshold_ms, conn_ttl_ms)))",
+        "find_by_score('0', '+inf')",
+    ),
+    "a heartbeat that marks nothing": ("heartbeat.lua", "redis.call('ZADD', last_seen_key, 'XX', now_ms, sid)", ""),
+    "a register that was seen ten minutes ago": ("register.lua", "'', now_ms, sid)", "'', now_ms - 600000, sid)"),
+}
+
+
+@pytest.mark.parametrize(("script", "right", "wrong"), BROKEN.values(), ids=BROKEN)
+def test_a_storm_shows_scripts_by_which_players_who_are_there_are_cleaned_up(
+    server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, right: str, wrong: str
+) -> None:
+    for folder in ("presence", "lua"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    text = (tmp_path / "lua" / script).read_text()
+    assert right in text
+    (tmp_path / "lua" / script).write_text(text.replace(right, wrong))
+    monkeypatch.syspath_prepend(tmp_path)  # for the processes of the storm, which import the library anew
+    record = tmp_path / "history"
+    record.mkdir()
+
+    result = run_storm("presence", server_url, operations=4_000, processes=2, record=record)
+
+    assert result.violations == 0
+    assert result.history is not None
+    assert "a cleanup took a connection that was seen within its threshold" in result.history.wrong[0]
 
 
 def test_the_checks_see_what_a_storm_does_to_plain_commands(server_url: str, tmp_path: Path) -> None:
