@@ -146,7 +146,7 @@ def test_the_checks_see_what_a_storm_does_to_plain_commands(server_url: str, tmp
     assert result.reported_twice > 0
     assert result.history is not None
     assert result.history.wrong
-    assert result.round_trips_per_operation > 2
+    assert result.server_reads_per_operation > 2
 
 
 def test_a_storm_leaves_no_keys_and_a_calm_is_none(server_url: str, client: redis.Redis) -> None:
