@@ -126,11 +126,6 @@ class StormResult:
     examples: list[str]
     history: HistoryReport | None = None
 
-    @property
-    def round_trips_per_operation(self) -> float:
-        """Give ``server_reads_per_operation`` under its earlier name."""
-        return self.server_reads_per_operation
-
     def faults(self) -> list[str]:
         """Name all that an atomic contender would not have."""
         counts = {
@@ -141,7 +136,7 @@ class StormResult:
             "calls that raised": sum(self.errors.values()),
         }
         if self.history:
-            counts["users whose history is not linearizable"] = len(self.history.wrong)
+            counts["users whose history is wrong"] = len(self.history.wrong)
             counts["users whose history is undecided"] = len(self.history.undecided)
         return [f"{count:,} {what}" for what, count in counts.items() if count]
 
