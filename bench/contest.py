@@ -27,10 +27,10 @@ HOW_STORM = """The same seeded storm for each contender: many users reconnect ma
 asyncio tasks each, with late disconnects, joins, leaves, heartbeats and two cleaners. Afterwards every key is read: a
 violation is a broken invariant (a connection that its user's entry does not name, an entry or a game that names what is
 not there, a partial record, …). Every connection that ended must have been reported to exactly one caller: *twice* and
-*never* are counted apart. The recorded history of *presence* (start, end and answer of each call) is checked user by
-user: it must be linearizable, and no cleanup may have taken a connection that was registered, or whose heartbeat was
-answered with yes, by a call which began less than the cleanup's threshold before the cleanup ended. Latency is the
-caller's, with two cores for the server and all four processes. Reads of the server are what it took from its sockets
+*never* are counted apart. The recorded history (start, end and answer of each call) is checked user by user: it must be
+linearizable, and no cleanup may have taken a connection that was registered, or whose heartbeat was answered with yes,
+by a call which began less than the cleanup's threshold before the cleanup ended. Latency is the caller's, with two
+cores for the server and all four processes. Reads of the server are what it took from its sockets
 (`total_reads_processed`) by operation, the cleaners' among them, so *plain*'s and the others' scans weigh in. The
 others wait for each command or transaction before they send the next, so theirs are about the round trips that a caller
 waits for. Callers of *presence* wait for one each (a cleanup for one a batch) and share its reads, as what is asked for
@@ -59,7 +59,8 @@ def measure_storms(server: Server, scale: Scale) -> Findings:
     results = []
     with tempfile.TemporaryDirectory(prefix="presence-history-") as folder:
         for contender in CONTENDERS:
-            record = Path(folder) if contender == PRESENCE else None
+            record = Path(folder) / contender
+            record.mkdir()
             results.append(
                 run_storm(
                     contender,
@@ -96,6 +97,8 @@ def storm_rows(result: StormResult) -> list[Row]:
         "connections reported and still there": result.reported_though_there,
         "calls that raised": sum(result.errors.values()),
     }
+    if not result.history and must == 0:
+        raise MeasurementError("the history of presence's storm was not checked")
     if result.history:
         of = f"of {result.history.users:,}, {result.history.calls:,} calls"
         counts[f"users whose history is wrong, {of}"] = len(result.history.wrong)
@@ -104,8 +107,6 @@ def storm_rows(result: StormResult) -> list[Row]:
         Row(f"{name}: {what}", Spread.exactly(count), "", target=must, is_promise=must is not None)
         for what, count in counts.items()
     ]
-    if must == 0 and not result.history:
-        raise MeasurementError("the history of presence's storm was not checked")
     rows += [
         Row(f"{name}: operations, {result.operations:,}", Spread.exactly(result.operations_per_second), "/s"),
         Row(f"{name}: reads of the server per operation", Spread.exactly(result.server_reads_per_operation), ""),

@@ -49,7 +49,7 @@ FULL = Scale(
     rounds=60,
     calls=200,
     cleanup_rounds=4,
-    client_rounds=20,
+    client_rounds=12,
     sizes=(10_000, 100_000, 1_000_000),
     growth_rounds=8,
     growth_calls=60,
@@ -57,7 +57,7 @@ FULL = Scale(
     throughput_rounds=8,
     throughput_calls=2_000,
     storm_operations=60_000,
-    register_rounds=5,
+    register_rounds=4,
     register_seconds=2,
 )
 QUICK = Scale(
