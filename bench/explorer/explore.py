@@ -6,6 +6,7 @@ import asyncio
 import math
 import multiprocessing
 import os
+import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -31,8 +32,7 @@ PROBES, PROBES_OF_A_CRASH = 100, 10
 """Schedules that are drawn to estimate how many there are, where that cannot be told before."""
 UNSURE = 1.5
 """How far such an estimate may be off: up to this many times the limit all schedules are tried first."""
-FEWEST_OF_A_CRASH = 10
-RUNS_PER_SCHEDULE = 2
+RUNS_PER_SCHEDULE = 3
 """How many runs may be made for each schedule that is wanted, since some repeat one or are none of the wanted kind."""
 
 WRONG_ANSWERS = "answers of no serial order"
@@ -60,7 +60,7 @@ class Tally:
     """One that was wrong, with the fewest turns between the callers, step by step."""
     turns: float = math.inf
 
-    def add(self, pair: Pair, run: Run, outcomes: list[Outcome], crash: Crash | None) -> None:
+    def add(self, pair: Pair, run: Run, outcomes: list[Outcome]) -> None:
         """Check what a schedule led to, and count it."""
         self.schedules += 1
         broken = violations(run.state)
@@ -79,7 +79,7 @@ class Tally:
         turns = sum(one != other for one, other in zip(run.schedule, run.schedule[1:], strict=False))
         if turns < self.turns:
             self.turns = turns
-            self.example = "\n".join(_tell(pair, run, broken, kinds, crash))
+            self.example = "\n".join(_tell(pair, run, broken, kinds))
 
     def as_dict(self) -> dict[str, Any]:
         """Give what a report keeps, ready for JSON."""
@@ -133,7 +133,7 @@ class Result:
         }
 
 
-def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str], crash: Crash | None) -> Iterator[str]:
+def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str]) -> Iterator[str]:
     """Tell a schedule step by step, what it answered and what is wrong."""
     names = [f"{chr(ord('A') + index)} {call}" for index, call in enumerate(pair.calls)]
     yield f"before: {', '.join(map(str, pair.set_up)) or 'nothing'}"
@@ -141,12 +141,16 @@ def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str], crash: Crash
     for index, written in zip(run.schedule, run.written, strict=True):
         yield f"  {names[index]:<{width}}  {readable(written)}"
     for index, (name, answer) in enumerate(zip(names, run.answers, strict=True)):
-        is_dead = crash is not None and crash.index == index
-        yield f"{name} " + (f"died after step {crash.after_steps}" if crash and is_dead else f"answered {answer!r}")
+        is_dead = run.crash is not None and run.crash.index == index
+        yield f"{name} " + (f"died after step {run.steps_of(index)}" if is_dead else f"answered {answer!r}")
     yield from (f"wrong: {violation}" for violation in broken)
     yield from (f"wrong: {kind}" for kind in sorted(kinds & {WRONG_ANSWERS, WRONG_END}))
     if WRONG_END in kinds:
         yield f"  {run.state}"
+
+
+def _who_dies(crash: Crash | None) -> int | None:
+    return crash.index if crash else None
 
 
 def multinomial(steps: Sequence[int]) -> int:
@@ -169,7 +173,7 @@ class _Explorer:
         """Run the schedules in which all live, and then those in which one dies."""
         for order in self._orders:
             await self._run(InOrder(order), None)
-        alive = await self._tally(None, (await self._estimate([None], min(PROBES, self._limit)))[0], self._limit)
+        alive = await self._tally([None], PROBES)
         if not crashes:
             return alive, Tally()
         points = [
@@ -177,21 +181,12 @@ class _Explorer:
             for index, most_steps in enumerate(self._most_steps)
             for after_steps in range(1, most_steps + 1)
         ]
-        estimates = await self._estimate(points, PROBES_OF_A_CRASH)
-        share = self._limit / max(sum(estimates), 1)
-        crashed = Tally()
-        for crash, estimate in zip(points, estimates, strict=True):
-            # Where all of them are too many, each point is sampled in proportion.
-            is_affordable = share > 1 / UNSURE
-            limit = self._limit if is_affordable else max(round(estimate * share), FEWEST_OF_A_CRASH)
-            crashed += await self._tally(crash, estimate, limit)
-        return alive, crashed
+        return alive, await self._tally(points, PROBES_OF_A_CRASH)
 
-    async def _run(self, chooser: InOrder | AtRandom | DepthFirst, crash: Crash | None) -> Run | None:
+    async def _run(self, chooser: InOrder | AtRandom | DepthFirst, crash: Crash | None) -> Run:
         run = await self._stage.run(chooser, crash)
-        if run:
-            for index, most_steps in enumerate(self._most_steps):
-                self._most_steps[index] = max(most_steps, run.steps_of(index))
+        for index, most_steps in enumerate(self._most_steps):
+            self._most_steps[index] = max(most_steps, run.steps_of(index))
         return run
 
     def _expected_steps(self, crash: Crash | None) -> list[int]:
@@ -202,6 +197,15 @@ class _Explorer:
 
     def _at_random(self, crash: Crash | None) -> AtRandom:
         return AtRandom(self._expected_steps(crash), f"{self._seed} {crash}")
+
+    async def _tally(self, points: Sequence[Crash | None], probes: int) -> Tally:
+        """Run all schedules of these points, or a sample where there are more than the limit."""
+        estimates = await self._estimate(points, min(probes, self._limit))
+        if sum(estimates) <= self._limit * UNSURE:
+            tally = await self._tally_all(points)
+            if tally:
+                return tally
+        return await self._tally_sample(points, estimates)
 
     async def _estimate(self, points: Sequence[Crash | None], probes: int) -> list[int]:
         """Tell about how many schedules each point has; exactly enough to decide whether all of them can be run.
@@ -219,58 +223,70 @@ class _Explorer:
         total = 0.0
         for _ in range(probes):
             chooser.next_run()
-            if await self._run(chooser, crash):
+            if (await self._run(chooser, crash)).crash == crash:
                 total += 1 / chooser.probability
         return round(total / probes)
 
-    async def _tally(self, crash: Crash | None, estimate: int, limit: int) -> Tally:
-        outcomes = serial_outcomes(self._stage.pair, crash.index if crash else None)
-        if estimate <= limit * UNSURE:
-            tally = await self._tally_all(crash, outcomes, limit)
-            if tally:
-                return tally
-        return await self._tally_sample(crash, outcomes, limit)
+    def _outcomes(self, points: Sequence[Crash | None]) -> dict[int | None, list[Outcome]]:
+        """Give what may come out, by the call whose caller dies."""
+        return {dies: serial_outcomes(self._stage.pair, dies) for dies in dict.fromkeys(map(_who_dies, points))}
 
-    async def _tally_all(self, crash: Crash | None, outcomes: list[Outcome], limit: int) -> Tally | None:
+    async def _tally_all(self, points: Sequence[Crash | None]) -> Tally | None:
         """Run every schedule; give None when there are more than the limit."""
         tally = Tally()
-        chooser = DepthFirst()
-        runs = 0
-        while not chooser.is_exhausted:
-            # Those in which the call that was to die ended before are no schedules of this point, but take as long.
-            if tally.schedules > limit or runs > RUNS_PER_SCHEDULE * limit:
-                return None
-            run = await self._run(chooser, crash)
-            runs += 1
-            if run:
-                tally.add(self._stage.pair, run, outcomes, crash)
-                self._progress()
-            chooser.next_run()
+        outcomes = self._outcomes(points)
+        for crash in points:
+            chooser = DepthFirst()
+            runs = 0
+            while not chooser.is_exhausted:
+                # Those in which the call ended before its caller was to die are another point's, but take as long.
+                if tally.schedules > self._limit or runs > RUNS_PER_SCHEDULE * self._limit:
+                    return None
+                run = await self._run(chooser, crash)
+                runs += 1
+                if run.crash == crash:
+                    tally.add(self._stage.pair, run, outcomes[_who_dies(crash)])
+                    self._progress()
+                chooser.next_run()
         tally.of = tally.schedules
         return tally
 
-    async def _tally_sample(self, crash: Crash | None, outcomes: list[Outcome], limit: int) -> Tally:
-        """Run the serial orders, and different schedules that are drawn."""
-        tally = Tally(is_complete=False)
-        seen: set[Schedule] = set()
+    async def _tally_sample(self, points: Sequence[Crash | None], estimates: Sequence[int]) -> Tally:
+        """Run serial orders, and different schedules that are drawn, until there are as many as the limit.
 
-        def add(run: Run | None) -> None:
-            if run and run.schedule not in seen:
-                seen.add(run.schedule)
-                tally.add(self._stage.pair, run, outcomes, crash)
+        Half of them are drawn evenly from the points, and half in proportion to how many schedules each has, since such
+        an estimate may be far off. A caller that was to die after more steps than its call took dies at the call's end.
+        """
+        tally = Tally(is_complete=False)
+        outcomes = self._outcomes(points)
+        seen: set[tuple[Crash | None, Schedule]] = set()
+
+        def add(run: Run) -> None:
+            if (run.crash, run.schedule) not in seen:
+                seen.add((run.crash, run.schedule))
+                tally.add(self._stage.pair, run, outcomes[_who_dies(run.crash)])
                 self._progress()
 
-        for order in self._orders:
-            add(await self._run(InOrder(order), crash))
-        chooser = self._at_random(crash)
-        draws, total = 0, 0.0
-        while len(seen) < limit and draws < RUNS_PER_SCHEDULE * limit:
+        choice = random.Random(self._seed)
+        serial = [(InOrder(order), crash) for crash in points for order in self._orders]
+        for in_order, crash in choice.sample(serial, min(len(serial), self._limit // 2)):
+            add(await self._run(in_order, crash))
+        choosers = [self._at_random(crash) for crash in points]
+        draws, totals = [0] * len(points), [0.0] * len(points)
+        weights = [estimate / max(sum(estimates), 1) + 1 / len(points) for estimate in estimates]
+        while len(seen) < self._limit and sum(draws) < RUNS_PER_SCHEDULE * self._limit:
+            (position,) = choice.choices(range(len(points)), weights)
+            chooser, crash = choosers[position], points[position]
             chooser.next_run()
             run = await self._run(chooser, crash)
-            draws += 1
-            total += 1 / chooser.probability if run else 0
+            draws[position] += 1
+            totals[position] += 1 / chooser.probability if run.crash == crash else 0
             add(run)
-        tally.of = max(round(total / max(draws, 1)), tally.schedules)
+        about = [
+            total / drawn if drawn else estimate
+            for total, drawn, estimate in zip(totals, draws, estimates, strict=True)
+        ]
+        tally.of = max(round(sum(about)), tally.schedules)
         return tally
 
 

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class Crashed(BaseException):
-    """The caller has died: nothing that it would still send is sent. Not an Exception, so that no code handles it."""
+class Crashed(asyncio.CancelledError):
+    """The caller has died: nothing that it would still send is sent.
+
+    A cancellation, as no code handles one by going on, and the caller need not be the task that writes.
+    """
 
 
 class Gate:
@@ -50,14 +53,12 @@ class Gate:
         self._may_go.set_result(None)
         return stopped
 
-    def crash(self) -> asyncio.Future[None]:
-        """Let the task die where it waits; the future is done when it has ended."""
+    def crash(self) -> None:
+        """Let nothing through any more: whoever waits here to write dies, and whoever comes to write."""
         assert self._may_go is not None
         self.waiting = None
         self.is_crashed = True
-        stopped = self._expect_stop()
         self._may_go.set_exception(Crashed)
-        return stopped
 
     def open(self) -> None:
         """Hold nothing back any more."""

@@ -6,13 +6,14 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from bench.contenders.lock import Locked
-from bench.explorer.gate import Crashed, Gate, gated_pool
+from bench.explorer.gate import Gate, gated_pool
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 1000
 """Of one schedule; operations that keep each other from ending would go on for ever."""
+LONGEST_RUN_SECONDS = 60
+"""Of one schedule, which takes milliseconds: a call that neither writes nor ends is an error, and not a long wait."""
 FRESH_SECONDS = 30
 """How long a set-up is used: far less than makes one of its connections stale."""
 
@@ -48,7 +51,10 @@ return dump
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """One of the calls dies after so many of its steps: the server has run them, but the last reply is never seen."""
+    """One of the callers dies after so many steps of its call: the server has run them, but the last reply is lost.
+
+    Of a call that is one command nothing but the reply can be lost: it took effect, and nobody is told.
+    """
 
     index: int
     after_steps: int
@@ -62,8 +68,10 @@ class Run:
     written: tuple[bytes, ...]
     """What each step sent."""
     answers: tuple[object, ...]
-    """None for a call that died."""
+    """None for a call whose caller died."""
     state: State
+    crash: Crash | None = None
+    """Who died, and after how many steps: all of its call's, where that took fewer than it was to die after."""
 
     def steps_of(self, index: int) -> int:
         """Count the steps of one of the calls."""
@@ -76,7 +84,8 @@ class _Actor:
     def __init__(self, url: str, contender: type[Contender], namespace: str, call: Call) -> None:
         self.gate = Gate()
         self.client: Any = Redis(connection_pool=gated_pool(url, self.gate))
-        self.contender = _make(contender, self.client, namespace)
+        self._make_contender = partial(_make, contender, self.client, namespace)
+        self.contender = self._make_contender()
         self.call = call
         self.task: asyncio.Task[object] | None = None
 
@@ -101,15 +110,20 @@ class _Actor:
         return self.task is not None and self.task.done()
 
     async def die(self) -> None:
-        """Send nothing any more."""
+        """Send nothing any more, and be replaced by another caller that knows nothing of this one."""
         assert self.task is not None
         if not self.is_done:
-            await self.gate.crash()
-            if not isinstance(self.task.exception(), Crashed):
+            # What writes may be another task than the caller's, as presence shares one connection among all callers.
+            self.gate.crash()
+            self.task.cancel()
+            await asyncio.wait([self.task])
+            if not self.task.cancelled():
                 raise RuntimeError(f"{self.call} went on after its crash: {self.task!r}")
-        self.gate.open()
-        # The connection that a dead caller leaves is closed, and with it what it watched.
-        await self.client.execute_command("UNWATCH")
+            await self.contender.aclose()
+            self.contender = self._make_contender()
+            self.gate.open()
+            # The connection that a dead caller leaves is closed, and with it what it watched.
+            await self.client.execute_command("UNWATCH")
 
     async def aclose(self) -> None:
         await self.contender.aclose()
@@ -180,7 +194,7 @@ class Stage:
         self._dump = await self._admin.eval(_DUMP, 0, self._pattern)
         self._dumped_at = time.monotonic()
 
-    async def run(self, chooser: Chooser, crash: Crash | None = None) -> Run | None:
+    async def run(self, chooser: Chooser, crash: Crash | None = None) -> Run:
         """Run one schedule to its end.
 
         A step is one write and its replies; a pipeline, MULTI to EXEC among them, is one write. A caller that asked for
@@ -189,12 +203,16 @@ class Stage:
 
         Args:
             chooser: who steps next.
-            crash: the call that dies, if any.
+            crash: who dies, if anyone; at the end of its call, where that ends before.
 
         Returns:
-            What came out; None when the call that was to die ended before.
+            What came out.
 
         """
+        async with asyncio.timeout(LONGEST_RUN_SECONDS):
+            return await self._run(chooser, crash)
+
+    async def _run(self, chooser: Chooser, crash: Crash | None) -> Run:
         await self._set_up()
         for actor in self._actors:
             await actor.start()
@@ -202,9 +220,8 @@ class Stage:
         written: list[bytes] = []
         steps = [0] * len(self._actors)
         waiting_for_a_lock: set[int] = set()
-        crashed: int | None = None
         while True:
-            pending = [index for index, actor in enumerate(self._actors) if index != crashed and not actor.is_done]
+            pending = [index for index, actor in enumerate(self._actors) if not actor.is_done]
             if not pending:
                 break
             runnable = [index for index in pending if index not in waiting_for_a_lock]
@@ -228,13 +245,11 @@ class Stage:
                 waiting_for_a_lock.add(index)
             if crash and index == crash.index and steps[index] == crash.after_steps:
                 await actor.die()
-                crashed = index
         for actor in self._actors:
             actor.gate.open()
-        if crash and crashed is None:
-            return None
         answers = tuple(
-            None if index == crashed or actor.task is None else actor.task.result()
+            None if (crash and index == crash.index) or actor.task is None else actor.task.result()
             for index, actor in enumerate(self._actors)
         )
-        return Run(tuple(schedule), tuple(written), answers, await self._observer.read_state())
+        died = Crash(crash.index, steps[crash.index]) if crash else None
+        return Run(tuple(schedule), tuple(written), answers, await self._observer.read_state(), died)
