@@ -17,9 +17,9 @@ import pytest
 import redis.asyncio
 
 from bench.contenders import CONTENDERS, State, kind_of, violations
-from bench.explorer import PAIRS, Call, Pair, explore
+from bench.explorer import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair, explore
 from bench.explorer.explore import WRONG_ANSWERS, multinomial
-from bench.explorer.pairs import Specification
+from bench.explorer.pairs import Specification, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
 from tests.server import LocalServer, program
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from bench.explorer.stage import Run
 
 SEED = "short"
-EACH_PAIR = pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
+
+
+def each(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("pair", pairs.values(), ids=list(pairs))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def url() -> Iterator[str]:
         yield server.url
 
 
-@EACH_PAIR
+@each(PAIRS | SAME_SID_PAIRS)
 def test_nothing_goes_wrong_in_any_order_and_with_any_caller_dying(pair: Pair, url: str) -> None:
     result = explore("presence", pair, url=url)
 
@@ -53,7 +56,34 @@ def test_nothing_goes_wrong_in_any_order_and_with_any_caller_dying(pair: Pair, u
     assert result.wrong == 0
 
 
-@EACH_PAIR
+@each(BATCH_PAIRS)
+def test_nothing_goes_wrong_between_the_batches_of_a_cleanup(pair: Pair, url: str) -> None:
+    result = explore("presence", pair, url=url, limit=40, seed=SEED)
+
+    assert result.alive.schedules > multinomial([1] * len(pair.calls))
+    assert result.crashed.schedules >= result.alive.schedules
+    assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
+
+
+def test_cleanups_share_what_is_stale_batch_by_batch() -> None:
+    def shares(dies: int | None = None) -> set[tuple[int | None, ...]]:
+        """Give how many connections each of the two reports."""
+        answers = [outcome.answers for outcome in serial_outcomes(BATCH_PAIRS["cleanup‖cleanup, three batches"], dies)]
+        return {tuple(len(answer) if isinstance(answer, list) else None for answer in each) for each in answers}
+
+    assert shares() == {(45, 0), (40, 5), (25, 20), (20, 25), (5, 40), (0, 45)}
+    # What a dead one had removed, up to all of it, nobody reports.
+    assert shares(0) == {(None, 45), (None, 25), (None, 5), (None, 0)} | {(None, 40), (None, 20)}
+
+
+@pytest.mark.parametrize("name", ["register‖register, one sid, another's", "cleanup‖cleanup, three batches"])
+def test_the_explorer_sees_where_only_presence_keeps_its_word(name: str, url: str) -> None:
+    result = explore("plain", PRESENCE_PAIRS[name], url=url, limit=10, seed=SEED, crashes=False)
+
+    assert result.alive.wrong > 0
+
+
+@each(PAIRS)
 def test_nothing_goes_wrong_where_the_server_has_lost_the_scripts(pair: Pair, url: str) -> None:
     result = explore("presence", replace(pair, forget_scripts=True), url=url, limit=20, seed=SEED)
 

@@ -13,6 +13,19 @@ connection, and the one whose SET comes first is left an orphan.
 """
 
 from bench.explorer.explore import LIMIT, SEED, Result, Tally, explore, measure_interleavings
-from bench.explorer.pairs import PAIRS, Call, Pair
+from bench.explorer.pairs import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair
 
-__all__ = ["LIMIT", "PAIRS", "SEED", "Call", "Pair", "Result", "Tally", "explore", "measure_interleavings"]
+__all__ = [
+    "BATCH_PAIRS",
+    "LIMIT",
+    "PAIRS",
+    "PRESENCE_PAIRS",
+    "SAME_SID_PAIRS",
+    "SEED",
+    "Call",
+    "Pair",
+    "Result",
+    "Tally",
+    "explore",
+    "measure_interleavings",
+]

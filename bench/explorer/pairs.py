@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import permutations
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.contenders.interface import CONN_TTL_SECONDS, STALE_SECONDS
+from presence.operations import CLEANUP_BATCH_SIZE
 from tests.model import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from bench.contenders import Contender, State
 
@@ -62,7 +63,11 @@ class Outcome:
 
 
 class Specification:
-    """The tests' model of a presence, called as the contenders are: it knows no commands and no concurrency."""
+    """The tests' model of a presence, called as the contenders are: it knows no commands and no concurrency.
+
+    A call is one atomic part, but for a cleanup: that is a part for each batch, the longest silent first, until one
+    finds less than a whole batch.
+    """
 
     def __init__(self, set_up: Iterable[Call]) -> None:
         self._model = Model(CONN_TTL_SECONDS * 1000, STALE_SECONDS * 1000)
@@ -71,10 +76,29 @@ class Specification:
         for call in set_up:
             self.run(call)
 
+    def copy(self) -> Specification:
+        """Give another one that has come to the same point."""
+        other = copy(self)
+        other._model = replace(
+            self._model, connections=dict(self._model.connections), registered=list(self._model.registered)
+        )
+        return other
+
     def run(self, call: Call) -> object:
-        """Make a call."""
-        answer: object = getattr(self, f"_{call.method}")(*call.arguments)
+        """Make a call, with all its parts."""
+        answer, is_over = self.run_part(call, None)
+        while not is_over:
+            answer, is_over = self.run_part(call, answer)
         return answer
+
+    def run_part(self, call: Call, answered: object) -> tuple[object, bool]:
+        """Make the next part of a call; give its answer, the parts before it included, and whether it is the last."""
+        if call.method == "cleanup":
+            batch = self._clean_up_batch(*call.arguments)
+            earlier = answered if isinstance(answered, list) else []
+            return sorted([*earlier, *batch]), len(batch) < CLEANUP_BATCH_SIZE
+        answer: object = getattr(self, f"_{call.method}")(*call.arguments)
+        return answer, True
 
     def _register(self, sid: str, user_id: str) -> list[str]:
         self._epoch += 1
@@ -92,8 +116,13 @@ class Specification:
     def _heartbeat(self, sid: str) -> bool:
         return self._model.heartbeat(sid, self._now)
 
-    def _cleanup(self, threshold_seconds: int) -> list[str]:
-        return sorted(gone.sid for gone in self._model.cleanup(threshold_seconds * 1000, self._now))
+    def _clean_up_batch(self, threshold_seconds: int) -> list[str]:
+        stale = self.copy()._model.cleanup(threshold_seconds * 1000, self._now)
+        batch = sorted(stale, key=lambda one: one.last_seen)[:CLEANUP_BATCH_SIZE]
+        for one in batch:
+            del self._model.connections[one.sid]
+            self._model.registered.remove(one.sid)
+        return [one.sid for one in batch]
 
     def _is_online(self, user_id: str) -> bool:
         return self._model.is_online(user_id, self._now)
@@ -117,16 +146,25 @@ class Specification:
 
 
 def serial_outcomes(pair: Pair, crashed: int | None = None) -> list[Outcome]:
-    """Give what the serial orders of a pair's calls lead to; a call that died took effect whole or not at all."""
+    """Give what the serial orders of the atomic parts of a pair's calls lead to.
+
+    Each part of a call whose caller died took effect whole or not at all, and none after one that did not.
+    """
+    outcomes: list[Outcome] = []
+
+    def go_on(specification: Specification, answers: tuple[object, ...], pending: frozenset[int]) -> None:
+        if pending <= {crashed}:
+            told = (None if index == crashed else answer for index, answer in enumerate(answers))
+            outcome = specification.outcome(told)
+            if outcome not in outcomes:
+                outcomes.append(outcome)
+        for index in pending:
+            after = specification.copy()
+            answer, is_over = after.run_part(pair.calls[index], answers[index])
+            go_on(after, (*answers[:index], answer, *answers[index + 1 :]), pending - {index} if is_over else pending)
+
     everyone = range(len(pair.calls))
-    orders: list[Sequence[int]] = list(permutations(everyone))
-    if crashed is not None:
-        orders += permutations(index for index in everyone if index != crashed)
-    outcomes = []
-    for order in orders:
-        specification = Specification(pair.set_up)
-        answers = {index: specification.run(pair.calls[index]) for index in order}
-        outcomes.append(specification.outcome(None if index == crashed else answers[index] for index in everyone))
+    go_on(Specification(pair.set_up), (None,) * len(pair.calls), frozenset(everyone))
     return outcomes
 
 
@@ -171,3 +209,38 @@ _ALL = (
     Pair("join‖heartbeat‖register", _PLAYING, (_join("game-2"), _HEARTBEAT, _register("new"))),
 )
 PAIRS = {pair.name: pair for pair in _ALL}
+
+# A cleanup takes two whole batches of them and a part of a third, in which the last of them is.
+_MANY = tuple(f"stale-{number:02}" for number in range(2 * CLEANUP_BATCH_SIZE + 5))
+_MANY_STALE = (
+    *(Call("register", (sid, f"user of {sid}")) for sid in _MANY),
+    *(_join("game", sid) for sid in _MANY[::11]),
+    Call("age", (STALE_AGE_SECONDS,)),
+)
+_LATE = _MANY[-1]
+
+_BATCHES = (
+    Pair("cleanup‖cleanup, three batches", _MANY_STALE, (_CLEANUP, _CLEANUP)),
+    Pair("cleanup‖heartbeat, three batches", _MANY_STALE, (_CLEANUP, Call("heartbeat", (_LATE,)))),
+    Pair("cleanup‖register, three batches", _MANY_STALE, (_CLEANUP, _register("new", f"user of {_LATE}"))),
+    Pair("cleanup‖cleanup‖heartbeat, three batches", _MANY_STALE, (_CLEANUP, _CLEANUP, Call("heartbeat", (_LATE,)))),
+)
+_AGAIN = (
+    Pair("register‖register, one sid", (), (_register("new"), _register("new"))),
+    Pair("register‖register, one sid, playing", _PLAYING, (_register("old"), _register("old"))),
+    Pair("register‖register, one sid, two users", (), (_register("new", "user-1"), _register("new", "user-2"))),
+    Pair("register‖register, one sid, another's", _PLAYING, (_register("old"), _register("old", "user-2"))),
+    Pair("register again‖unregister", _PLAYING, (_register("old"), _UNREGISTER)),
+    Pair("register again‖join", _PLAYING, (_register("old"), _join("game-2"))),
+    Pair("register for another‖unregister", _PLAYING, (_register("old", "user-2"), _UNREGISTER)),
+    Pair("register for another‖heartbeat", _PLAYING, (_register("old", "user-2"), _HEARTBEAT)),
+    Pair("register for another‖join", _PLAYING, (_register("old", "user-2"), _join("game-2"))),
+    Pair("register for another‖register", _PLAYING, (_register("old", "user-2"), _register("new"))),
+    Pair("register again‖cleanup", _STALE, (_register("old"), _CLEANUP)),
+)
+"""What every contender offers."""
+BATCH_PAIRS = {pair.name: pair for pair in _BATCHES}
+"""Cleanups of several batches: only *presence* has such."""
+SAME_SID_PAIRS = {pair.name: pair for pair in _AGAIN}
+"""A sid that is registered again (guarantee 4): the others do not offer that, even to one caller at a time."""
+PRESENCE_PAIRS = PAIRS | BATCH_PAIRS | SAME_SID_PAIRS
