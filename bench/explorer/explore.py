@@ -200,7 +200,8 @@ class _Explorer:
 
     async def _tally(self, points: Sequence[Crash | None], probes: int) -> Tally:
         """Run all schedules of these points, or a sample where there are more than the limit."""
-        estimates = await self._estimate(points, min(probes, self._limit))
+        # All probes together are no more runs than the limit.
+        estimates = await self._estimate(points, max(min(probes, self._limit // len(points)), 1))
         if sum(estimates) <= self._limit * UNSURE:
             tally = await self._tally_all(points)
             if tally:
