@@ -1,8 +1,9 @@
 """Prove what the benchmark can only show in small: ``make prove``.
 
 Every interleaving of two or three operations, with *plain* as the control that the explorer finds what is there to be
-found; a storm of a million operations by four processes; and the check of its whole history. Nothing is cut short by a
-time limit, only by the counts below. Ends with 1 when anything is not as it must be.
+found, and samples of those of transactions and locks; a storm of a million operations by four processes; and the check
+of its whole history. Nothing is cut short by a time limit, only by the counts below. Ends with 1 when anything is not
+as it must be.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import page, report
+from bench.contenders.lock import Locked
+from bench.contenders.transaction import Transaction
 from bench.contest import PROCESSES, RACE, storm_rows
 from bench.crowd import PLAIN, PRESENCE
-from bench.explorer import PAIRS, measure_interleavings
+from bench.explorer import PAIRS, PRESENCE_PAIRS, Exploration, Tally, measure_interleavings
 from bench.measure import MeasurementError, Spread
 from bench.progress import Progress
 from bench.report import Row
@@ -27,7 +30,9 @@ from bench.servers import places
 from bench.storm import run_storm
 
 if TYPE_CHECKING:
-    from bench.explorer import Result
+    from collections.abc import Sequence
+
+    from bench.explorer import Pair, Result
     from bench.report import Findings
     from bench.scale import Scale
     from bench.servers import Server
@@ -38,37 +43,86 @@ UNLIMITED_SECONDS = 7 * 24 * 60 * 60.0
 LEAST_ORPHANS = 201
 """Of the 260 schedules of two registers by *plain*, so many leave an orphan, or the explorer is broken."""
 
+SAMPLE = 500
+"""Schedules of each pair of *transaction* and *lock*."""
+SAMPLED_PAIRS = (RACE, "join‖leave", "cleanup‖join")
+LOST_SCRIPTS_SAMPLE = 300
+"""Schedules of each pair of *presence* where the server has lost its scripts."""
+
 HOW_INTERLEAVINGS = """Two or three operations are driven command by command against the server in every order (a
-seeded sample of 20,000 where there are more), and again with each caller dying after each of its commands. At the end
-of each the invariants are checked, and that answers and end state are those of some serial order. *plain* is the
-control."""
+seeded sample of 20,000 where there are more), and again with each caller dying after each of its commands: the server
+has run them, the reply to the last one is lost, and nothing more is sent. All operations of *presence* are one command,
+but for a cleanup of several batches, so that its caller dies only means that it took effect and nobody was told.
+Therefore each pair of *presence* is explored once more on a server that has lost its scripts, where an operation takes
+up to three commands and its caller dies between them (a seeded sample of 300 where there are more). At the end of each
+schedule the invariants are checked, and that answers and end state are those of some serial order. That is an order of
+atomic parts: an operation is one, but a cleanup is one for each batch of 20; of a dead caller's operation none, the
+first few or all of them. *plain* is the control. Cleanups of several batches, and sids that are registered again
+(guarantee 4), are *presence*'s alone: the others do not offer them, even to one caller at a time."""
+HOW_OTHERS = """The same, for a few pairs of those who keep order in other ways (seeded samples of 500 schedules where
+there are more). What goes wrong there is shown and has no target."""
 HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded. *plain* is the
 control."""
 
 
-def prove_interleavings(server: Server, _: Scale) -> Findings:
-    """Explore every pair; *plain* must show its races."""
-    progress = Progress("pairs of operations", 2 * len(PAIRS))
+def _explore(server_url: str, explorations: Sequence[Exploration], processes: int | None = None) -> list[Result]:
+    progress = Progress("pairs of operations", len(explorations))
 
     def tell(result: Result) -> None:
         run = result.alive.schedules + result.crashed.schedules
         print(f"  {result.contender}, {result.pair}: {result.wrong:,} of {run:,} schedules wrong", flush=True)
         progress.advance()
 
-    results = measure_interleavings(server.url, contenders=(PRESENCE, PLAIN), progress=tell)
+    return measure_interleavings(server_url, explorations, processes=processes, progress=tell)
+
+
+def _tally_rows(contender: str, pair: str, alive: Tally, crashed: Tally) -> list[Row]:
+    must = 0 if contender == PRESENCE else None
     rows = []
-    for result in results:
-        must = 0 if result.contender == PRESENCE else None
-        for how, tally in (("all alive", result.alive), ("one dying", result.crashed)):
-            of = f"{tally.schedules:,}" if tally.is_complete else f"{tally.schedules:,} drawn from about {tally.of:,}"
-            what = f"{result.contender}: {result.pair}, {how}: wrong of {of} schedules"
-            rows.append(Row(what, Spread.exactly(tally.wrong), "", target=must))
-            if tally.wrong and must == 0:
-                print(tally.example)
+    for how, tally in (("all alive", alive), ("one dying", crashed)):
+        of = f"{tally.schedules:,}" if tally.is_complete else f"{tally.schedules:,} drawn from about {tally.of:,}"
+        what = f"{contender}: {pair}, {how}: wrong of {of} schedules"
+        rows.append(Row(what, Spread.exactly(tally.wrong), "", target=must))
+        if tally.wrong and must == 0:
+            print(tally.example)
+    return rows
+
+
+def prove_interleavings(server: Server, _: Scale) -> Findings:
+    """Explore every pair; *plain* must show its races."""
+    explorations = [Exploration(PRESENCE, pair) for pair in PRESENCE_PAIRS.values()]
+    explorations += [Exploration(PLAIN, pair) for pair in PAIRS.values()]
+    lost_scripts = lost_scripts_rows(server.url, tuple(PRESENCE_PAIRS.values()))
+    rows = []
+    for result in _explore(server.url, explorations):
+        rows += _tally_rows(result.contender, result.pair, result.alive, result.crashed)
         if (result.contender, result.pair) == (PLAIN, RACE):
             orphans = Spread.exactly(result.alive.kinds["orphan"])
             rows.append(Row(f"plain: {RACE}: orphans left", orphans, "", target=LEAST_ORPHANS, at_least=True))
-    return rows
+    return [*rows, *lost_scripts]
+
+
+def lost_scripts_rows(server_url: str, pairs: Sequence[Pair]) -> list[Row]:
+    """Explore pairs of *presence* on a server that has lost its scripts, one by one: all share them."""
+    explorations = [Exploration(PRESENCE, pair.with_scripts_lost(), LOST_SCRIPTS_SAMPLE) for pair in pairs]
+    results = _explore(server_url, explorations, processes=1)
+    alive = sum((result.alive for result in results), Tally())
+    crashed = sum((result.crashed for result in results), Tally())
+    return _tally_rows(PRESENCE, f"{len(pairs)} pairs with the scripts lost", alive, crashed)
+
+
+def prove_others(server: Server, _: Scale) -> Findings:
+    """Explore samples of those that keep order by transactions and by locks."""
+    explorations = [
+        Exploration(contender, PAIRS[pair], SAMPLE)
+        for contender in (Transaction.name, Locked.name)
+        for pair in SAMPLED_PAIRS
+    ]
+    return [
+        row
+        for result in _explore(server.url, explorations)
+        for row in _tally_rows(result.contender, result.pair, result.alive, result.crashed)
+    ]
 
 
 def prove_storm(server: Server, _: Scale) -> Findings:
@@ -97,6 +151,7 @@ def prove_storm(server: Server, _: Scale) -> Findings:
 
 PLANS = (
     Plan("Every interleaving", HOW_INTERLEAVINGS, prove_interleavings),
+    Plan("Interleavings of transactions and locks", HOW_OTHERS, prove_others),
     Plan("The storm of a million operations, and its history", HOW_STORM, prove_storm),
 )
 

@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING
 import pytest
 import redis.asyncio
 
+from bench import prove
 from bench.contenders import CONTENDERS, State, kind_of, violations
 from bench.explorer import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair, explore
 from bench.explorer.explore import WRONG_ANSWERS, multinomial
 from bench.explorer.pairs import Specification, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
+from bench.report import Row
+from bench.scale import QUICK
+from bench.servers import Server
 from tests.server import LocalServer, program
 
 if TYPE_CHECKING:
@@ -267,6 +271,27 @@ def test_alone_each_contender_does_what_the_model_says(contender: str, url: str)
             await tried.aclose()
 
     asyncio.run(compare())
+
+
+def test_a_proof_shows_what_a_dying_caller_costs_a_lock_but_not_a_transaction(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prove, "SAMPLE", 60)
+    with redis.Redis.from_url(url) as client:
+        rows = [row for row in prove.prove_others(Server(client, url), QUICK) if isinstance(row, Row)]
+
+    assert len(rows) == 2 * 2 * len(prove.SAMPLED_PAIRS)
+    assert {row.what.partition(":")[0] for row in rows if row.value.median} == {"lock"}
+    assert all("one dying" in row.what for row in rows if row.value.median)
+    assert {row.verdict for row in rows} == {""}
+
+
+def test_a_proof_explores_presence_with_the_scripts_lost(url: str) -> None:
+    alive, dying = prove.lost_scripts_rows(url, [PAIRS["register‖register"], PAIRS["join‖leave"]])
+
+    assert alive.what == "presence: 2 pairs with the scripts lost, all alive: wrong of 36 schedules"
+    assert dying.what == "presence: 2 pairs with the scripts lost, one dying: wrong of 118 schedules"
+    assert (alive.verdict, dying.verdict) == ("PASS", "PASS")
 
 
 def test_of_too_many_schedules_as_many_are_drawn_as_asked_for(url: str) -> None:

@@ -3,7 +3,11 @@
 A schedule says which caller makes each step; a step is one write and its replies, so a transaction's EXEC with all that
 it executes is one, and so is a script. Every schedule starts from the same keys, runs to its end, and then the
 invariants of the keyspace are checked, and that the answers and the end are those of some serial order, as the model of
-the tests has it. Then each of the callers dies after each of its steps, while the others run on.
+the tests has it: an order of atomic parts, of which an operation is one, and a cleanup one for each of its batches.
+
+Then each of the callers dies after each of its steps, while the others run on. What it sent takes effect, the reply to
+its last step is lost, and it sends nothing more; where its operation is one step, nothing else can be lost. A server
+that has lost its scripts makes up to three steps of it.
 
 How many schedules there are: two operations of a and b steps have (a + b)! / (a! b!). Of plain commands a first
 register has five (GET, HSET, EXPIRE, SET, EXPIRE), so two of them would have 252; but in 12 of those one caller's SET
@@ -12,7 +16,7 @@ HSET, EXPIRE, SET, EXPIRE), and of which there are 2 x 10 schedules instead: 260
 connection, and the one whose SET comes first is left an orphan.
 """
 
-from bench.explorer.explore import LIMIT, SEED, Result, Tally, explore, measure_interleavings
+from bench.explorer.explore import LIMIT, SEED, Exploration, Result, Tally, explore, measure_interleavings
 from bench.explorer.pairs import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "SAME_SID_PAIRS",
     "SEED",
     "Call",
+    "Exploration",
     "Pair",
     "Result",
     "Tally",

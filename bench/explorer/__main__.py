@@ -10,7 +10,8 @@ import sys
 import time
 
 from bench.contenders import CONTENDERS
-from bench.explorer import LIMIT, PAIRS, SEED, Result, Tally, measure_interleavings
+from bench.crowd import PRESENCE
+from bench.explorer import LIMIT, PAIRS, PRESENCE_PAIRS, SEED, Exploration, Result, Tally, measure_interleavings
 from bench.progress import Progress
 from tests.server import NoServerError, running_server
 
@@ -57,44 +58,44 @@ def main() -> int:
     parser.add_argument(
         "--pair",
         action="append",
-        choices=[name.replace("‖", "|") for name in PAIRS],
-        help="one of them; may be repeated",
+        choices=[name.replace("‖", "|") for name in PRESENCE_PAIRS],
+        help="one of them; may be repeated; default: those that the contender offers",
     )
     parser.add_argument("--limit", type=int, default=LIMIT, help="schedules of a pair; where there are more, a sample")
     parser.add_argument("--seed", default=SEED, help="of the samples")
     parser.add_argument("--examples", action="store_true", help="print a schedule for each pair that went wrong")
     options = parser.parse_args()
     contenders = options.contender or list(CONTENDERS)
-    pairs = [name.replace("|", "‖") for name in options.pair] if options.pair else list(PAIRS)
+    pairs = [name.replace("|", "‖") for name in options.pair or ()]
+    explorations = [
+        Exploration(contender, PRESENCE_PAIRS[pair], options.limit)
+        for contender in contenders
+        for pair in pairs or (PRESENCE_PAIRS if contender == PRESENCE else PAIRS)
+    ]
 
     start = time.monotonic()
     try:
         with running_server(docker=False) as server:
             print(f"Every interleaving, on {server.description}")
-            progress = Progress("pairs of contenders explored", len(contenders) * len(pairs))
+            progress = Progress("pairs of contenders explored", len(explorations))
             results = measure_interleavings(
-                server.url,
-                contenders=contenders,
-                pairs=pairs,
-                limit=options.limit,
-                seed=options.seed,
-                progress=lambda _: progress.advance(),
+                server.url, explorations, seed=options.seed, progress=lambda _: progress.advance()
             )
     except NoServerError as error:
         print(error)
         return 1
     print(table(results))
     for result in results:
-        if result.wrong and (options.examples or result.contender == "presence"):
+        if result.wrong and (options.examples or result.contender == PRESENCE):
             print(f"\n{result.contender}, {result.pair}")
             print("\n".join(tally.example for tally in (result.alive, result.crashed) if tally.example))
     print(f"Took {time.monotonic() - start:.0f} s")
     wrong = {contender: sum(own.wrong for own in results if own.contender == contender) for contender in contenders}
-    if wrong.get("presence"):
+    if wrong.get(PRESENCE):
         print("presence went wrong: see above")
     if wrong.get("plain") == 0:
         print("plain commands went wrong nowhere, so this exploration proves nothing")
-    return 1 if wrong.get("presence") or wrong.get("plain") == 0 else 0
+    return 1 if wrong.get(PRESENCE) or wrong.get("plain") == 0 else 0
 
 
 if __name__ == "__main__":

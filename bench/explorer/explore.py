@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import multiprocessing
-import os
 import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.contenders import CONTENDERS, kind_of, violations
 from bench.explorer.gate import readable
-from bench.explorer.pairs import PAIRS, Outcome, serial_outcomes
+from bench.explorer.pairs import Outcome, Pair, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from bench.explorer.pairs import Pair
     from bench.explorer.schedules import Schedule
     from bench.explorer.stage import Run
 
@@ -325,29 +323,34 @@ def explore(
     return asyncio.run(run())
 
 
+class Exploration(NamedTuple):
+    """What is to be explored, see ``explore``."""
+
+    contender: str
+    pair: Pair
+    limit: int = LIMIT
+
+
 def measure_interleavings(
     url: str,
+    explorations: Sequence[Exploration],
     *,
-    contenders: Collection[str] = tuple(CONTENDERS),
-    pairs: Collection[str] = tuple(PAIRS),
-    limit: int = LIMIT,
     seed: str = SEED,
-    processes: int = os.cpu_count() or 1,
+    processes: int | None = None,
     progress: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Explore pairs of contenders in several processes.
 
     Args:
         url: a server's, reachable for all of them.
-        contenders: their names.
-        pairs: their names.
-        limit: see ``explore``.
+        explorations: those to make.
         seed: see ``explore``.
-        processes: how many explore at a time.
+        processes: how many explore at a time; None for as many as there are processors. Only one may where scripts are
+            forgotten, as a server has the same ones for all.
         progress: called with each result as it comes.
 
     Returns:
-        The results in the order of the contenders and of the pairs.
+        The results, in the order of the explorations.
 
     """
     results = {}
@@ -355,11 +358,10 @@ def measure_interleavings(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as executor:
         futures = {
-            executor.submit(explore, contender, PAIRS[pair], url=url, limit=limit, seed=seed): (contender, pair)
-            for contender in contenders
-            for pair in pairs
+            executor.submit(explore, contender, pair, url=url, limit=limit, seed=seed): number
+            for number, (contender, pair, limit) in enumerate(explorations)
         }
         for future in as_completed(futures):
             results[futures[future]] = future.result()
             progress(future.result())
-    return [results[contender, pair] for contender in contenders for pair in pairs]
+    return [results[number] for number in range(len(explorations))]

@@ -46,6 +46,10 @@ class Pair:
     forget_scripts: bool = False
     """Whether the server has lost its scripts: then a call may take an EVALSHA, a SCRIPT LOAD and another EVALSHA."""
 
+    def with_scripts_lost(self) -> Pair:
+        """Give the same on a server that has lost its scripts."""
+        return replace(self, name=f"{self.name}, scripts lost", forget_scripts=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
