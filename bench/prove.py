@@ -2,8 +2,8 @@
 
 Every interleaving of two or three operations, with *plain* as the control that the explorer finds what is there to be
 found, and samples of those of transactions and locks; a storm of a million operations by four processes; and the check
-of its whole history. Nothing is cut short by a time limit, only by the counts below. Ends with 1 when anything is not
-as it must be.
+of its whole history, with that of a shorter one of *plain* as the control. Nothing is cut short by a time limit, only
+by the counts below. Ends with 1 when anything is not as it must be.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bench.explorer import Pair, Result
+    from bench.history import HistoryReport
     from bench.report import Findings
     from bench.scale import Scale
     from bench.servers import Server
@@ -48,6 +49,8 @@ SAMPLE = 500
 SAMPLED_PAIRS = (RACE, "join‖leave", "cleanup‖join")
 LOST_SCRIPTS_SAMPLE = 300
 """Schedules of each pair of *presence* where the server has lost its scripts."""
+LEAST_OVERLAPPING = 10
+"""Of the calls of presence's storm, in percent; where few calls meet, their history proves little."""
 
 HOW_INTERLEAVINGS = """Two or three operations are driven command by command against the server in every order (a
 seeded sample of 20,000 where there are more), and again with each caller dying after each of its commands: the server
@@ -62,7 +65,8 @@ first few or all of them. *plain* is the control. Cleanups of several batches, a
 HOW_OTHERS = """The same, for a few pairs of those who keep order in other ways (seeded samples of 500 schedules where
 there are more). What goes wrong there is shown and has no target."""
 HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded. *plain* is the
-control."""
+control, for the check of the history as well, which proves little where few calls of one user meet: so their share has
+a target, too."""
 
 
 def _explore(server_url: str, explorations: Sequence[Exploration], processes: int | None = None) -> list[Result]:
@@ -137,16 +141,28 @@ def prove_storm(server: Server, _: Scale) -> Findings:
                 operations=operations,
                 processes=PROCESSES,
                 limit_seconds=UNLIMITED_SECONDS,
-                record=Path(folder) if contender == PRESENCE else None,
+                record=Path(folder),
                 progress=progress.advance,
             )
         if result.operations < operations:
             raise MeasurementError(f"the storm of {contender} did {result.operations:,} operations, not {operations:,}")
         rows += storm_rows(result)
+        if result.history:
+            rows += control_rows(contender, result.history)
         if contender == PLAIN:
             rows.append(Row("plain: violations", Spread.exactly(result.violations), "", target=1, at_least=True))
         print("\n".join(f"  {contender}: {fault}" for fault in result.faults()) or f"  {contender}: nothing wrong")
     return rows
+
+
+def control_rows(contender: str, history: HistoryReport) -> list[Row]:
+    """Tell whether the check of a history had something to find: calls that met, and in that of *plain* faults."""
+    if contender == PLAIN:
+        wrong = Spread.exactly(len(history.wrong))
+        return [Row("plain: histories that the check finds wrong", wrong, "", target=1, at_least=True)]
+    share = Spread.exactly(100 * history.overlapping / history.calls)
+    what = f"{contender}: calls begun while another of their user was under way"
+    return [Row(what, share, "%", target=LEAST_OVERLAPPING, at_least=True)]
 
 
 PLANS = (

@@ -18,11 +18,13 @@ import redis.asyncio
 
 from bench import prove
 from bench.contenders import CONTENDERS, State, kind_of, violations
+from bench.crowd import PLAIN, PRESENCE
 from bench.explorer import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair, explore
 from bench.explorer.explore import WRONG_ANSWERS, multinomial
 from bench.explorer.pairs import Specification, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
+from bench.history import HistoryReport
 from bench.report import Row
 from bench.scale import QUICK
 from bench.servers import Server
@@ -292,6 +294,19 @@ def test_a_proof_explores_presence_with_the_scripts_lost(url: str) -> None:
     assert alive.what == "presence: 2 pairs with the scripts lost, all alive: wrong of 36 schedules"
     assert dying.what == "presence: 2 pairs with the scripts lost, one dying: wrong of 118 schedules"
     assert (alive.verdict, dying.verdict) == ("PASS", "PASS")
+
+
+@pytest.mark.parametrize(
+    ("contender", "history", "verdict"),
+    [
+        (PLAIN, HistoryReport(users=100, calls=1000, overlapping=900, wrong=["a user"]), "PASS"),
+        (PLAIN, HistoryReport(users=100, calls=1000, overlapping=900), "MISS"),
+        (PRESENCE, HistoryReport(users=100, calls=1000, overlapping=100), "PASS"),
+        (PRESENCE, HistoryReport(users=100, calls=1000, overlapping=99), "MISS"),
+    ],
+)
+def test_a_proof_that_checks_no_history_is_none(contender: str, history: HistoryReport, verdict: str) -> None:
+    assert [row.verdict for row in prove.control_rows(contender, history)] == [verdict]
 
 
 def test_of_too_many_schedules_as_many_are_drawn_as_asked_for(url: str) -> None:
