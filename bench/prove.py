@@ -64,7 +64,8 @@ first few or all of them. *plain* is the control. Cleanups of several batches, a
 (guarantee 4), are *presence*'s alone: the others do not offer them, even to one caller at a time."""
 HOW_OTHERS = """The same, for a few pairs of those who keep order in other ways (seeded samples of 500 schedules where
 there are more). What goes wrong there is shown and has no target."""
-HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded. *plain* is the
+HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded: no history may
+need an order that the answers rule out, and no cleanup may have taken who was seen within its threshold. *plain* is the
 control, for the check of the history as well, which proves little where few calls of one user meet: so their share has
 a target, too."""
 

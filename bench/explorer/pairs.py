@@ -213,6 +213,7 @@ _ALL = (
     Pair("join‖heartbeat‖register", _PLAYING, (_join("game-2"), _HEARTBEAT, _register("new"))),
 )
 PAIRS = {pair.name: pair for pair in _ALL}
+"""What every contender offers."""
 
 # A cleanup takes two whole batches of them and a part of a third, in which the last of them is.
 _MANY = tuple(f"stale-{number:02}" for number in range(2 * CLEANUP_BATCH_SIZE + 5))
@@ -242,7 +243,6 @@ _AGAIN = (
     Pair("register for another‖register", _PLAYING, (_register("old", "user-2"), _register("new"))),
     Pair("register again‖cleanup", _STALE, (_register("old"), _CLEANUP)),
 )
-"""What every contender offers."""
 BATCH_PAIRS = {pair.name: pair for pair in _BATCHES}
 """Cleanups of several batches: only *presence* has such."""
 SAME_SID_PAIRS = {pair.name: pair for pair in _AGAIN}
