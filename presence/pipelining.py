@@ -131,14 +131,14 @@ class SharedConnection:
                     await self._pool.release(connection)
                     # Whoever waits for a connection of the pool comes first.
                     await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            # Whoever cancels all tasks there are, as asyncio.run does in the end, cancels this one, but not those who
-            # then call, as to unregister in their `finally`.
-            self._waiting = deque(self._take_unanswered())
-            raise
         except Exception as error:
             for request in self._take_unanswered():
                 request.answer.set_exception(error)
+        except BaseException:
+            # Whoever cancels all tasks there are, as asyncio.run does in the end, cancels this one, but not those who
+            # then call, as to unregister in their `finally`. Nor does a signal's handler that raises in here.
+            self._waiting = deque(self._take_unanswered())
+            raise
         finally:
             self._runner = None
             if self._waiting and not self._loop.is_closed():
@@ -240,13 +240,14 @@ class SharedConnection:
                     request.replies.append(reply)
                     if len(request.replies) < request.count:
                         continue
-                    sent.popleft()
-                    self._commands_sent -= request.count
-                    self._bytes_sent -= request.size
+                    # At each moment it is answered or listed, for a signal's handler may raise here.
                     if request.count == 1 and isinstance(reply, ReadOnlyError):
                         self._refused.append(request)
                     elif not request.answer.done():
                         request.answer.set_result(request.replies)
+                    sent.popleft()
+                    self._commands_sent -= request.count
+                    self._bytes_sent -= request.size
                     if not sent:
                         break
         except TimeoutError:
@@ -263,13 +264,13 @@ class SharedConnection:
                 self._commands_sent + request.count > MAX_COMMANDS or self._bytes_sent + request.size > MAX_BYTES
             ):
                 break
-            self._waiting.popleft()
             if not request.answer.done():
                 request.taken_at = request.taken_at or now
                 taken.append(request.packed)
                 self._sent.append(request)
                 self._commands_sent += request.count
                 self._bytes_sent += request.size
+            self._waiting.popleft()
         return b"".join(taken)
 
     def _take_more(self, connection: AbstractConnection) -> bytes:

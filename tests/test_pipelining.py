@@ -431,6 +431,44 @@ def test_a_pool_that_was_exhausted_once_harms_no_later_call(own_server: LocalSer
     run(work())
 
 
+class InterruptedConnection(redis.asyncio.Connection):
+    """Reads a reply only after what a signal's handler may raise there."""
+
+    interruption: ClassVar[type[BaseException] | None] = None
+
+    async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        interruption, InterruptedConnection.interruption = self.interruption, None
+        if interruption is not None:
+            raise interruption
+        return await super().read_response(*arguments, **options)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_a_loop_that_is_interrupted_can_still_close_the_manager(
+    own_server: LocalServer, interruption: type[BaseException]
+) -> None:
+    """Whoever is interrupted closes the manager in a `finally`, and that waits for the calls under way."""
+
+    async def call(manager: presence.ConnectionManager) -> bool:
+        return await manager.update_heartbeat("unknown")
+
+    url = f"redis://127.0.0.1:{own_server.port}/0"
+    pool = redis.asyncio.ConnectionPool.from_url(url, connection_class=InterruptedConnection)
+    manager = presence.ConnectionManager(redis.asyncio.Redis.from_pool(pool))
+    loop = asyncio.new_event_loop()
+    try:
+        assert loop.run_until_complete(call(manager)) is False
+        calls = [loop.create_task(call(manager)) for _ in range(3)]
+        InterruptedConnection.interruption = interruption
+        with pytest.raises(interruption):
+            loop.run_until_complete(asyncio.gather(*calls))
+        loop.run_until_complete(asyncio.wait_for(manager.aclose(), BOUND_SECONDS))
+        assert [task.result() for task in calls] == [False] * 3
+        loop.run_until_complete(pool.aclose())
+    finally:
+        loop.close()
+
+
 class TestTheBound:
     """However many calls are made at once, so many commands are on the wire; the others wait and do not fail."""
 
