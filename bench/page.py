@@ -23,10 +23,9 @@ BY_HAND = "<!-- written by hand -->"
 HEAD = """# Benchmarks
 
 One run of `make prove` and one of `make bench` on the machine below (`python -m bench.page docs` then wrote this page).
-Each names the Lua scripts that it ran. No absolute time is
-promised: what counts are the ratios, each taken within one run, and mostly within one short round of it, on the same
-server and the same data. On another machine, or beside other load, the values move by far more than the ratios do; the
-range beside each is that of the middle 80 % of its rounds.
+Each names the Lua scripts that it ran. No absolute time is promised: what counts are the ratios, each taken within one
+run, and mostly within one short round of it, on the same server and the same data. On another machine, or beside other
+load, the values move by far more than the ratios do; the range beside each is that of the middle 80 % of its rounds.
 """
 
 
