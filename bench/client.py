@@ -161,7 +161,7 @@ class _Rounds:
         kind, population = self._kind, self._population
         if kind in READS:
             # Who is in the room is in no game of two.
-            indexes = [sample(population, 1, range(ROOM))[0] for _ in range(2 * CALLS)]
+            indexes = sample(population, 2 * CALLS, range(ROOM))
             actors = [Actor(population.sids[n], population.user_ids[n], population.game_id(n)) for n in indexes]
         else:
             actors = self._actors = [Actor(new_sid(), f"guest-{new_sid()}", "lounge") for _ in range(2 * CALLS)]

@@ -74,6 +74,9 @@ def measure_storms(server: Server, scale: Scale) -> Findings:
                     progress=progress.advance,
                 )
             )
+    for result in results:
+        if result.operations < scale.storm_operations:
+            raise MeasurementError(f"the storm of {result.contender} did {result.operations:,} operations in its time")
     rows = [row for result in results for row in storm_rows(result)]
     for contender in CONTENDERS:
         race = explore(contender, PAIRS[RACE], url=server.url, limit=SCHEDULES)

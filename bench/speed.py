@@ -283,12 +283,9 @@ class Rounds:
             [self._population.register(index) for index in seated],
             lambda registration: registration.resumed and registration.connection.game_id is not None,
         )
-        for metadata in ("metadata", ""):
-            changes = [self._operations.update_metadata(sids[index], metadata) for index in seated]
-            if metadata:
-                self._time("update_metadata", changes, bool)
-            else:
-                send(self._client, [change.command() for change in changes])
+        update = self._operations.update_metadata
+        self._time("update_metadata", [update(sids[index], "metadata") for index in seated], bool)
+        send(self._client, [update(sids[index], "").command() for index in seated])
         for index in moving:
             sids[index] = new_sid()
         self._time(
@@ -315,9 +312,13 @@ class Rounds:
         self._time(
             "are_users_online of 100",
             [describe.users_online_batch([user_ids[index] for index in many]) for many in self._many(100)],
-            _is_found,
+            lambda online: len(online) == 100,
         )
-        self._time("cleanup, none stale", [Operations(NAMESPACE, heartbeat_seconds=3600).cleanup_batch()], _is_found)
+        self._time(
+            "cleanup, none stale",
+            [Operations(NAMESPACE, heartbeat_seconds=3600).cleanup_batch() for _ in range(BATCHES)],
+            lambda batch: batch.is_last and not batch.removed,
+        )
 
     def _measure_servers(self) -> None:
         self._time("update_server_heartbeat", [self._server.update_server_heartbeat()] * self._calls, bool)
