@@ -927,7 +927,9 @@ class ConnectionManager:
 
     async def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        pauses = clients.cluster_pauses() if own.tries_again else iter(())
+        if not own.tries_again:
+            return await self._send_once(own, request)
+        pauses = clients.cluster_pauses()
         replies = await self._send_once(own, request)
         for pause in pauses:
             failed = clients.passing_faults(replies)

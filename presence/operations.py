@@ -5,7 +5,8 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 
 from __future__ import annotations
 
-import secrets
+import os
+from binascii import b2a_base64
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -268,6 +269,10 @@ class Operations:
         self._events = {"off": "", "pubsub": "pubsub", "stream": str(max_length)}[self.events_mode]
         self._key_lifetime_ms = self._conn_ttl_ms + RETENTION_MS
         self._prefix = f"{{{self.namespace}}}:".encode()
+        self._conn_prefix = self._prefix + b"conn:"
+        self._user_conns_prefix = self._prefix + b"user_conns:"
+        self._game_conns_prefix = self._prefix + b"game_conns:"
+        self._reply_prefix = self._prefix + b"reply:"
         self.last_seen_key = self._prefix + b"last_seen"
         self._servers_key = self._prefix + b"servers"
         # With one of its keys there and one not, a cluster's node answers TRYAGAIN while it moves the slot: otherwise a
@@ -305,17 +310,17 @@ class Operations:
         return f"{self.boot_epoch}:{self.server_id}"
 
     def _conn(self, sid: bytes) -> bytes:
-        return self._prefix + b"conn:" + sid
+        return self._conn_prefix + sid
 
     def _user_conns(self, user_id: bytes) -> bytes:
-        return self._prefix + b"user_conns:" + user_id
+        return self._user_conns_prefix + user_id
 
     def _game_conns(self, game_id: bytes) -> bytes:
-        return self._prefix + b"game_conns:" + game_id
+        return self._game_conns_prefix + game_id
 
     def _reply(self) -> bytes:
         """Name the key under which the answer of one call is kept, for when it is sent again."""
-        return self._prefix + b"reply:" + secrets.token_urlsafe(12).encode()
+        return self._reply_prefix + b2a_base64(os.urandom(12), newline=False)
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None

@@ -942,7 +942,9 @@ class ConnectionManager:
 
     def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        pauses = clients.cluster_pauses() if own.tries_again else iter(())
+        if not own.tries_again:
+            return self._send_once(own.client, request)
+        pauses = clients.cluster_pauses()
         replies = self._send_once(own.client, request)
         for pause in pauses:
             failed = clients.passing_faults(replies)
