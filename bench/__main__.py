@@ -1,7 +1,7 @@
 """Run the benchmark: ``make bench``, or ``make bench QUICK=1`` for a short look at a small part of it.
 
-The core's figures are taken on every server that is found. The contenders, the growth to a million connections and the
-throughput take longer: they are measured on the first server found, or with ``ALL_SERVERS=1`` on each.
+The core's figures are taken on every server that is found. What takes long, as the contenders and the growth to a
+million connections, or is the client's alone, is measured on the first server found, or with ``ALL_SERVERS=1`` on each.
 
 Ends with 1 when something could not be measured, or an invariant was broken; another target that is missed is reported
 and is no failure, since it depends on the machine and on what else runs there.
@@ -22,12 +22,12 @@ from bench.servers import places
 CORE = (
     Plan("Server time per call", speed.HOW, speed.measure_speed),
     Plan("Memory per connection", memory.HOW, memory.measure_memory),
-    Plan("Memory per connection, UUIDs", "", memory.measure_memory_with_uuids),
     Plan("Cleanup, server time", cleanup.HOW, cleanup.measure_cleanup),
-    Plan("Latency at the client, one call at a time", client.HOW, client.measure_client),
     Plan("Throughput of many tasks on one event loop", throughput.HOW, throughput.measure_throughput),
 )
 LONGER = (
+    Plan("Memory per connection, UUIDs", "", memory.measure_memory_with_uuids),
+    Plan("Latency at the client, one call at a time", client.HOW, client.measure_client),
     Plan("The storm: four ways to keep presence", contest.HOW_STORM, contest.measure_storms),
     Plan("Throughput of registers by contender", contest.HOW_REGISTERS, contest.measure_registers),
     Plan("Throughput by tasks and threads", concurrency.HOW, concurrency.measure_concurrency),
