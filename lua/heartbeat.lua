@@ -8,13 +8,14 @@ client that beats every 30 seconds would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen
-ARGV  key_lifetime_ms (a day more than the TTL of connections), epoch ('' = any)
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), epoch ('' = any)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_us
 -- @include random_number
 -- @include refresh_interval_ms
+-- @include retention_ms
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_lifetime_ms, epoch = ARGV[1], ARGV[2] or ''
@@ -25,13 +26,17 @@ local sid = conn_key:sub(prefix_length + #'conn:' + 1)
 local now_ms = now_us:sub(1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 local silence_ms = last_seen and now_ms - last_seen
-local conn_ttl_ms = key_lifetime_ms - 24 * 60 * 60 * 1000
+local conn_ttl_ms = key_lifetime_ms - retention_ms
 if not silence_ms or silence_ms > conn_ttl_ms then
   return 0
 end
 if epoch ~= '' then
   -- @include split_record
-  local _, _, _, its_epoch = split_record(redis.call('GET', conn_key) or '0:0 ')
+  local record = redis.call('GET', conn_key)
+  if not record then
+    return 0
+  end
+  local _, _, _, its_epoch = split_record(record)
   if its_epoch ~= epoch then
     return 0
   end

@@ -13,7 +13,7 @@ a refresh of its TTL; one which is less than a minute old moves to its own key, 
 finds it in one of the two.
 
 KEYS  conn, user_conns, last_seen, reply
-ARGV  key_lifetime_ms (a day more than the TTL of connections), connections_per_user ('' = 1),
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), connections_per_user ('' = 1),
       reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
 Reply '<now us>' and, where there is something to report, each as an event (see event), in this order:
       refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
@@ -124,8 +124,9 @@ elseif not is_usual then
   -- 3. Any other has a plan.
   -- @include next_epoch
   -- @include plan_registration
+  -- @include retention_ms
   local epoch = next_epoch(call('ZSCORE', last_seen_key, ''), now_us)
-  local conn_ttl_ms = key_lifetime_ms - 24 * 60 * 60 * 1000
+  local conn_ttl_ms = key_lifetime_ms - retention_ms
   plan = plan_registration(
     key_prefix, last_seen_key, sid, user_id, others or {other}, now_ms, conn_ttl_ms,
     tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, key_lifetime_ms

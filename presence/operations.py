@@ -93,8 +93,7 @@ GAMES_BATCH_SIZE = 10
 MAX_CONNECTIONS_PER_USER = 100
 
 RETENTION_MS = 24 * 60 * 60 * 1000
-"""How much longer than its connections a key lives: a day, for cleanup to find and report a dead record, of which the
-heartbeats' refreshes use up about 15 minutes. lua/register.lua knows it, too."""
+"""How much longer than its connections a key lives: see lua/include/retention_ms.lua, which says the same."""
 
 REGISTER = scripts.load(
     "register",
@@ -172,7 +171,7 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit"))
 
 KEPT_SECONDS = 60
-"""How long the scripts keep the answer of a call for when it is sent again."""
+"""How long the scripts keep the answer of a call for when it is sent again, see lua/include/kept_ms.lua."""
 RESENDING_SECONDS = 5
 """The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
 

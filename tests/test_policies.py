@@ -561,6 +561,15 @@ class TestFencing:
 
         assert_unchanged(before, keys())
 
+    def test_an_evicted_record_has_no_epoch(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str, name: str
+    ) -> None:
+        self.register_twice(manager)
+        client.delete(*(f"{{{namespace}}}:{key}" for key in ("conn:sid", "user_conns:user", "game_conns:game")))
+        call, refused, _ = FENCED[name]
+        assert call(manager, 0) == refused
+        client.zrem(f"{{{namespace}}}:last_seen", "sid")
+
     def test_the_current_epoch_acts(self, manager: ConnectionManager, name: str) -> None:
         _, newer = self.register_twice(manager)
         call, _, done = FENCED[name]

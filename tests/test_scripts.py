@@ -249,6 +249,14 @@ class TestInclude:
         assert not re.search(r"\b(?:KEYS|ARGV)\b", text)
 
 
+@pytest.mark.parametrize(
+    ("include", "milliseconds"), [("retention_ms", RETENTION_MS), ("kept_ms", 1000 * operations.KEPT_SECONDS)]
+)
+def test_lua_and_python_agree_on_a_duration(include: str, milliseconds: int, client: redis.Redis) -> None:
+    source = (LUA / "include" / f"{include}.lua").read_text(encoding="utf-8")
+    assert client.eval(f"{source} return tonumber({include})", 0) == milliseconds
+
+
 @pytest.mark.parametrize("file", [*SCRIPTS, *(f"include/{include}" for include in INCLUDES)])
 def test_a_file_uses_each_include_that_it_asks_for(file: str) -> None:
     text = (LUA / f"{file}.lua").read_text(encoding="utf-8")

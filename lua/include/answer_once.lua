@@ -1,6 +1,7 @@
--- Keep the answer of this call for a minute, longer than any client sends it again. Nil when the call may go on and
--- write; where it had run before, what it answered then, and it must write nothing.
+-- @include kept_ms
+-- Keep the answer of this call for a minute. Nil when the call may go on and write; where it had run before, what it
+-- answered then, and it must write nothing.
 local function answer_once(reply_key, answer)
-  local earlier = redis.call('SET', reply_key, cmsgpack.pack(answer), 'NX', 'GET', 'PX', '60000')
+  local earlier = redis.call('SET', reply_key, cmsgpack.pack(answer), 'NX', 'GET', 'PX', kept_ms)
   return earlier and cmsgpack.unpack(earlier) or nil
 end

@@ -11,7 +11,7 @@
 --   stay        the sids of those that stay, oldest first
 -- Each connection is {sid, record, score, game_id, server}, by these names.
 local function plan_registration(
-  key_prefix, last_seen_key, sid, user_id, others, now, conn_ttl_ms, connections_per_user, reject_ms, key_lifetime_ms
+  key_prefix, last_seen_key, sid, user_id, others, now_ms, conn_ttl_ms, connections_per_user, reject_ms, key_lifetime_ms
 )
   local plan = {gone = {}, stay = {}}
   local scores = redis.call('ZMSCORE', last_seen_key, sid, unpack(others))
@@ -26,18 +26,18 @@ local function plan_registration(
     return game_id and {sid = other, record = record, score = score, game_id = game_id, server = server}
   end
   local function is_live(score)
-    return tonumber(score) >= now - conn_ttl_ms
+    return tonumber(score) >= now_ms - conn_ttl_ms
   end
   -- Detached, and within its grace.
   local function is_seat(score)
-    return -score >= tonumber(now)
+    return -score >= tonumber(now_ms)
   end
   local function holds(score)
     return is_live(score) or is_seat(score)
   end
   -- Of those that hold a place. Nobody is where the newest wins.
   local function is_alive(score)
-    return reject_ms > 0 and tonumber(score) >= now - reject_ms
+    return reject_ms > 0 and tonumber(score) >= now_ms - reject_ms
   end
 
   -- 1. What has the sid already. Where its score was lost, its record still tells where else it is listed.
@@ -75,8 +75,7 @@ local function plan_registration(
   while #alive >= connections_per_user and (plan.resumed or not plan.own) do
     local newest = table.remove(alive)
     local record = redis.call('GET', key_prefix .. 'conn:' .. others[newest])
-    local _, its_user_id = split_record(record or '0:0 ')
-    if its_user_id == user_id then
+    if record and select(2, split_record(record)) == user_id then
       return {refusing = {sid = others[newest], record = record, score = scores[newest]}}
     end
     -- Its record was evicted, and may be another user's by now: it is not alive.

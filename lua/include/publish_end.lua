@@ -5,10 +5,10 @@
 -- Publish that a connection was removed or detached, and with the last one that is not detached, that its user is
 -- offline. record and score are as they are then or, of one removed, as they were.
 local function publish_end(
-  key_prefix, last_seen_key, key_lifetime_ms, events, now, kind, sid, record, score, is_attached
+  key_prefix, last_seen_key, key_lifetime_ms, events, now_ms, kind, sid, record, score, is_attached
 )
   local game_id, user_id = split_record(record)
-  local message, channels = event(now, kind, sid, record, score), {'user:' .. user_id}
+  local message, channels = event(now_ms, kind, sid, record, score), {'user:' .. user_id}
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end

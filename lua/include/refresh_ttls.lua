@@ -4,7 +4,7 @@
 -- @include is_recent
 -- Keep every key that a connection lives in from expiring. False when its record was evicted: then nothing of it is
 -- left but its entry in last_seen, which goes too.
-local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now)
+local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now_ms)
   local conn_key = key_prefix .. 'conn:' .. sid
   local record = redis.call('GET', conn_key)
   if not record then
@@ -17,7 +17,7 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local list = redis.call('GET', user_conns_key)
   local sids, kept_at = split_sids(list)
-  if not list or kept_at > #list or is_recent(list, kept_at, now) then
+  if not list or kept_at > #list or is_recent(list, kept_at, now_ms) then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
     -- The answer that is kept there takes more memory than the list.
