@@ -1,9 +1,9 @@
 #!lua flags=no-writes
 --[[
-Tell of several users which have a connection that was seen within the threshold, or within the TTL if that is shorter.
+Tell of several users which have a connection that was seen within the threshold.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
-ARGV  key_prefix, threshold_ms, conn_ttl_ms, user_ids (at most 100)
+ARGV  key_prefix, threshold_ms (at most the TTL of connections), user_ids (at most 100)
 Reply {1 or 0, … for each user}
 Cost  O(M) for each user, M = connections of the user, one by default
 ]]
@@ -11,10 +11,10 @@ Cost  O(M) for each user, M = connections of the user, one by default
 -- @include split_sids
 
 local last_seen_key = KEYS[1]
-local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local user_ids = {unpack(ARGV, 4)}
+local key_prefix, threshold_ms = ARGV[1], tonumber(ARGV[2])
+local user_ids = {unpack(ARGV, 3)}
 
-local oldest_online_ms = now_ms - math.min(threshold_ms, conn_ttl_ms)
+local oldest_online_ms = now_ms - threshold_ms
 local reply = {}
 for index, user_id in ipairs(user_ids) do
   reply[index] = 0

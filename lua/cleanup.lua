@@ -6,7 +6,7 @@ the detached ones whose grace is over, and of those of dead servers; or only of 
 A server is dead when it was not seen for longer than the threshold, or another with its id has started since. With a
 server_grace_ms its connections are detached, not removed, so that their users can resume them elsewhere (not those that
 have expired). With a server its clients fall silent, some of them before it is taken for dead: so a stale one whose
-server has missed a heartbeat is detached as well.
+server has missed a heartbeat and a half is detached as well.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. The batch bounds the time

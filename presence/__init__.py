@@ -1,7 +1,7 @@
 """Who is online, on which WebSocket connection and in which game, for game servers that share Redis or Valkey.
 
-Every operation is one Lua script, so it is atomic and takes one round trip. ``ConnectionManager`` is for asyncio,
-``presence.sync.ConnectionManager`` for blocking code.
+Every operation on a connection, a user or a game is one Lua script, so it is atomic and takes one round trip.
+``ConnectionManager`` is for asyncio, ``presence.sync.ConnectionManager`` for blocking code.
 """
 
 from presence import sync

@@ -70,7 +70,7 @@ opens the socket, greets, and has a timeout of 5 seconds for each.
 
 
 CLUSTER_RETRIES = 10
-"""The same for a cluster, 3.3 to 6.6 seconds: a node refuses all for two seconds more after its restart."""
+"""The same for a cluster, 3.75 to 7.5 seconds: a node refuses all for two seconds more after its restart."""
 
 
 def default_url() -> str:

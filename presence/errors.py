@@ -59,7 +59,8 @@ class EventsLostError(PresenceError):
 class PipelineError(PresenceError):
     """Some operations of a pipeline failed.
 
-    ``results`` has an item for each operation, in order: its result, or its ``PresenceError``.
+    ``results`` has an item for each operation, in order: its result, or its ``PresenceError``. The first of these is
+    the cause, and redis-py's error is the cause of that.
     """
 
     def __init__(self, results: list[Any]) -> None:

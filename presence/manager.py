@@ -110,8 +110,9 @@ async def _to_its_end(task: asyncio.Future[Result]) -> Result:
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for asyncio code.
 
-    Every method but the cleanups and those that run until the manager is closed is one atomic script and one round trip
-    (two more when the server has lost the script). All raise ``TypeError`` or ``ValueError`` for a bad argument, before
+    Every method for one connection, user or game is one atomic script and one round trip (two more when the server has
+    lost the script). Those for many ids are scripts of bounded size in one round trip, each atomic in itself, and a
+    cleanup takes a round trip for each batch. All raise ``TypeError`` or ``ValueError`` for a bad argument, before
     anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind
     except lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them;
     only cleanup, and a new registration of its user, still find it and report it.
@@ -203,8 +204,9 @@ class ConnectionManager:
         """Make a manager with a client of its own, which connects on first use.
 
         Args:
-            url: ``redis://``, ``rediss://``, ``unix://``, ``redis+sentinel://host,host/service`` or
-                ``redis+cluster://host,host``, with user, password, database and redis-py options as in redis-py.
+            url: ``redis://``, ``unix://``, ``redis+sentinel://host,host/service`` or ``redis+cluster://host,host``,
+                with TLS ``rediss://``, ``rediss+sentinel://`` or ``rediss+cluster://``; with user, password, database
+                and redis-py options as in redis-py.
             namespace: see the class.
             conn_ttl_seconds: see the class.
             heartbeat_seconds: see the class.

@@ -159,7 +159,7 @@ GET_USERS_CONNECTIONS = scripts.load(
 ARE_USERS_ONLINE = scripts.load(
     "are_users_online",
     keys=("last_seen", "absent"),
-    arguments=("key_prefix", "threshold_ms", "conn_ttl_ms", "user_ids"),
+    arguments=("key_prefix", "threshold_ms", "user_ids"),
 )
 GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=())
 GET_GAMES = scripts.load("get_games", keys=("last_seen", "absent"), arguments=("key_prefix", "game_ids"))
@@ -518,7 +518,7 @@ class Operations:
         return Operation(
             ARE_USERS_ONLINE,
             self._bulk_keys,
-            (self._prefix, self._stale_ms, self._conn_ttl_ms, *users),
+            (self._prefix, min(self._stale_ms, self._conn_ttl_ms), *users),
             parse,
         )
 

@@ -14,6 +14,8 @@ import pytest
 from aiohttp import ClientSession, WSMsgType, web
 from aiohttp.test_utils import TestServer
 
+from presence.sync import ConnectionManager
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -48,9 +50,12 @@ def snippet(file: str, heading: str) -> str:
     return re.search(rf"^## {heading}\n.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)[1]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("heading", ["Servers and metadata", "Events"])
-def test_the_readmes_other_examples_print_what_they_say(server_url: str, namespace: str, heading: str) -> None:
-    code = snippet("README.md", heading)
+@pytest.mark.parametrize(
+    ("file", "heading"),
+    [("README.md", "Servers and metadata"), ("README.md", "Events"), ("docs/operating.md", "Blocking code")],
+)
+def test_the_other_examples_print_what_they_say(server_url: str, namespace: str, file: str, heading: str) -> None:
+    code = snippet(file, heading)
     (printed,) = re.findall(r"print\(.*\)  # (.*)", code)
     assert run(code, server_url, namespace) == f"{printed}\n"
 
@@ -109,6 +114,41 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
         await manager.aclose()
 
     asyncio.run(run())
+
+
+def test_the_example_of_fastapi_serves_them(server_url: str, namespace: str, tmp_path: Path) -> None:
+    online = in_namespace(snippet("docs/operating.md", "Plain WebSockets"), server_url, namespace)
+    (tmp_path / "online.py").write_text(online, encoding="utf-8")
+    (tmp_path / "app.py").write_text(snippet("docs/operating.md", "FastAPI"), encoding="utf-8")
+    command = [sys.executable, "-m", "uvicorn", "app:app", "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
+
+    async def play(url: str) -> None:
+        async with ClientSession() as session:
+            first = await session.ws_connect(f"{url}/play/alice")
+            second = await session.ws_connect(f"{url}/play/alice")
+            # What the second displaced is closed.
+            assert (await first.receive(timeout=10)).type is WSMsgType.CLOSE
+            await second.close()
+
+    with (
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as server,
+        ConnectionManager.from_url(server_url, namespace=namespace) as manager,
+    ):
+        assert server.stderr is not None
+        try:
+            lines = iter(server.stderr.readline, "")
+            url = next(found[1] for line in lines if (found := re.search(r"running on (http://\S+)", line)))
+            asyncio.run(play(url))
+        finally:
+            server.terminate()
+            log = server.stderr.read()
+        assert "Application shutdown complete" in log, log
+        assert "Traceback" not in log, log
+        # Both sockets are unregistered; the seat that is kept is that of the second.
+        assert manager.get_connection_count() == 0
+        assert manager.register_connection("resuming", "alice").resumed
+        manager.unregister_connection("resuming")
 
 
 def in_namespace(code: str, server_url: str, namespace: str) -> str:
