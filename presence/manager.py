@@ -107,6 +107,12 @@ async def _to_its_end(task: asyncio.Future[Result]) -> Result:
         raise
 
 
+def _is_cancelled() -> bool:
+    """Tell whether somebody has cancelled the task that asks."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for asyncio code.
 
@@ -277,22 +283,32 @@ class ConnectionManager:
             while each.in_flight:
                 each.idle.clear()
                 await each.idle.wait()
-            each.closing = each.closing or asyncio.ensure_future(self._close(each, loop))
-            await _to_its_end(each.closing)
+            while each.closing is None or not each.closing.done() or each.closing.cancelled():
+                if each.closing is None or each.closing.cancelled():
+                    each.closing = asyncio.ensure_future(self._close(each))
+                    each.closing.add_done_callback(partial(self._forget, loop, each))
+                try:
+                    await _to_its_end(each.closing)
+                except asyncio.CancelledError:
+                    # Whoever cancels all other tasks cancels that one, and it is begun again.
+                    if _is_cancelled() or not each.closing.cancelled():
+                        raise
 
-    async def _close(self, own: _OpenClient, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            if own.shared is not None:
-                await own.shared.aclose()
-            if own.layout is not None and not own.layout.done():
-                own.layout.cancel()
-                await asyncio.wait([own.layout])
-            if self._given_client is None:
-                await own.client.aclose()
-        finally:
-            self._put_aside[loop].remove(own)
-            if not self._put_aside[loop]:
-                del self._put_aside[loop]
+    async def _close(self, own: _OpenClient) -> None:
+        if own.shared is not None:
+            await own.shared.aclose()
+        if own.layout is not None and not own.layout.done():
+            own.layout.cancel()
+            await asyncio.wait([own.layout])
+        if self._given_client is None:
+            await own.client.aclose()
+
+    def _forget(self, loop: asyncio.AbstractEventLoop, own: _OpenClient, closing: asyncio.Future[None]) -> None:
+        if closing.cancelled():
+            return
+        self._put_aside[loop].remove(own)
+        if not self._put_aside[loop]:
+            del self._put_aside[loop]
 
     async def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None

@@ -109,6 +109,13 @@ class SharedConnection:
     def _start(self) -> None:
         # Not through the loop's task factory: an eager task would begin, and might even end, within this call.
         self._runner = asyncio.Task(self._run(), loop=self._loop)
+        # Not in the `finally` of its coroutine, into which a task that is cancelled before it has begun never comes.
+        self._runner.add_done_callback(self._go_on)
+
+    def _go_on(self, _ended: asyncio.Task[None]) -> None:
+        self._runner = None
+        if self._waiting and not self._loop.is_closed():
+            self._start()
 
     async def aclose(self) -> None:
         """Give the connection back to the pool; whoever waited for a reply does not any more."""
@@ -139,10 +146,6 @@ class SharedConnection:
             # then call, as to unregister in their `finally`. Nor does a signal's handler that raises in here.
             self._waiting = deque(self._take_unanswered())
             raise
-        finally:
-            self._runner = None
-            if self._waiting and not self._loop.is_closed():
-                self._start()
 
     def _take_unanswered(self) -> list[_Request]:
         requests = [request for request in (*self._refused, *self._sent, *self._waiting) if not request.answer.done()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -396,16 +397,49 @@ class TestCancellationOfAllTasks:
 
                 players = [asyncio.create_task(play(number)) for number in range(1, 20)]
                 await manager.update_heartbeat("sid-0")
-                for _ in range(turns):
-                    await asyncio.sleep(0)
-                for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                    task.cancel()
+                await cancel_all_after(turns)
                 await unregister(0)
                 await asyncio.wait(players)
                 assert all(player.cancelled() for player in players)
 
         asyncio.run(work())
         assert sorted(removed) == sorted(f"sid-{number}" for number in range(20))
+
+    @pytest.mark.parametrize("turns", range(4))
+    def test_in_any_turn_of_a_call_harms_no_later_one(self, own_server: LocalServer, turns: int) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+                for _ in range(3):
+                    await asyncio.sleep(0.01)  # Nothing is under way, so the call begins everything anew.
+                    call = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await cancel_all_after(turns)
+                    await asyncio.wait([call])
+                    async with asyncio.timeout(BOUND_SECONDS):
+                        assert await manager.update_heartbeat("sid-0")
+
+        asyncio.run(work())
+
+    @pytest.mark.parametrize("turns", range(6))
+    def test_in_any_turn_of_a_close_leaves_it_to_the_next(self, own_server: LocalServer, turns: int) -> None:
+        async def work() -> None:
+            manager = presence.ConnectionManager.from_url(own_server.url)
+            for _ in range(3):
+                await manager.update_heartbeat("unknown")
+                closing = asyncio.create_task(manager.aclose())
+                await cancel_all_after(turns)
+                await asyncio.wait([closing])
+                async with asyncio.timeout(BOUND_SECONDS):
+                    await manager.aclose()
+            gc.collect()  # A connection that was left open would warn.
+
+        asyncio.run(work())
+
+
+async def cancel_all_after(turns: int) -> None:
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
 
 
 TASK_FACTORIES: list[Any] = [None]
