@@ -4,14 +4,15 @@ Read the events that come after a position in the stream, and tell whether any b
 stream that has gone. They may be where the entry at the position itself is not there.
 
 KEYS  events
-ARGV  after_id, after_number (how many events were added up to after_id), limit
+ARGV  after_id, after_number (how many events were added up to after_id), limit,
+      again ('' = the whole of after_id was seen, else it is read again)
 Reply {1 when some were lost, id of the last event, number of events so far, id and message of each event}
 Cost  O(limit)
 ]]
 -- @include stream_state
 
 local events_key = KEYS[1]
-local after_id, after_number, limit = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local after_id, after_number, limit, again = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4] or ''
 
 local state = stream_state(events_key)
 local is_lost = state.added < after_number or state.gone > after_number
@@ -21,7 +22,8 @@ if not is_lost and after_number > 0 then
 end
 local reply = {is_lost and 1 or 0, state.last_id, state.added}
 if not is_lost then
-  for _, entry in ipairs(redis.call('XRANGE', events_key, '(' .. after_id, '+', 'COUNT', limit)) do
+  local from = again == '' and '(' .. after_id or after_id
+  for _, entry in ipairs(redis.call('XRANGE', events_key, from, '+', 'COUNT', limit)) do
     reply[#reply + 1] = entry[1]
     reply[#reply + 1] = entry[2][2]
   end

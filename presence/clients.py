@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -322,6 +324,19 @@ def _fault(error: AttributeError) -> redis.exceptions.ClusterError:
     fault = redis.exceptions.ClusterError("a node came or went during the call")
     fault.__cause__ = error
     return fault
+
+
+@contextmanager
+def heeding_cancellation() -> Iterator[None]:
+    """End what a cancellation was to end, though it was swallowed within: put it around what redis-py awaits.
+
+    Python 3.11's asyncio.wait_for, through which redis-py connects and writes, can lose one.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    yield
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 class _TimelyRetry(redis.retry.Retry):

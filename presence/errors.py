@@ -164,8 +164,23 @@ _BY_WORDS: dict[str, _Explanation] = {
         "a server that the URL names is no sentinel; name the sentinels and their port, 26379 by default, or use a "
         "redis:// URL",
     ),
+    "No master found for": (
+        ServerUnreachableError,
+        "no sentinel that answers knows a primary of the service; check that they run, and correct their hosts and "
+        "ports and the service in the URL (redis+sentinel://host:26379/service)",
+    ),
+    "Protocol error, got": (
+        UnexpectedReplyError,
+        "what answers there does not speak the protocol of Redis; correct the host and port in the URL (rediss:// for "
+        "a server with TLS)",
+    ),
+    "client-side caching is supported": (
+        UnexpectedReplyError,
+        "the client asks for client-side caching, for which the server is too old; make it without a cache_config",
+    ),
     "Error compiling script": _UNFIT_SERVER,
     "unknown command": _UNFIT_SERVER,
+    "command called from script": _UNFIT_SERVER,
 }
 
 # By redis-py's class. The first that the error is an instance of decides, so a subclass comes before its base.

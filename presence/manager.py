@@ -735,7 +735,7 @@ class ConnectionManager:
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         arguments.check_callback("on_removed", on_removed, is_awaited=True)
         cleanup = RepeatedCleanup(self.operations, interval, threshold_seconds)
-        return self._repeat(lambda: self._clean_up_batch(cleanup, on_removed), self._closes)
+        return self._repeat(lambda: self._clean_up_batch(cleanup, on_removed), self._closes, to_its_end=True)
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
         """Beat for this game server at once and then again and again, until the manager is closed.
@@ -756,12 +756,15 @@ class ConnectionManager:
         self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
         seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
         interval = arguments.milliseconds("interval_seconds", seconds) / 1000
-        return self._repeat(lambda: self._beat_for_server(interval), self._closes)
+        return self._repeat(lambda: self._beat_for_server(interval), self._closes, to_its_end=False)
 
-    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, float | None]], closes: int) -> None:
+    async def _repeat(
+        self, step: Callable[[], Coroutine[Any, Any, float | None]], closes: int, *, to_its_end: bool
+    ) -> None:
         """Do the step until the manager is closed; it answers how many seconds to pause, or None to end.
 
-        ``closes`` is how often the manager had been closed when this was asked for, which a task may begin later.
+        ``closes`` is how often the manager had been closed when this was asked for, which a task may begin later;
+        ``to_its_end`` lets a cancellation wait for the step, of which only its answer reports what it did.
         """
         if self._closes != closes:
             return
@@ -769,9 +772,8 @@ class ConnectionManager:
         self._repetitions.add(running)
         try:
             while not running.stop.is_set():
-                # What a batch removes only its answer reports, so its end is waited for, however often one cancels.
                 running.step = asyncio.ensure_future(step())
-                pause = await _to_its_end(running.step)
+                pause = await (_to_its_end(running.step) if to_its_end else running.step)
                 if pause is None:
                     return
                 if pause:
@@ -960,8 +962,10 @@ class ConnectionManager:
         return replies
 
     async def _send_once(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
-        task = asyncio.current_task()
-        cancellations = task.cancelling() if task else 0
+        with clients.heeding_cancellation():
+            return await self._exchange(own, request)
+
+    async def _exchange(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         client = own.client
         try:
             if own.is_cluster:
@@ -972,7 +976,7 @@ class ConnectionManager:
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
                 rest = request[len(loads) :]
-                return replies + (await self._send_once(own, rest) if rest else [])
+                return replies + (await self._exchange(own, rest) if rest else [])
             if len(request) == 1:
                 replies = [await client.execute_command(*request[0], **AS_BYTES)]
             else:
@@ -990,7 +994,4 @@ class ConnectionManager:
             replies = clients.cluster_replies(replies)
             if clients.passing_faults(replies) and own.layout is not None and own.layout.done():
                 own.layout = None
-        if task and task.cancelling() > cancellations:
-            # Python 3.11's asyncio.wait_for, through which redis-py writes, can swallow a cancellation.
-            raise asyncio.CancelledError
         return replies

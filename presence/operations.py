@@ -168,7 +168,7 @@ GET_CONNECTION_COUNT = scripts.load("get_connection_count", keys=("last_seen",),
 GET_GAME_CONNECTION_COUNT = scripts.load(
     "get_game_connection_count", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",)
 )
-READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit"))
+READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit", "again"))
 
 KEPT_SECONDS = 60
 """How long the scripts keep the answer of a call for when it is sent again, see lua/include/kept_ms.lua."""
@@ -565,7 +565,7 @@ class Operations:
         return Operation(
             READ_EVENTS,
             (self.events_key,),
-            (position.entry_id, position.number, limit),
+            (position.entry_id, position.number, limit, position.seen or ""),
             lambda reply: parse_events(position, reply),
         )
 

@@ -35,17 +35,17 @@ _EPOCH = attrgetter("epoch")
 class Position:
     """A position in the stream of events.
 
-    An entry of the stream holds all events of one change. This is the last entry before the position, how many entries
-    there were up to that one, and how many events of the next entry come before the position as well.
+    An entry of the stream holds all events of one change. This is the last one of which some come before the position,
+    how many entries there were up to that one, and how many of its events come before it; 0 for all of them.
     """
 
     entry_id: str = "0-0"
     number: int = 0
-    skip: int = 0
+    seen: int = 0
 
     def text(self) -> str:
         """Give it as the text that users keep."""
-        return f"{self.entry_id}/{self.number}" + (f"+{self.skip}" if self.skip else "")
+        return f"{self.entry_id}/{self.number}" + (f"+{self.seen}" if self.seen else "")
 
     @classmethod
     def parse(cls, text: object) -> Position:
@@ -53,7 +53,7 @@ class Position:
         if not isinstance(text, str):
             raise TypeError(f"after must be a str, the position of an event or a snapshot, not {type(text).__name__}")
         match = re.fullmatch(r"((\d{1,20})-(\d{1,20}))/(\d{1,15})(?:\+(\d{1,9}))?", text, re.ASCII)
-        if not match or max(int(match[2]), int(match[3])) >= 1 << 64:
+        if not match or max(int(match[2]), int(match[3])) >= 1 << 64 or (match[5] and not int(match[4])):
             raise ValueError(f"after must be the position of an event or a snapshot, not {text!r:.80}")
         return cls(match[1], int(match[4]), int(match[5] or 0))
 
@@ -238,15 +238,17 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
     if is_lost:
         return EventsBatch((), end, is_lost=True)
     events: list[Event] = []
-    skip = position.skip
-    for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), position.number + 1):
+    seen = position.seen
+    # An entry of which only a part was seen was read again.
+    first = position.number if seen else position.number + 1
+    for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), first):
         of_entry = parse_message(message)
-        before, position = position, Position(entry_id.decode(), number)
+        position = Position(entry_id.decode(), number)
         for index, event in enumerate(of_entry, 1):
-            if index > skip:
-                seen = position if index == len(of_entry) else Position(before.entry_id, before.number, index)
-                events.append(replace(event, position=seen.text()))
-        skip = 0
+            if index > seen:
+                reached = position if index == len(of_entry) else replace(position, seen=index)
+                events.append(replace(event, position=reached.text()))
+        seen = 0
     return EventsBatch(tuple(events), position)
 
 

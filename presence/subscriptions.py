@@ -14,6 +14,7 @@ import redis
 import redis.asyncio
 
 from presence import arguments
+from presence.clients import heeding_cancellation
 from presence.errors import FAULTS, EventsLostError, explain
 from presence.operations import perform
 from presence.replies import Position, parse_message
@@ -147,6 +148,11 @@ class _State:
         self.lost = error
 
 
+def _own_connection(source: Any) -> Any:
+    """Make a connection like those of a pool or node, which decodes nothing: redis-py 7.4's ``can_read`` would."""
+    return source.connection_class(**(source.connection_kwargs | {"decode_responses": False}))
+
+
 class AsyncSubscription:
     """The events that ``ConnectionManager.subscribe`` was asked for; ``async with`` it, then ``async for`` over it.
 
@@ -178,11 +184,12 @@ class AsyncSubscription:
         )
         self._socket_timeout = source.connection_kwargs.get("socket_timeout")
         if not feed.is_stream:
-            self._connection = source.connection_class(**source.connection_kwargs)
+            self._connection = _own_connection(source)
             try:
-                await self._connection.connect()
-                await self._connection.send_command("SSUBSCRIBE", feed.channel)
-                await self._connection.read_response(disable_decoding=True, push_request=True)
+                with heeding_cancellation():
+                    await self._connection.connect()
+                    await self._connection.send_command("SSUBSCRIBE", feed.channel)
+                    await self._connection.read_response(disable_decoding=True, push_request=True)
             except BaseException as error:
                 await self.aclose()
                 if isinstance(error, FAULTS):
@@ -232,7 +239,8 @@ class AsyncSubscription:
             )
             if reply is None:
                 feed.ask()
-                await connection.send_command("PING", check_health=False)
+                with heeding_cancellation():
+                    await connection.send_command("PING", check_health=False)
             else:
                 self._state.events.extend(feed.take(reply))
         except (*FAULTS, EventsLostError) as error:
@@ -267,7 +275,7 @@ class Subscription:
         source = client.connection_pool
         self._socket_timeout = source.connection_kwargs.get("socket_timeout")
         if not feed.is_stream:
-            self._connection = source.connection_class(**source.connection_kwargs)
+            self._connection = _own_connection(source)
             try:
                 self._connection.connect()
                 self._connection.send_command("SSUBSCRIBE", feed.channel)

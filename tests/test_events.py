@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -667,6 +668,31 @@ class TestTheStream:
         assert client.xtrim(events_key(namespace), maxlen=gone, approximate=False) == gone
         self.lost(manager, position)
 
+    def test_that_lost_the_change_of_which_a_part_was_seen_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        self.act(manager)
+        older: Any = client.dump(events_key(namespace))
+        with subscribed(manager) as events:
+            manager.register_connection("lost", "bob")  # Two events in one entry.
+            position = events.next().position
+        time.sleep(0.01)  # The id of an entry is its time in ms.
+        client.restore(events_key(namespace), 86_400_000, older, replace=True)
+        manager.register_connection("next", "carol")
+        self.lost(manager, position)
+
+    def test_that_lost_its_first_change_of_which_a_part_was_seen_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        with subscribed(manager) as events:
+            manager.register_connection("lost", "bob")
+            position = events.next().position
+        client.delete(events_key(namespace))
+        manager.register_connection("next", "carol")
+        self.lost(manager, position)
+
     def test_keeps_about_as_many_as_it_was_told(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
     ) -> None:
@@ -724,8 +750,11 @@ class TestAConnection:
                 with redis.Redis.from_url(server_url, protocol=protocol, decode_responses=decode_responses) as client:
                     manager = presence.sync.ConnectionManager(client, namespace=namespace, events=mode)
                     with manager.subscribe() as events:
-                        manager.register_connection("a", "alice", metadata=b"\xff\x00")
-                        assert next(events).connection.metadata == b"\xff\x00"
+                        for number in range(3):  # All are there before one is read.
+                            manager.register_connection("a", "alice", metadata=b"\xff%d" % number)
+                        registered = (event for event in events if event.type is EventType.REGISTERED)
+                        for number in range(3):
+                            assert next(registered).connection.metadata == b"\xff%d" % number
 
                 async def run(protocol: int = protocol, decode_responses: bool = decode_responses) -> None:
                     client = redis.asyncio.Redis.from_url(
@@ -733,8 +762,11 @@ class TestAConnection:
                     )
                     manager = presence.ConnectionManager(client, namespace=namespace, events=mode)
                     async with client, manager, manager.subscribe() as events:
-                        await manager.register_connection("a", "alice", metadata=b"\xfe\x00")
-                        assert (await anext(events)).connection.metadata == b"\xfe\x00"
+                        for number in range(3):
+                            await manager.register_connection("a", "alice", metadata=b"\xfe%d" % number)
+                        registered = (event async for event in events if event.type is EventType.REGISTERED)
+                        for number in range(3):
+                            assert (await anext(registered)).connection.metadata == b"\xfe%d" % number
 
                 asyncio.run(run())
 
@@ -754,6 +786,27 @@ class TestAConnection:
                     found += [waiting.result()] if (await asyncio.wait([waiting])) and not waiting.cancelled() else []
                 found += [await anext(events) for _ in range(100 - len(found))]
                 assert [event.connection.sid for event in found[::2]] == [f"sid-{number}" for number in range(50)]
+
+        asyncio.run(run())
+
+    def test_heeds_a_cancellation_at_any_moment_of_its_beginning(
+        self, server_url: str, namespace: str, mode: EventsMode
+    ) -> None:
+        async def run() -> None:
+            async with presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode) as manager:
+
+                async def follow() -> None:
+                    async with manager.subscribe() as events:
+                        async for _ in events:
+                            pass
+
+                await manager.get_connection_count()
+                for attempt in range(200):
+                    following = asyncio.create_task(follow())
+                    await asyncio.sleep(attempt / 50_000)  # Up to 4 ms.
+                    following.cancel()
+                    done, _ = await asyncio.wait([following], timeout=BOUND_SECONDS)
+                    assert done, attempt
 
         asyncio.run(run())
 
@@ -972,8 +1025,7 @@ def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_u
                 async with manager.subscribe(**about) as events:
                     async for event in events:
                         assert event.position is not None
-                        position = Position.parse(event.position)
-                        number = position.number + (position.skip > 0)
+                        number = Position.parse(event.position).number
                         while later[0][0] < number:
                             assert seats == seats_of(later.pop(0)[1])
                             compared += 1

@@ -8,11 +8,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 import redis.exceptions
+from redis.cache import CacheConfig
 
 import presence
 import presence.sync
@@ -713,7 +715,7 @@ class TestAServerThatCannotRunTheScripts:
 
     NEEDED = "Redis 7.0.1 or newer, or Valkey 8 or newer"
 
-    @pytest.mark.parametrize("command", ["EVALSHA", "SCRIPT"])
+    @pytest.mark.parametrize("command", ["EVALSHA", "SCRIPT", "ZCOUNT"])
     def test_for_want_of_a_command(self, make_manager: ManagerFactory, command: str) -> None:
         with LocalServer(program(), "--rename-command", command, "") as server:
             with pytest.raises(presence.UnexpectedReplyError, match=self.NEEDED) as raised:
@@ -726,6 +728,33 @@ class TestAServerThatCannotRunTheScripts:
         operation.script = replace(operation.script, source="!# flags", sha="0" * 40)
         with pytest.raises(presence.PipelineError, match=self.NEEDED):
             manager.pipeline([operation])
+
+
+def test_what_is_no_redis_server_is_named(make_manager: ManagerFactory) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(presence.UnexpectedReplyError, match="does not speak the protocol of Redis") as raised:
+                make_manager(f"redis://127.0.0.1:{server.server_port}").get_connection_count()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert_cause(raised.value, redis.RedisError)
+
+
+def test_a_client_that_wants_to_cache_is_told_that_the_server_is_too_old(
+    own_server: LocalServer, own_client: redis.Redis
+) -> None:
+    about: Any = own_client.info("server")
+    can_cache = [int(part) for part in about["redis_version"].split(".")[:2]] >= [7, 4]
+    client = redis.Redis.from_url(own_server.url, protocol=3, cache_config=CacheConfig())
+    with client, presence.sync.ConnectionManager(client) as manager:
+        if can_cache:
+            assert manager.get_connection_count() == 0
+        else:
+            with pytest.raises(presence.UnexpectedReplyError, match="make it without a cache_config"):
+                manager.get_connection_count()
 
 
 class TestAPipelineWithAFault:

@@ -17,9 +17,10 @@ from presence import PresenceError
 from presence.arguments import MAX_METADATA_BYTES
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
+from tests.fault_proxy import Fate, Proxy
 from tests.processes import PROCESSES, sleep_until, spawn
 from tests.server import free_port
-from tests.watching import evalsha_calls, wait_until
+from tests.watching import evalsha_calls, is_held, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from presence import CleanupResult
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
+    from tests.server import LocalServer
 
 BOUND_SECONDS = 30
 
@@ -579,6 +581,23 @@ class TestRunServerHeartbeat:
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
+
+        asyncio.run(run())
+
+    def test_a_cancellation_does_not_wait_for_a_server_that_does_not_answer(self, own_server: LocalServer) -> None:
+        async def run() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with presence.ConnectionManager.from_url(
+                    proxy.url, server_id="server", socket_timeout=10 * BOUND_SECONDS
+                ) as manager:
+                    await manager.start_server()
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    task = asyncio.create_task(manager.run_server_heartbeat())
+                    await is_held(proxy)
+                    task.cancel()
+                    done, _ = await asyncio.wait([task], timeout=BOUND_SECONDS)
+                    proxy.release()
+                    assert done
 
         asyncio.run(run())
 
