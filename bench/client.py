@@ -22,9 +22,9 @@ from presence import clients
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Sized
 
+    from bench.measure import Command
     from bench.scale import Scale
     from bench.servers import Server
-    from presence.operations import Command
 
 HOW = """Calls through the managers and the same raw `EVALSHA` on the same redis-py client, in turns call by call, one
 at a time; median of short rounds. What changes something has a connection of its own for each call, made before the

@@ -28,7 +28,7 @@ from presence import Operations
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from presence.operations import Command
+    from bench.measure import Command
 
 PLAIN, PRESENCE = Plain.name, Presence.name
 ROOM_SHARES = {1_000: 0.4, 100: 0.1, 10: 0.1, 2: 0.4}

@@ -15,14 +15,15 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     import redis
 
-    from presence.operations import Command
+Command: TypeAlias = "tuple[str | bytes | int, ...]"
+"""A command to send, presence's own or a native one."""
 
 PIPELINE_SIZE = 500
 STABLE_SECONDS = 1.0

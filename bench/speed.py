@@ -21,10 +21,10 @@ from presence.replies import Position
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from bench.measure import CommandTime
+    from bench.measure import Command, CommandTime
     from bench.scale import Scale
     from bench.servers import Server
-    from presence.operations import Command, Operation
+    from presence.operations import Operation
 
 HOW = """Every operation acts on connections chosen at random among 200,000 that are each in a two-player game (QUICK:
 20,000) and, if not said otherwise, were registered more than a minute ago (who joins a game has come back a moment

@@ -21,9 +21,9 @@ from bench.report import Row
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from bench.measure import Command
     from bench.scale import Scale
     from bench.servers import Server
-    from presence.operations import Command
 
 HOW = """
 64 tasks on one event loop through the manager, against the same EVALSHA through a plain `redis.asyncio` client with its

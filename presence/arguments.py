@@ -19,7 +19,7 @@ MAX_SECONDS = 10 * 365 * 24 * 60 * 60
 """Ten years: the longest duration. The server's arithmetic on times stays exact far beyond it."""
 
 MAX_EPOCH = (1 << 63) - 1
-"""More than any epoch will ever be; hiredis crashes on an int of more than 4,300 digits."""
+"""More than any epoch will ever be; Python makes no text of an int of more than 4,300 digits."""
 
 
 def shown(value: object) -> str:
@@ -76,17 +76,17 @@ def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int
     return whole
 
 
-def check_epoch(epoch: object) -> int | str:
+def encode_epoch(epoch: object) -> bytes:
     """Check the epoch of a registration, and give it as the scripts take it: empty for any."""
     if epoch is None:
-        return ""
+        return b""
     if isinstance(epoch, bool) or not isinstance(epoch, int):
         raise TypeError(f"epoch must be an int or None, not {type(epoch).__name__}: {shown(epoch)}")
     if epoch < 0:
         raise ValueError(f"epoch must be 0 or more, not {shown(epoch)}")
     if epoch > MAX_EPOCH:
         raise ValueError(f"epoch must be at most {MAX_EPOCH}, not {shown(epoch)}")
-    return int(epoch)  # hiredis sends no subclass, such as an IntEnum.
+    return b"%d" % epoch
 
 
 def check_choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
@@ -161,4 +161,4 @@ def check_count(name: str, value: object, maximum: int) -> int:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}: {shown(value)}")
     if not 1 <= value <= maximum:
         raise ValueError(f"{name} must be from 1 to {maximum}, not {shown(value)}")
-    return int(value)  # hiredis sends no subclass, such as an IntEnum.
+    return int(value)

@@ -48,7 +48,9 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 Key = TypeVar("Key")
 
-Command: TypeAlias = "tuple[bytes | str | int, ...]"
+Command: TypeAlias = "tuple[str | bytes, ...]"
+"""A command's name, and its arguments in bytes: redis-py encodes texts as its client was told to, and hiredis 3.5 can
+crash where a signal's handler raises while it makes a text of an int."""
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
 
@@ -194,16 +196,16 @@ class Operation(Generic[Result_co]):
 
     script: scripts.Script
     keys: tuple[bytes, ...]
-    arguments: tuple[bytes | str | int, ...]
+    arguments: tuple[bytes, ...]
     parse: Callable[[Any], Result_co]
 
     def command(self) -> Command:
         """Give the EVALSHA command to send, without the empty arguments at its end: each would cost time."""
         values = self.arguments
         end = len(values)
-        while end and not values[end - 1] and not isinstance(values[end - 1], int):
+        while end and not values[end - 1]:
             end -= 1
-        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *values[:end])
+        return (*self.script.call, *self.keys, *values[:end])
 
 
 class ServerNotStartedError(ValueError):
@@ -260,13 +262,16 @@ class Operations:
         self._cleanup_batch_size = min(CLEANUP_BATCH_SIZE, listed)
         self._heartbeat_batch_size = min(HEARTBEAT_BATCH_SIZE, 5 * listed)
         policy: Displacement = arguments.check_choice("displacement", displacement, get_args(Displacement))
-        self._reject_ms = self._stale_ms if policy == REJECT_WHILE_ALIVE else 0
         self.server_id = None if server_id is None else arguments.encode("server_id", server_id).decode()
         self._server_grace_ms = self._grace_ms("server_grace_seconds", server_grace_seconds)
         self.events_mode: EventsMode = arguments.check_choice("events", events, get_args(EventsMode))
         max_length = arguments.check_count("events_max_length", events_max_length, MAX_EVENTS)
-        self._events = {"off": "", "pubsub": "pubsub", "stream": str(max_length)}[self.events_mode]
-        self._key_lifetime_ms = self._conn_ttl_ms + RETENTION_MS
+        self._events = {"off": b"", "pubsub": b"pubsub", "stream": b"%d" % max_length}[self.events_mode]
+        # What nearly every call passes, as it is passed.
+        self._conn_ttl = b"%d" % self._conn_ttl_ms
+        self._key_lifetime = b"%d" % (self._conn_ttl_ms + RETENTION_MS)
+        self._most_connections = b"" if self._connections_per_user == 1 else b"%d" % self._connections_per_user
+        self._reject = b"%d" % self._stale_ms if policy == REJECT_WHILE_ALIVE else b""
         self._prefix = f"{{{self.namespace}}}:".encode()
         self._conn_prefix = self._prefix + b"conn:"
         self._user_conns_prefix = self._prefix + b"user_conns:"
@@ -285,7 +290,7 @@ class Operations:
             self._start = Operation(
                 START_SERVER,
                 (self.last_seen_key, self._servers_key, self._reply()),
-                (self.server_id, self._key_lifetime_ms),
+                (self.server_id.encode(), self._key_lifetime),
                 self._started,
             )
 
@@ -300,13 +305,13 @@ class Operations:
             raise ValueError(f"{name} must be at most {at_most}, not {arguments.shown(seconds)}")
         return grace_ms
 
-    def _server(self) -> str:
+    def _server(self) -> bytes:
         """Name this start of the game server, as the scripts take it; empty for none."""
         if self.server_id is None:
-            return ""
+            return b""
         if self.boot_epoch is None:
             raise ServerNotStartedError
-        return f"{self.boot_epoch}:{self.server_id}"
+        return f"{self.boot_epoch}:{self.server_id}".encode()
 
     def _conn(self, sid: bytes) -> bytes:
         return self._conn_prefix + sid
@@ -337,9 +342,9 @@ class Operations:
                 self._reply(),
             ),
             (
-                self._key_lifetime_ms,
-                "" if self._connections_per_user == 1 else self._connections_per_user,
-                self._reject_ms or "",
+                self._key_lifetime,
+                self._most_connections,
+                self._reject,
                 self._server(),
                 metadata_bytes,
                 self._events,
@@ -359,10 +364,10 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                self._conn_ttl_ms,
-                self._key_lifetime_ms,
-                grace_ms,
-                arguments.check_epoch(epoch),
+                self._conn_ttl,
+                self._key_lifetime,
+                b"%d" % grace_ms,
+                arguments.encode_epoch(epoch),
                 self._events,
             ),
             partial(parse_connection, sid),
@@ -381,10 +386,10 @@ class Operations:
                 self._prefix,
                 sid_bytes,
                 game_bytes,
-                self._conn_ttl_ms,
-                self._key_lifetime_ms,
-                "" if capacity is None else arguments.check_count("capacity", capacity, MAX_CAPACITY),
-                arguments.check_epoch(epoch),
+                self._conn_ttl,
+                self._key_lifetime,
+                b"" if capacity is None else b"%d" % arguments.check_count("capacity", capacity, MAX_CAPACITY),
+                arguments.encode_epoch(epoch),
                 self._events,
             ),
             parse_join,
@@ -399,9 +404,9 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                self._conn_ttl_ms,
-                self._key_lifetime_ms,
-                arguments.check_epoch(epoch),
+                self._conn_ttl,
+                self._key_lifetime,
+                arguments.encode_epoch(epoch),
                 self._events,
             ),
             text_or_none,
@@ -416,10 +421,10 @@ class Operations:
             (
                 self._prefix,
                 sid_bytes,
-                self._conn_ttl_ms,
-                self._key_lifetime_ms,
+                self._conn_ttl,
+                self._key_lifetime,
                 arguments.encode_metadata(metadata),
-                arguments.check_epoch(epoch),
+                arguments.encode_epoch(epoch),
                 self._events,
             ),
             bool,
@@ -431,7 +436,7 @@ class Operations:
         return Operation(
             HEARTBEAT,
             (self._conn(sid_bytes), self.last_seen_key),
-            (self._key_lifetime_ms, arguments.check_epoch(epoch)),
+            (self._key_lifetime, arguments.encode_epoch(epoch)),
             bool,
         )
 
@@ -446,7 +451,7 @@ class Operations:
         return Operation(
             HEARTBEATS,
             self._bulk_keys,
-            (self._prefix, self._conn_ttl_ms, self._key_lifetime_ms, *sids_bytes),
+            (self._prefix, self._conn_ttl, self._key_lifetime, *sids_bytes),
             lambda reply: parse_heartbeats(len(sids_bytes), reply),
         )
 
@@ -460,7 +465,7 @@ class Operations:
         return Operation(
             GET_CONNECTION,
             (self._conn(sid_bytes), self.last_seen_key),
-            (sid_bytes, self._conn_ttl_ms),
+            (sid_bytes, self._conn_ttl),
             partial(parse_connection, sid),
         )
 
@@ -487,7 +492,7 @@ class Operations:
         return Operation(
             GET_USERS_CONNECTIONS,
             self._bulk_keys,
-            (self._prefix, self._conn_ttl_ms, *users),
+            (self._prefix, self._conn_ttl, *users),
             lambda reply: select(parse_users(reply)),
         )
 
@@ -518,7 +523,7 @@ class Operations:
         return Operation(
             ARE_USERS_ONLINE,
             self._bulk_keys,
-            (self._prefix, min(self._stale_ms, self._conn_ttl_ms), *users),
+            (self._prefix, b"%d" % min(self._stale_ms, self._conn_ttl_ms), *users),
             parse,
         )
 
@@ -565,7 +570,7 @@ class Operations:
         return Operation(
             READ_EVENTS,
             (self.events_key,),
-            (position.entry_id, position.number, limit, position.seen or ""),
+            (position.entry_id.encode(), b"%d" % position.number, b"%d" % limit, b"again" if position.seen else b""),
             lambda reply: parse_events(position, reply),
         )
 
@@ -595,7 +600,7 @@ class Operations:
 
     def get_connection_count(self) -> Operation[int]:
         """Describe the count of live connections."""
-        return Operation(GET_CONNECTION_COUNT, (self.last_seen_key,), (self._conn_ttl_ms,), int)
+        return Operation(GET_CONNECTION_COUNT, (self.last_seen_key,), (self._conn_ttl,), int)
 
     def get_game_connection_count(self, game_id: str) -> Operation[int]:
         """Describe the count of live connections in a game."""
@@ -603,7 +608,7 @@ class Operations:
         return Operation(
             GET_GAME_CONNECTION_COUNT,
             (self._game_conns(game_bytes), self.last_seen_key),
-            (self._conn_ttl_ms,),
+            (self._conn_ttl,),
             int,
         )
 
@@ -628,12 +633,12 @@ class Operations:
             (self.last_seen_key, self._servers_key, self._reply()),
             (
                 self._prefix,
-                threshold_ms,
-                self._conn_ttl_ms,
-                self._key_lifetime_ms,
-                self._cleanup_batch_size,
-                self._stale_ms,
-                server_grace_ms,
+                b"%d" % threshold_ms,
+                self._conn_ttl,
+                self._key_lifetime,
+                b"%d" % self._cleanup_batch_size,
+                b"%d" % self._stale_ms,
+                b"%d" % server_grace_ms,
                 server_id,
                 self._events,
             ),
@@ -649,7 +654,7 @@ class Operations:
     def update_server_heartbeat(self) -> Operation[bool]:
         """Describe a heartbeat of this game server."""
         self.start_server()
-        return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime_ms), bool)
+        return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime), bool)
 
 
 class Batches(Generic[Key, Result_co]):
@@ -820,7 +825,7 @@ def check_operations(operations: object) -> tuple[Operation[Any], ...]:
 
 def load_command(script: scripts.Script) -> Command:
     """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
-    return (SCRIPT_LOAD, script.source)
+    return (SCRIPT_LOAD, script.source.encode())
 
 
 def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:

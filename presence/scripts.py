@@ -89,6 +89,11 @@ class Script:
     arguments: tuple[str, ...]
     source: str = field(repr=False)
     sha: str = field(repr=False)
+    call: tuple[str | bytes, ...] = field(init=False, repr=False, compare=False)
+    """The command that calls it, up to its keys."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "call", ("EVALSHA", self.sha.encode(), b"%d" % len(self.keys)))
 
 
 @cache

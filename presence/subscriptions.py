@@ -96,8 +96,8 @@ class Feed:
         """Converse with the server to wait a moment for what is new in the stream; give the fault, if any."""
         # Well under the client's own timeout, which would take a wait for a fault.
         block_ms = MAX_BLOCK_MS if socket_timeout is None else max(1, min(MAX_BLOCK_MS, int(socket_timeout * 500)))
-        last = self._position.entry_id
-        (reply,) = yield [("XREAD", "BLOCK", block_ms, "COUNT", 1, "STREAMS", self.key, last)]
+        last = self._position.entry_id.encode()
+        (reply,) = yield [("XREAD", b"BLOCK", b"%d" % block_ms, b"COUNT", b"1", b"STREAMS", self.key, last)]
         return reply if isinstance(reply, Exception) else None
 
     def take(self, reply: Any) -> list[Event]:
