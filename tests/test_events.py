@@ -770,6 +770,26 @@ class TestAConnection:
 
                 asyncio.run(run())
 
+    def test_may_have_any_encoding(self, server_url: str, namespace: str, mode: EventsMode) -> None:
+        with redis.Redis.from_url(server_url, encoding="utf-16") as client:
+            manager = presence.sync.ConnectionManager(client, namespace=namespace, events=mode)
+            with manager.subscribe() as events:
+                later = threading.Timer(0.2, manager.register_connection, ("ä", "alice"))
+                later.start()
+                assert next(events).connection.sid == "ä"
+                later.join()
+
+        async def run() -> None:
+            client = redis.asyncio.Redis.from_url(server_url, encoding="utf-16")
+            manager = presence.ConnectionManager(client, namespace=namespace, events=mode)
+            async with client, manager, manager.subscribe() as events:
+                waiting = asyncio.create_task(anext(events))
+                await asyncio.sleep(0.2)
+                await manager.register_connection("ö", "bob")
+                assert (await waiting).connection.sid == "ö"
+
+        asyncio.run(run())
+
     def test_a_wait_that_is_cancelled_loses_nothing(self, server_url: str, namespace: str, mode: EventsMode) -> None:
         async def run() -> None:
             async with (

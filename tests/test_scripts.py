@@ -375,6 +375,7 @@ class TestOperation:
         sent = operation.command()
         assert sent == all_of_it[: len(sent)]
         assert sent[-1] != b""
+        assert {type(part) for part in sent[1:]} == {bytes}
         assert set(all_of_it[len(sent) :]) <= {b""}
         assert len(all_of_it) - len(sent) <= len(Header(operation.script.name).optional())
 
