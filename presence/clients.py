@@ -234,6 +234,14 @@ def _options_of(module: Any) -> frozenset[str]:
     return frozenset({"ssl", "check_connection"}.union(*(signature(base.__init__).parameters for base in classes)))
 
 
+def is_client(given: object, *kinds: type) -> bool:
+    """Tell whether it is a client of these kinds, and none of redis-py's pipelines, which are clients to Python."""
+    return isinstance(given, kinds) and not isinstance(given, _PIPELINES)
+
+
+_PIPELINES = (redis.client.Pipeline, redis.cluster.ClusterPipeline, redis.asyncio.client.Pipeline)
+
+
 def not_a_client(given: object, module: str) -> str:
     """Say what a manager takes as its client, from which module of redis-py, and what takes the given one."""
     kind = type(given)
@@ -241,7 +249,9 @@ def not_a_client(given: object, module: str) -> str:
         f"client must be a {module}.Redis or {module}.RedisCluster (for a URL, there is ConnectionManager.from_url), "
         f"not {kind.__module__}.{kind.__qualname__}"
     )
-    if isinstance(given, redis.Redis | redis.RedisCluster):
+    if isinstance(given, _PIPELINES):
+        text += "; give it the client, not a pipeline of it"
+    elif isinstance(given, redis.Redis | redis.RedisCluster):
         text += "; a blocking client is for presence.sync.ConnectionManager"
     elif isinstance(given, redis.asyncio.Redis | redis.asyncio.RedisCluster):
         text += "; an asyncio client is for presence.ConnectionManager"

@@ -105,6 +105,10 @@ _UNFIT_SERVER: _Explanation = (
     "the server cannot run presence's scripts; they need Redis 7.0.1 or newer, or Valkey 8 or newer, with every "
     "command under its name",
 )
+_FOREIGN_DATA: _Explanation = (
+    UnexpectedReplyError,
+    "a key of this namespace holds what presence did not write; another program writes there, so use another namespace",
+)
 _UNREACHABLE: _Explanation = (
     ServerUnreachableError,
     "the server cannot be reached; check that it runs, the host and port in the URL (rediss:// for a server with TLS, "
@@ -126,10 +130,7 @@ _BY_CODE: dict[str, _Explanation] = {
         "the server has fewer replicas than min-replicas-to-write asks for and refuses to write; "
         "start the missing replicas or lower it",
     ),
-    "WRONGTYPE": (
-        UnexpectedReplyError,
-        "a key of this namespace holds another type of value; another program writes there, so use another namespace",
-    ),
+    "WRONGTYPE": _FOREIGN_DATA,
     "NOAUTH": (
         AuthenticationFailedError,
         "the server asks for a password; put it into the URL (redis://user:password@host:port/0)",
@@ -181,6 +182,7 @@ _BY_WORDS: dict[str, _Explanation] = {
     "Error compiling script": _UNFIT_SERVER,
     "unknown command": _UNFIT_SERVER,
     "command called from script": _UNFIT_SERVER,
+    "attempt to ": _FOREIGN_DATA,  # What a script then fails at: to "perform arithmetic" on a value that is not there.
 }
 
 # By redis-py's class. The first that the error is an instance of decides, so a subclass comes before its base.
@@ -229,6 +231,14 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
 }
 
 _OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation")
+
+
+def unreadable(error: Exception) -> PresenceError:
+    """Turn the error that a parser met in a reply into one that names the cause, which is chained."""
+    kind, advice = _FOREIGN_DATA
+    explained = kind(f"{advice} ({error})")
+    explained.__cause__ = error
+    return explained
 
 
 def explain(error: Exception) -> PresenceError:

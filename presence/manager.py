@@ -179,7 +179,7 @@ class ConnectionManager:
             events_max_length=events_max_length,
         )
         """Descriptions of every operation that is one script, for :meth:`pipeline`."""
-        if client is not None and not isinstance(client, Redis | RedisCluster):
+        if client is not None and not clients.is_client(client, Redis, RedisCluster):
             raise TypeError(clients.not_a_client(client, "redis.asyncio"))
         self._given_client = client
         self._address: clients.Address | None = None
@@ -933,7 +933,7 @@ class ConnectionManager:
             # The answer of nearly every call, without the cost of a conversation.
             (reply,) = await send([asked.command()])
             if not isinstance(reply, Exception):
-                return asked.parse(reply)
+                return asked.result(reply)
             exchange = recover(asked, reply)
         else:
             exchange = asked

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get
 from redis.exceptions import NoScriptError
 
 from presence import arguments, scripts
-from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
+from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain, unreadable
 from presence.replies import (
     CleanupBatch,
     EventsBatch,
@@ -206,6 +206,13 @@ class Operation(Generic[Result_co]):
         while end and not values[end - 1]:
             end -= 1
         return (*self.script.call, *self.keys, *values[:end])
+
+    def result(self, reply: Any) -> Result_co:
+        """Parse the reply; raises ``UnexpectedReplyError`` where another program's data made it."""
+        try:
+            return self.parse(reply)
+        except ValueError as error:
+            raise unreadable(error) from error
 
 
 class ServerNotStartedError(ValueError):
@@ -793,10 +800,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchang
         ]
         for index, reply in zip(again, repeated, strict=True):
             replies[index] = reply
-    results = [
-        explain(reply) if isinstance(reply, Exception) else operation.parse(reply)
-        for operation, reply in zip(operations, replies, strict=True)
-    ]
+    results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
         # Nothing of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
@@ -807,6 +811,16 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchang
             for index, result in zip(rest, repeated, strict=True):
                 results[index] = result
     return results
+
+
+def _outcome(operation: Operation[Any], reply: Any) -> Any:
+    """Give the result of an operation, or the ``PresenceError`` that it met."""
+    if isinstance(reply, Exception):
+        return explain(reply)
+    try:
+        return operation.result(reply)
+    except PresenceError as error:
+        return error
 
 
 def check_operations(operations: object) -> tuple[Operation[Any], ...]:
@@ -856,7 +870,7 @@ def _start_before(operations: Operations, describe: Callable[[], Operation[Resul
 def perform(operation: Operation[Result]) -> Exchange[Result]:
     """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
     (reply,) = yield [operation.command()]
-    return (yield from recover(operation, reply)) if isinstance(reply, Exception) else operation.parse(reply)
+    return (yield from recover(operation, reply)) if isinstance(reply, Exception) else operation.result(reply)
 
 
 def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:

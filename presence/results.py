@@ -8,11 +8,10 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from presence.arguments import milliseconds
+from presence.errors import PresenceError  # noqa: TC001, for whoever resolves the annotations, as pydantic does
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from presence.errors import PresenceError
 
 
 def _now() -> datetime:
@@ -205,10 +204,7 @@ class GameSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class CleanupResult:
-    """What a cleanup removed and detached; its length is how many it removed.
-
-    So it is false when it removed none, even if it detached some.
-    """
+    """What a cleanup removed and detached; true when it did either. Its length is how many it removed."""
 
     removed: tuple[ConnectionInfo, ...] = ()
     """The connections that this call removed, longest silent first. No other call reports them."""
@@ -216,6 +212,9 @@ class CleanupResult:
     """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
     detached: tuple[ConnectionInfo, ...] = ()
     """The connections of dead game servers that this call detached, as they are now. No other call reports them."""
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.detached)
 
     def __len__(self) -> int:
         return len(self.removed)

@@ -15,7 +15,7 @@ import redis.asyncio
 
 from presence import arguments
 from presence.clients import heeding_cancellation
-from presence.errors import FAULTS, EventsLostError, explain
+from presence.errors import FAULTS, EventsLostError, explain, unreadable
 from presence.operations import perform
 from presence.replies import Position, parse_message
 
@@ -106,7 +106,12 @@ class Feed:
         kind, *rest = reply if isinstance(reply, list) else (reply,)
         if kind == b"sunsubscribe":
             raise EventsLostError("the namespace's slot has moved to another node of the cluster")
-        return [event for event in parse_message(rest[1]) if self._concerns(event)] if kind == b"smessage" else []
+        if kind != b"smessage":
+            return []
+        try:
+            return [event for event in parse_message(rest[1]) if self._concerns(event)]
+        except ValueError as error:
+            raise unreadable(error) from error
 
     def ask(self) -> None:
         """Note that nothing came for a while, and that the server is asked now; the second time it is gone."""

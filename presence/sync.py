@@ -144,7 +144,7 @@ class ConnectionManager:
             events_max_length=events_max_length,
         )
         """Descriptions of every operation that is one script, for :meth:`pipeline`."""
-        if client is not None and not isinstance(client, Redis | RedisCluster):
+        if client is not None and not clients.is_client(client, Redis, RedisCluster):
             raise TypeError(clients.not_a_client(client, "redis"))
         self._given_client = client
         self._address: clients.Address | None = None
@@ -932,7 +932,7 @@ class ConnectionManager:
                 except FAULTS as error:
                     exchange = recover(asked, error)
                 else:
-                    return asked.parse(reply)
+                    return asked.result(reply)
             request = next(exchange)
             while True:
                 request = exchange.send(self._send(own, request))

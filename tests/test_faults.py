@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from presence import CleanupResult
+    from presence.operations import EventsMode
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
@@ -708,6 +709,31 @@ class TestForeignData:
         with pytest.raises(presence.UnexpectedReplyError, match="use another namespace") as raised:
             call(hasty_manager, name)
         assert_cause(raised.value, redis.ResponseError)
+
+    @pytest.mark.parametrize("name", ["get_connection", "unregister_connection"])
+    def test_of_another_content_is_named_with_what_to_do(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str, name: str
+    ) -> None:
+        manager.register_connection("sid", "user")
+        client.set(f"{{{namespace}}}:conn:sid", "9:what another program wrote", keepttl=True)
+        with pytest.raises(presence.UnexpectedReplyError, match="use another namespace"):
+            getattr(manager, name)("sid")
+        client.delete(*client.keys(f"{{{namespace}}}:*"))
+
+    @pytest.mark.parametrize("mode", ["pubsub", "stream"])
+    def test_among_the_events_is_named_with_what_to_do(
+        self, client: redis.Redis, namespace: str, mode: EventsMode
+    ) -> None:
+        manager = presence.sync.ConnectionManager(client, namespace=namespace, events=mode)
+        key = f"{{{namespace}}}:events"
+        with manager.subscribe() as events:
+            if mode == "pubsub":
+                client.spublish(key, "what another program told")
+            else:
+                client.xadd(key, {"message": "what another program wrote"})
+            with pytest.raises(presence.UnexpectedReplyError, match="use another namespace"):
+                next(events)
+        client.delete(key)
 
 
 class TestAServerThatCannotRunTheScripts:

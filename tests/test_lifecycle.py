@@ -11,7 +11,8 @@ import pickle
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import pytest
 import redis
@@ -106,6 +107,22 @@ def test_connections_that_are_read_are_as_frozen_as_any(manager: ConnectionManag
         assert dataclasses.replace(read, sid="another").sid == "another"
 
 
+RESULTS = ("CleanupResult", "ConnectionInfo", "Event", "GameSnapshot", "JoinResult", "Registration")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_annotations_of_a_result_can_be_resolved(name: str) -> None:
+    result = getattr(presence, name)
+    assert {field.name for field in dataclasses.fields(result)} <= {*get_type_hints(result)}
+
+
+def test_a_cleanup_is_true_when_it_did_anything() -> None:
+    connection = presence.ConnectionInfo("sid", "user", None, datetime.now(UTC), datetime.now(UTC))
+    assert presence.CleanupResult((connection,))
+    assert presence.CleanupResult(detached=(connection,))
+    assert not presence.CleanupResult()
+
+
 def test_a_manager_refuses_what_is_no_client_of_its_kind() -> None:
     asyncio_client, blocking_client = redis.asyncio.Redis(), redis.Redis()
     wrong_clients: list[tuple[Any, Any]] = [
@@ -113,12 +130,14 @@ def test_a_manager_refuses_what_is_no_client_of_its_kind() -> None:
         (presence.ConnectionManager, blocking_client),
         (presence.sync.ConnectionManager, "redis://localhost"),
         (presence.sync.ConnectionManager, asyncio_client),
+        (presence.ConnectionManager, asyncio_client.pipeline()),
+        (presence.sync.ConnectionManager, blocking_client.pipeline()),
     ]
     for manager_type, wrong in wrong_clients:
         with pytest.raises(TypeError, match=r"client must be a redis\.") as raised:
             manager_type(wrong)
         twin = "presence.ConnectionManager" if wrong is asyncio_client else "presence.sync.ConnectionManager"
-        assert (twin in str(raised.value)) is not isinstance(wrong, str)
+        assert (twin in str(raised.value)) is (wrong in (asyncio_client, blocking_client))
 
 
 class TestClosing:
