@@ -53,11 +53,11 @@ def encode(name: str, value: object) -> bytes:
 
 def encode_user_id(name: str, value: object) -> bytes:
     """Check a user id, text or UUID, and encode it."""
+    if isinstance(value, str):
+        return encode(name, value)
     if isinstance(value, UUID):
         return str(value).encode()
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str or a UUID, not {type(value).__name__}: {shown(value)}")
-    return encode(name, value)
+    raise TypeError(f"{name} must be a str or a UUID, not {type(value).__name__}: {shown(value)}")
 
 
 def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int:
