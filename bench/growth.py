@@ -54,6 +54,9 @@ SILENT_SECONDS = 3.0
 """How much longer than all others the silent ones were silent: more than a cleanup takes."""
 PLAIN_SILENT_SECONDS, PLAIN_THRESHOLD_SECONDS = 20_000, 10_000
 """*plain*'s silent ones get an older time: older than a whole run takes."""
+GRACE_SECONDS = 60
+MANY, GAMES, BATCHES = 100, 10, 3
+"""How many ids a call takes that takes many, how many games, and how many such calls there are in a round."""
 COMPARED_ROOM = 100
 TASKS, CALLS_BY_TASKS = 64, 128
 """Snapshots of the compared room are also asked for by so many tasks at once, and so many of them in a round."""
@@ -198,7 +201,46 @@ class Measured:
         await self._time("get_user_connection", reads, bool)
         for members in crowd.rooms:
             await self._read_room(f"count of a room of {members:,}", members, manager.get_game_connection_count, int)
+        await self._read_room(
+            "snapshot of a room of 2 with its position",
+            2,
+            manager.get_game_snapshot,
+            lambda game: len(game.connections),
+        )
         await self.count(self._calls)
+
+    async def resume(self) -> None:
+        """Measure how connections in a game are detached and come back, and their metadata."""
+        if self.crowd.contender != PRESENCE:
+            return
+        manager, crowd = self._manager, self.crowd
+        going = crowd.sample(self._calls, members=2)
+        calls: list[Awaitable[Any]]
+        calls = [manager.unregister_connection(crowd.sid(number), grace_seconds=GRACE_SECONDS) for number in going]
+        await self._time("unregister one in a game with a grace", calls, lambda seat: seat.is_detached)
+        calls = [manager.register_connection(crowd.change_sid(number), crowd.user_id(number)) for number in going]
+        await self._time("register, resuming one in a game", calls, lambda registration: registration.resumed)
+        calls = [manager.update_metadata(crowd.sid(number), "metadata") for number in going]
+        await self._time("update_metadata", calls, bool)
+        for number in going:
+            await manager.update_metadata(crowd.sid(number), "")
+
+    async def act_in_bulk(self) -> None:
+        """Measure what takes many ids."""
+        if self.crowd.contender != PRESENCE:
+            return
+        manager, crowd = self._manager, self.crowd
+        sids = [[crowd.sid(number) for number in crowd.sample(MANY)] for _ in range(BATCHES)]
+        calls: list[Awaitable[Any]] = [manager.update_heartbeats(of_one) for of_one in sids]
+        await self._time(f"update_heartbeats of {MANY}", calls, lambda statuses: all(statuses.values()))
+        users = [[crowd.user_id(number) for number in crowd.sample(MANY)] for _ in range(2 * BATCHES)]
+        calls = [manager.get_users_connections(of_one) for of_one in users[:BATCHES]]
+        await self._time(f"get_users_connections of {MANY}", calls, lambda found: all(found.values()))
+        calls = [manager.are_users_online(of_one) for of_one in users[BATCHES:]]
+        await self._time(f"are_users_online of {MANY}", calls, lambda online: len(online) == MANY)
+        games = [list(dict.fromkeys(self._games(2, GAMES))) for _ in range(BATCHES)]
+        calls = [manager.get_games_connections(of_one) for of_one in games]
+        await self._time(f"get_games_connections of {GAMES}", calls, lambda found: all(map(len, found.values())))
 
     async def _read_room(
         self, name: str, members: int, read: Callable[[str], Awaitable[Any]], count: Callable[[Any], int]
@@ -271,6 +313,8 @@ async def _measure(server: Server, scale: Scale, crowds: Sequence[Crowd], slow_s
             Measured.unregister,
             Measured.read,
             Measured.read_more,
+            Measured.resume,
+            Measured.act_in_bulk,
         )
         progress = Progress(
             f"rounds of {scale.growth_calls} calls of each operation in every crowd", scale.growth_rounds
