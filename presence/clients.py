@@ -64,12 +64,11 @@ RETRIES = 6
 Every script that is sent again after a lost reply changes nothing more and answers the same, for a minute.
 """
 
-RETRYING_SECONDS = 40
+RETRYING_SECONDS = 33
 """A call whose attempt fails later than this, after it was first to be sent, is not sent again, however few attempts it
-had. The answers are kept for a minute: the rest of it is for the last attempt to connect, which asks the sentinels,
-opens the socket, greets, and has a timeout of 5 seconds for each.
+had. The answers are kept for a minute: the rest of it is for a pause and the last attempt to connect, which reaches,
+greets and asks the sentinels, opens the socket and greets, and has a timeout of 5 seconds for each.
 """
-
 
 CLUSTER_RETRIES = 10
 """The same for a cluster, 3.75 to 7.5 seconds: a node refuses all for two seconds more after its restart."""
@@ -239,7 +238,12 @@ def is_client(given: object, *kinds: type) -> bool:
     return isinstance(given, kinds) and not isinstance(given, _PIPELINES)
 
 
-_PIPELINES = (redis.client.Pipeline, redis.cluster.ClusterPipeline, redis.asyncio.client.Pipeline)
+_PIPELINES = (
+    redis.client.Pipeline,
+    redis.cluster.ClusterPipeline,
+    redis.asyncio.client.Pipeline,
+    redis.asyncio.cluster.ClusterPipeline,
+)
 
 
 def not_a_client(given: object, module: str) -> str:
@@ -342,11 +346,16 @@ def heeding_cancellation() -> Iterator[None]:
 
     Python 3.11's asyncio.wait_for, through which redis-py connects and writes, can lose one.
     """
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
+    before = cancellations()
     yield
-    if task and task.cancelling() > before:
+    if cancellations() > before:
         raise asyncio.CancelledError
+
+
+def cancellations() -> int:
+    """Count how often the task that asks has been cancelled."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
 
 
 class _TimelyRetry(redis.retry.Retry):

@@ -11,7 +11,7 @@ from redis import exceptions
 
 
 class PresenceError(Exception):
-    """Base of every error that an operation raises; the redis-py error is chained as ``__cause__``."""
+    """Base of every error that an operation raises; its ``__cause__`` is what it stands for, mostly redis-py's."""
 
 
 class ServerUnreachableError(PresenceError):
@@ -73,6 +73,9 @@ class PipelineError(PresenceError):
         return type(self), (self.results,)
 
 
+MAX_SHOWN = 200
+"""Characters of a long message's beginning, and of its end, that are quoted."""
+
 FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What redis-py raises for a fault; its cluster exception is no RedisError."""
 
@@ -83,6 +86,11 @@ _CREDENTIALS: _Explanation = (
     AuthenticationFailedError,
     "the server asks for a user name and password, or did not accept these; correct them in the URL "
     "(redis://user:password@host:port/0) or in the server's ACL",
+)
+_SENTINEL_CREDENTIALS: _Explanation = (
+    AuthenticationFailedError,
+    "the sentinels ask for a user name and password, or did not accept these; correct sentinel_username and "
+    "sentinel_password in the URL's query",
 )
 _PERMISSION: _Explanation = (
     PermissionDeniedError,
@@ -108,6 +116,11 @@ _UNFIT_SERVER: _Explanation = (
 _FOREIGN_DATA: _Explanation = (
     UnexpectedReplyError,
     "a key of this namespace holds what presence did not write; another program writes there, so use another namespace",
+)
+_NO_REDIS: _Explanation = (
+    UnexpectedReplyError,
+    "what answers there does not speak the protocol of Redis; correct the host and port in the URL (rediss:// for a "
+    "server with TLS)",
 )
 _UNREACHABLE: _Explanation = (
     ServerUnreachableError,
@@ -165,16 +178,17 @@ _BY_WORDS: dict[str, _Explanation] = {
         "a server that the URL names is no sentinel; name the sentinels and their port, 26379 by default, or use a "
         "redis:// URL",
     ),
+    # What the sentinels answered, as redis-py 8 and 7.4 tell it.
+    " - auth:AuthenticationError": _SENTINEL_CREDENTIALS,
+    " - AuthenticationError(": _SENTINEL_CREDENTIALS,
     "No master found for": (
         ServerUnreachableError,
-        "no sentinel that answers knows a primary of the service; check that they run, and correct their hosts and "
-        "ports and the service in the URL (redis+sentinel://host:26379/service)",
+        "no sentinel that answers knows a primary of the service that is up; wait for a failover, or check that the "
+        "sentinels run and correct their hosts and ports and the service in the URL "
+        "(redis+sentinel://host:26379/service)",
     ),
-    "Protocol error, got": (
-        UnexpectedReplyError,
-        "what answers there does not speak the protocol of Redis; correct the host and port in the URL (rediss:// for "
-        "a server with TLS)",
-    ),
+    "Protocol error, got": _NO_REDIS,  # from hiredis
+    "Protocol Error: ": _NO_REDIS,  # from redis-py's own parsers
     "client-side caching is supported": (
         UnexpectedReplyError,
         "the client asks for client-side caching, for which the server is too old; make it without a cache_config",
@@ -182,6 +196,9 @@ _BY_WORDS: dict[str, _Explanation] = {
     "Error compiling script": _UNFIT_SERVER,
     "unknown command": _UNFIT_SERVER,
     "command called from script": _UNFIT_SERVER,
+    "nonexistent global variable": _UNFIT_SERVER,
+    "attempt to call ": _UNFIT_SERVER,
+    "attempt to index global ": _UNFIT_SERVER,
     "attempt to ": _FOREIGN_DATA,  # What a script then fails at: to "perform arithmetic" on a value that is not there.
 }
 
@@ -253,9 +270,14 @@ def explain(error: Exception) -> PresenceError:
     """
     text = str(error)
     kind, advice = _explanation(error, text)
-    explained = kind(f"{advice} (the server or client said: {text:.400})")
+    explained = kind(f"{advice} (the server or client said: {_shortened(text)})")
     explained.__cause__ = error
     return explained
+
+
+def _shortened(text: str) -> str:
+    """Leave out the middle of a long text, as redis-py makes of all the options of a client before the fault itself."""
+    return text if len(text) <= 2 * MAX_SHOWN else f"{text[:MAX_SHOWN]} … {text[-MAX_SHOWN:]}"
 
 
 def _explanation(error: BaseException, text: str) -> _Explanation:

@@ -107,12 +107,6 @@ async def _to_its_end(task: asyncio.Future[Result]) -> Result:
         raise
 
 
-def _is_cancelled() -> bool:
-    """Tell whether somebody has cancelled the task that asks."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for asyncio code.
 
@@ -264,7 +258,7 @@ class ConnectionManager:
         A closed manager connects again when it is used again, as by a subscription that was not ended before.
         """
         self._closes += 1
-        loop = asyncio.get_running_loop()
+        loop, cancellations = asyncio.get_running_loop(), clients.cancellations()
         for running in tuple(self._repetitions):
             try:
                 running.loop.call_soon_threadsafe(running.stop.set)
@@ -291,7 +285,7 @@ class ConnectionManager:
                     await _to_its_end(each.closing)
                 except asyncio.CancelledError:
                     # Whoever cancels all other tasks cancels that one, and it is begun again.
-                    if _is_cancelled() or not each.closing.cancelled():
+                    if clients.cancellations() > cancellations or not each.closing.cancelled():
                         raise
 
     async def _close(self, own: _OpenClient) -> None:

@@ -99,7 +99,7 @@ class SharedConnection:
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
         self._waiting.append(_Request(commands, answer))
         # Both run after everything that is ready now, so they find what the others of this turn have asked for.
-        if self._runner is None:
+        if self._runner is None or self._runner.done():
             self._start()
         elif self._reading is not None and not self._write_is_due:
             self._write_is_due = True
@@ -112,7 +112,11 @@ class SharedConnection:
         # Not in the `finally` of its coroutine, into which a task that is cancelled before it has begun never comes.
         self._runner.add_done_callback(self._go_on)
 
-    def _go_on(self, _ended: asyncio.Task[None]) -> None:
+    def _go_on(self, ended: asyncio.Task[None]) -> None:
+        if not ended.cancelled():
+            ended.exception()  # What a signal's handler raised in there has ended the loop already.
+        if self._runner is not ended:
+            return  # A call has begun anew before this.
         self._runner = None
         if self._waiting and not self._loop.is_closed():
             self._start()

@@ -328,12 +328,15 @@ class TestSentinel:
             manager = make_manager(url, **at_once)
             with pytest.raises(presence.PermissionDeniedError, match="README lists the rights"):
                 manager.get_connection_count()
+            hasty = make_manager(url.replace("=password", "=wrong"), **at_once)
+            with pytest.raises(presence.AuthenticationFailedError, match="correct sentinel_username and"):
+                hasty.get_connection_count()
             sentinel.execute_command("ACL", "SETUSER", "watcher", *RIGHTS_ON_SENTINELS)
             assert manager.get_connection_count() == 0
 
     def test_that_cannot_be_reached_is_named(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
         manager = make_manager(f"redis+sentinel://127.0.0.1:{free_port()}/game", **at_once)
-        with pytest.raises(presence.ServerUnreachableError, match="check that they run"):
+        with pytest.raises(presence.ServerUnreachableError, match="check that the sentinels run"):
             manager.get_connection_count()
 
     def test_serves_more_calls_at_once_than_connections(self, steady: Sentinels) -> None:

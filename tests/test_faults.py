@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -781,6 +782,16 @@ def test_a_client_that_wants_to_cache_is_told_that_the_server_is_too_old(
         else:
             with pytest.raises(presence.UnexpectedReplyError, match="make it without a cache_config"):
                 manager.get_connection_count()
+
+
+def test_a_server_whose_lua_lacks_a_function_is_told_which_one_can(manager: ConnectionManager) -> None:
+    operation = manager.operations.get_connection_count()
+    for expression in ("redis.nothing()", "nothing()", "nothing.of_it()"):
+        source = f"#!lua flags=no-writes\nreturn {expression}"
+        sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        operation.script = replace(operation.script, source=source, sha=sha)
+        with pytest.raises(presence.PipelineError, match=TestAServerThatCannotRunTheScripts.NEEDED):
+            manager.pipeline([operation])
 
 
 class TestAPipelineWithAFault:

@@ -434,12 +434,47 @@ class TestCancellationOfAllTasks:
 
         asyncio.run(work())
 
+    @pytest.mark.parametrize("turns", range(6))
+    def test_in_any_turn_of_a_close_that_follows_a_cancellation_leaves_nothing_open(
+        self, own_server: LocalServer, turns: int
+    ) -> None:
+        async def play() -> None:
+            async with presence.ConnectionManager.from_url(own_server.url) as manager:
+                await manager.update_heartbeat("unknown")
+                await asyncio.sleep(BOUND_SECONDS)
 
-async def cancel_all_after(turns: int) -> None:
+        async def work() -> None:
+            playing = asyncio.create_task(play())
+            await asyncio.sleep(0.1)
+            playing.cancel()
+            await cancel_all_after(turns, but=playing)
+            await asyncio.wait([playing])
+            assert playing.cancelled()
+            gc.collect()  # A connection that was left open would warn.
+
+        asyncio.run(work())
+
+
+async def cancel_all_after(turns: int, but: asyncio.Task[Any] | None = None) -> None:
     for _ in range(turns):
         await asyncio.sleep(0)
-    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+    for task in asyncio.all_tasks() - {asyncio.current_task(), but}:
         task.cancel()
+
+
+def test_a_runner_whose_end_went_unnoticed_harms_no_later_call(own_server: LocalServer) -> None:
+    """As where a signal's handler raised in the midst of its callback."""
+
+    async def work() -> None:
+        async with warm_manager(own_server.url, 1) as manager:
+            shared = manager._open_client().shared
+            assert shared is not None
+            await asyncio.sleep(0.05)  # The calls before are over, and so is their runner.
+            shared._runner = asyncio.create_task(asyncio.sleep(0))
+            await shared._runner
+            assert await manager.update_heartbeat("sid-0")
+
+    run(work())
 
 
 TASK_FACTORIES: list[Any] = [None]
