@@ -244,7 +244,9 @@ if events ~= '' then
   local channels = {'user:' .. user_id}
   local message
   if is_usual and not other then
-    message = event(event(now_ms, 'registered', sid, record, now_ms), 'user_online', sid, record, now_ms)
+    -- Both events say the same of the connection, which is put together once.
+    local registered = event('', 'registered', sid, record, now_ms)
+    message = now_ms .. registered .. ' user_online' .. registered:sub(#' registered' + 1)
   else
     local displaced = other_game_id and {
       sid = other, record = other_record, score = other_score, game_id = other_game_id,

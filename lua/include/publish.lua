@@ -10,11 +10,13 @@ local function publish(key_prefix, events, key_lifetime_ms, channels, message)
     return
   end
   redis.call('SPUBLISH', key, message)
-  local is_told = {}
   for index, channel in ipairs(channels) do
-    if not is_told[channel] then
+    local is_told = false
+    for earlier = 1, index - 1 do
+      is_told = is_told or channels[earlier] == channel
+    end
+    if not is_told then
       redis.call('SPUBLISH', key .. ':' .. channel, message)
-      is_told[channel] = index < #channels or nil -- Most often there is only one, and nothing to remember.
     end
   end
 end
