@@ -20,7 +20,7 @@ from redis.cache import CacheConfig
 import presence
 import presence.sync
 from presence import clients
-from presence.operations import CLEANUP_BATCH_SIZE, Command, Operation
+from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Command, Operation
 from tests.clock import let_time_pass
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
@@ -400,6 +400,15 @@ class TestABrokenConnection:
                 manager.register_connection("sid", "user")
             assert_cause(raised.value, redis.ConnectionError)
             manager.close()
+
+    def test_has_its_last_attempt_before_the_answer_is_forgotten(self) -> None:
+        with clients.connect_blocking(clients.parse("redis://127.0.0.1:1"), {}) as client:
+            options = client.connection_pool.connection_kwargs
+        timeouts = options["socket_connect_timeout"], options["socket_timeout"]
+        longest_pause = 1
+        # The sentinels are reached, greeted and asked, in the time for one server; then that is reached and greeted.
+        to_connect = sum(timeouts) + timeouts[1] + sum(timeouts)
+        assert clients.RETRYING_SECONDS + longest_pause + to_connect < KEPT_SECONDS
 
     def test_is_not_tried_again_when_the_answer_may_be_forgotten(
         self, make_manager: ManagerFactory, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
