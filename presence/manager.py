@@ -715,7 +715,7 @@ class ConnectionManager:
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
         run it. A fault, of the server or of ``on_removed``, is logged and does not end it. After an outage in which all
         connections have come to look stale, it lets a heartbeat of everyone come first. A cancellation waits until
-        ``on_removed`` has the batch under way; only the end of the event loop itself can lose that.
+        ``on_removed`` has dealt with the current batch; only the end of the event loop itself can lose that.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.

@@ -189,9 +189,9 @@ EVENTS_BATCH_SIZE = 100
 class Operation(Generic[Result_co]):
     """One call of one script: everything that is to be sent, and how the reply becomes a result.
 
-    A call that changes more than a heartbeat carries a token. Sent again within a minute, because its reply was lost,
-    it changes nothing more and gives the same answer. So for another call make another operation. One that had changed
-    nothing keeps no answer: sent again, it is as if it came later.
+    Every call that changes something, except heartbeats, carries a token. Sent again within a minute, because its reply
+    was lost, it changes nothing more and gives the same answer. So for another call make another operation. One that
+    had changed nothing keeps no answer: sent again, it is as if it came later.
     """
 
     script: scripts.Script
