@@ -250,12 +250,10 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
 _OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation")
 
 
-def unreadable(error: Exception) -> PresenceError:
-    """Turn the error that a parser met in a reply into one that names the cause, which is chained."""
+def unreadable(error: ValueError) -> PresenceError:
+    """Give the error to raise from the one that a parser met in a reply."""
     kind, advice = _FOREIGN_DATA
-    explained = kind(f"{advice} ({error})")
-    explained.__cause__ = error
-    return explained
+    return kind(f"{advice} ({error})")
 
 
 def explain(error: Exception) -> PresenceError:
