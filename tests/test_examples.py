@@ -126,6 +126,9 @@ def test_the_example_of_fastapi_serves_them(server_url: str, namespace: str, tmp
     async def play(url: str) -> None:
         async with ClientSession() as session:
             first = await session.ws_connect(f"{url}/play/alice")
+            async with asyncio.timeout(10):
+                while not manager.is_user_online("alice"):  # noqa: ASYNC110, it is accepted before it is registered
+                    await asyncio.sleep(0.05)
             second = await session.ws_connect(f"{url}/play/alice")
             # What the second displaced is closed.
             assert (await first.receive(timeout=10)).type is WSMsgType.CLOSE
