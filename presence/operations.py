@@ -13,6 +13,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
+from hiredis import pack_command
 from redis.exceptions import NoScriptError
 
 from presence import arguments, scripts
@@ -840,6 +841,15 @@ def check_operations(operations: object) -> tuple[Operation[Any], ...]:
 def load_command(script: scripts.Script) -> Command:
     """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
     return (SCRIPT_LOAD, script.source.encode())
+
+
+def pack(command: Command) -> bytes:
+    """Give a command as it goes to the server, whatever encoding a client was made with."""
+    if command[0] == SCRIPT_LOAD:
+        command = (*SCRIPT_LOAD.split(), *command[1:])
+    # hiredis declares a tuple of one item, and takes any.
+    packed: bytes = pack_command(command)  # type: ignore[arg-type]
+    return packed
 
 
 def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:

@@ -12,14 +12,13 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hiredis import pack_command
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients
 from presence.errors import FAULTS
-from presence.operations import SCRIPT_LOAD
+from presence.operations import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,21 +51,13 @@ class _Request:
     __slots__ = ("answer", "count", "packed", "replies", "size", "taken_at")
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]]) -> None:
-        self.packed = _pack(commands[0]) if len(commands) == 1 else b"".join(map(_pack, commands))
+        self.packed = b"".join(map(pack, commands))
         self.size = len(self.packed)
         self.count = len(commands)
         self.replies: list[Any] = []
         self.answer = answer
         self.taken_at = 0.0
         """When it was first to be sent, by the loop's clock."""
-
-
-def _pack(command: Command) -> bytes:
-    if command[0] == SCRIPT_LOAD:
-        command = (*SCRIPT_LOAD.split(), *command[1:])
-    # hiredis declares a tuple of one item, and takes any.
-    packed: bytes = pack_command(command)  # type: ignore[arg-type]
-    return packed
 
 
 class SharedConnection:
