@@ -20,7 +20,7 @@ from bench.report import Row
 from presence import clients
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence, Sized
+    from collections.abc import Callable, Sized
 
     from bench.measure import Command
     from bench.scale import Scale
@@ -178,14 +178,16 @@ class _Rounds:
             for ours, other in zip(actors[::2], actors[1::2], strict=True)
         ]
 
-    def end(self, answers: Sequence[object]) -> None:
-        """Look at what the library answered, and let the actors go."""
-        kind, population = self._kind, self._population
-        for answer in answers:
-            if not kind.is_right(answer):
-                raise MeasurementError(
-                    f"{kind.name} answered {answer!r:.200}, so it did not do what was to be measured"
-                )
+    def check(self, answer: object) -> None:
+        """Look at what the library answered; it is not kept, for as a rule nobody keeps two hundred rooms."""
+        if not self._kind.is_right(answer):
+            raise MeasurementError(
+                f"{self._kind.name} answered {answer!r:.200}, so it did not do what was to be measured"
+            )
+
+    def end(self) -> None:
+        """Let the actors of the round go."""
+        population = self._population
         sids = [sid for actor in self._actors for sid in (actor.sid, f"{actor.sid}'")]
         send(population.client, [population.operations.unregister_connection(sid).command() for sid in sids])
 
@@ -196,17 +198,17 @@ def _time_blocking(url: str, kind: Kind, rounds: _Rounds) -> list[Times]:
         call = getattr(manager, kind.method)
         times = []
         for _ in range(rounds.count):
-            answers, library, raw = [], [], []
+            library, raw = [], []
             for arguments, evalsha in rounds.begin():
                 start = perf_counter_ns()
                 answer = call(*arguments)
                 middle = perf_counter_ns()
                 client.evalsha(*evalsha)
                 end = perf_counter_ns()
-                answers.append(answer)
+                rounds.check(answer)
                 library.append(middle - start)
                 raw.append(end - middle)
-            rounds.end(answers)
+            rounds.end()
             times.append(_medians(library, raw))
         return times
 
@@ -218,17 +220,17 @@ def _time_asyncio(url: str, kind: Kind, rounds: _Rounds) -> list[Times]:
             call = getattr(manager, kind.method)
             times = []
             for _ in range(rounds.count):
-                answers, library, raw = [], [], []
+                library, raw = [], []
                 for arguments, evalsha in rounds.begin():
                     start = perf_counter_ns()
                     answer = await call(*arguments)
                     middle = perf_counter_ns()
                     await client.evalsha(*evalsha)
                     end = perf_counter_ns()
-                    answers.append(answer)
+                    rounds.check(answer)
                     library.append(middle - start)
                     raw.append(end - middle)
-                rounds.end(answers)
+                rounds.end()
                 times.append(_medians(library, raw))
             return times
 
