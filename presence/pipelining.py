@@ -78,6 +78,8 @@ class SharedConnection:
         self._bytes_sent = 0
         self._runner: asyncio.Task[None] | None = None
         self._session_end = 0.0
+        self._fault: Exception | None = None
+        """Of the attempt before this one."""
         # The connection, while whoever comes must see to it that what waits is written: the runner is busy reading.
         self._reading: AbstractConnection | None = None
         self._write_is_due = False
@@ -151,6 +153,7 @@ class SharedConnection:
     async def _use(self, connection: AbstractConnection) -> None:
         """Converse over a connection until there is nothing left to send, or it was kept for long enough."""
         self._session_end = self._loop.time() + SESSION_SECONDS
+        self._fault = None
         try:
             await connection.retry.call_with_retry(
                 partial(self._converse, connection), partial(self._disconnect, connection)
@@ -166,7 +169,12 @@ class SharedConnection:
     async def _disconnect(self, connection: AbstractConnection, error: Exception) -> None:
         # The next attempt is for what is not answered yet. What waits gets attempts of its own after it.
         self._session_end = 0
+        self._fault = error
         await connection.disconnect(nowait=True)
+        self._give_up_the_late(error)
+
+    def _give_up_the_late(self, error: Exception) -> None:
+        """Answer what may not be sent again any more."""
         earliest = self._loop.time() - clients.RETRYING_SECONDS
         for request in self._refused:
             if request.taken_at < earliest:
@@ -187,6 +195,10 @@ class SharedConnection:
 
     async def _converse(self, connection: AbstractConnection) -> None:
         """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""
+        if self._fault is not None and not connection.is_connected:
+            # Before it sends, for this may take as long as its timeouts and its policy say.
+            await connection.connect()
+            self._give_up_the_late(self._fault)
         self._sent = deque(request for request in (*self._refused, *self._sent) if not request.answer.done())
         self._refused.clear()
         self._commands_sent = self._bytes_sent = 0

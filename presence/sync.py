@@ -1010,15 +1010,31 @@ def _ask(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     """
     packed = [pack(command) for command in request]
     connection = pool.get_connection()
+    end = time.monotonic() + clients.RETRYING_SECONDS
+    fault: Exception | None = None
 
     def attempt() -> list[Any]:
+        if fault is not None:
+            # Before it sends, for this may take as long as its timeouts and its policy say.
+            connection.connect()
+            give_up_if_late(fault)
         connection.send_packed_command(packed)
         if len(request) == 1:
             return [connection.read_response(disable_decoding=True)]
         return [_reply_or_error(connection) for _ in request]
 
+    def fail(error: Exception) -> None:
+        nonlocal fault
+        fault = error
+        connection.disconnect()
+        give_up_if_late(error)
+
+    def give_up_if_late(error: Exception) -> None:
+        if time.monotonic() > end:
+            raise error
+
     try:
-        return connection.retry.call_with_retry(attempt, lambda _: connection.disconnect())
+        return connection.retry.call_with_retry(attempt, fail)
     except BaseException as error:
         if not isinstance(error, Exception):
             connection.disconnect()

@@ -32,7 +32,7 @@ class Proxy:
 
     The EVALSHA requests meet the ``fates`` in their order; when these are used up, they pass. (What the tests send at
     once is small enough to arrive at once.) ``server_port`` may change: connections that are opened later lead there.
-    ``accepted`` counts the connections.
+    ``accepted`` counts the connections, and each waits for ``delay`` seconds before it leads to the server.
     """
 
     def __init__(self, server_port: int, *, tls: ssl.SSLContext | None = None) -> None:
@@ -40,6 +40,7 @@ class Proxy:
         self.fates: list[Fate] = []
         self.port = 0
         self.accepted = 0
+        self.delay = 0.0
         self.is_holding = threading.Event()
         self._tls = tls
         self._ready = threading.Event()
@@ -86,6 +87,7 @@ class Proxy:
         connection = _Connection(self)
         writers = [to_client]
         try:
+            await asyncio.sleep(self.delay)
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self.server_port)
             writers.append(to_server)
             pumps = [

@@ -16,6 +16,8 @@ from uuid import uuid4
 import pytest
 import redis
 import redis.asyncio
+import redis.asyncio.retry
+import redis.retry
 from redis._parsers import (
     _AsyncHiredisParser,
     _AsyncRESP2Parser,
@@ -24,6 +26,7 @@ from redis._parsers import (
     _RESP2Parser,
     _RESP3Parser,
 )
+from redis.backoff import ConstantBackoff
 
 import presence
 import presence.sync
@@ -81,6 +84,23 @@ def manager_of(client: Any, runner: asyncio.Runner, **options: Any) -> Any:
 
 class TestAClientThatTheCallerMade:
     """Its decoding, protocol, parser and encoding make no difference, and it stays the caller's."""
+
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    def test_sends_nothing_again_when_the_answer_may_be_forgotten(
+        self, own_server: LocalServer, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However often its policy tries: a register would displace who has connected elsewhere meanwhile."""
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.2)
+        module: Any = redis.asyncio if kind == "asyncio" else redis
+        with Proxy(own_server.port) as proxy:
+            retry = module.retry.Retry(ConstantBackoff(0.05), 50)
+            with open_client(kind, proxy.url, "hiredis", protocol=3, retry=retry) as (given, runner):
+                manager: ConnectionManager = manager_of(given, runner)
+                manager.register_connection("another", "user")
+                proxy.fates = [Fate.LOSE_REPLY] * 51
+                with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+                    manager.register_connection("sid", "user")
+                assert 40 <= len(proxy.fates) < 50
 
     @pytest.mark.parametrize(
         ("kind", "parser", "protocol", "decoding"),

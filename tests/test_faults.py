@@ -414,7 +414,7 @@ class TestABrokenConnection:
         self, make_manager: ManagerFactory, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A register that ran a second time then would displace who has connected elsewhere meanwhile."""
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.1)
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
         with Proxy(own_server.port) as proxy:
             manager = make_manager(proxy.url)
             manager.register_connection("another", "user")
@@ -424,6 +424,28 @@ class TestABrokenConnection:
             assert 3 <= len(proxy.fates) < clients.RETRIES
             # The next call has as much time as that one had.
             proxy.fates = [Fate.LOSE_REPLY]
+            assert manager.update_heartbeat("sid")
+
+    def test_is_not_tried_again_when_it_takes_too_long_to_connect(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_client: redis.Redis,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url)
+            manager.register_connection("another", "user")
+            runs_before = own_client.info("commandstats")["cmdstat_evalsha"]["calls"]
+            proxy.delay = 0.6
+            proxy.fates = [Fate.LOSE_REPLY]
+            with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+                manager.register_connection("sid", "user")
+            assert own_client.info("commandstats")["cmdstat_evalsha"]["calls"] == runs_before + 1
+            # The next call has as much time as that one had.
+            proxy.fates = [Fate.LOSE_REPLY]
+            proxy.delay = 0
             assert manager.update_heartbeat("sid")
 
     def test_is_not_tried_again_and_again_within_each_attempt(self, monkeypatch: pytest.MonkeyPatch) -> None:
