@@ -67,8 +67,8 @@ Every script that is sent again after a lost reply changes nothing more and answ
 RETRYING_SECONDS = 33
 """A call whose attempt fails later than this, after it was first to be sent, is not sent again, however few attempts it
 had. The answers are kept for a minute: the rest of it is for an attempt that redis-py makes by itself, as a cluster's
-client does. That comes after a pause, and asks the sentinels, opens the socket and greets, with a timeout of 5 seconds for
-each. Where the manager sends, it looks at the time once more when it is connected.
+client does. That comes after a pause, and asks the sentinels, opens the socket and greets, with a timeout of 5 seconds
+for each. Where the manager sends, it looks at the time once more when it is connected.
 """
 
 CLUSTER_RETRIES = 10

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakSet
 
 import redis
-from redis import ConnectionPool, Redis, RedisCluster
-from redis.exceptions import ResponseError
+from redis import Redis, RedisCluster
 
-from presence import arguments, clients
+from presence import arguments, clients, pooling
 from presence.errors import FAULTS, PresenceError, explain
 from presence.operations import (
     AS_BYTES,
@@ -32,7 +31,6 @@ from presence.operations import (
     check_operations,
     clean_up,
     for_server,
-    pack,
     perform,
     perform_batches,
     perform_each,
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
-    from redis.connection import AbstractConnection
+    from redis import ConnectionPool
 
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
@@ -67,7 +65,7 @@ class _OpenClient:
         self.has_tried = threading.Event()
         self.error: Exception | None = None
         self.pool: ConnectionPool | None = None
-        """Where its calls take connections themselves, if they may: see ``_pool_of``."""
+        """Where its calls take connections themselves, if they may: see :mod:`presence.pooling`."""
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
         self.callers: list[int] = []
@@ -876,7 +874,7 @@ class ConnectionManager:
         # Without a lock, since a cluster's client connects when it is made.
         try:
             own.client, own.tries_again = self._make_client()
-            own.pool = _pool_of(own.client)
+            own.pool = pooling.pool_of(own.client)
             own.is_open = True
         except Exception as error:
             own.error = error
@@ -933,7 +931,7 @@ class ConnectionManager:
             else:
                 # The answer of nearly every call, without the cost of a conversation.
                 try:
-                    (reply,) = _ask(own.pool, (asked.command(),))
+                    (reply,) = pooling.send(own.pool, (asked.command(),))
                 except FAULTS as error:
                     exchange = recover(asked, error)
                 else:
@@ -967,7 +965,7 @@ class ConnectionManager:
         client = own.client
         try:
             if own.pool is not None:
-                return _ask(own.pool, request)
+                return pooling.send(own.pool, request)
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
                 node = client.get_node_from_key(self.operations.last_seen_key.decode())
@@ -988,63 +986,3 @@ class ConnectionManager:
                 raise
             replies = [error] * len(request)
         return clients.cluster_replies(replies) if isinstance(client, RedisCluster) else replies
-
-
-def _pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
-    """Give the pool whose connections :func:`_ask` may use as the client does, if it may.
-
-    Not where something else has to see each call: a cache, a lock, or what wraps or overrides ``execute_command``.
-    """
-    if not isinstance(client, Redis) or client.connection is not None or getattr(client.connection_pool, "cache", None):
-        return None
-    execute = client.execute_command
-    is_redis_pys = getattr(execute, "__func__", None) is Redis.execute_command and not hasattr(execute, "__wrapped__")
-    return client.connection_pool if is_redis_pys else None
-
-
-def _ask(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
-    """Send commands together on a connection of the pool; give their replies as bytes; raise the error of a single.
-
-    Connections and retries are as in a call of redis-py. That spends a quarter of its time on figures for telemetry,
-    and the reply that an interrupted one did not read may answer the next.
-    """
-    packed = [pack(command) for command in request]
-    connection = pool.get_connection()
-    end = time.monotonic() + clients.RETRYING_SECONDS
-    fault: Exception | None = None
-
-    def attempt() -> list[Any]:
-        if fault is not None:
-            # Before it sends, for this may take as long as its timeouts and its policy say.
-            connection.connect()
-            give_up_if_late(fault)
-        connection.send_packed_command(packed)
-        if len(request) == 1:
-            return [connection.read_response(disable_decoding=True)]
-        return [_reply_or_error(connection) for _ in request]
-
-    def fail(error: Exception) -> None:
-        nonlocal fault
-        fault = error
-        connection.disconnect()
-        give_up_if_late(error)
-
-    def give_up_if_late(error: Exception) -> None:
-        if time.monotonic() > end:
-            raise error
-
-    try:
-        return connection.retry.call_with_retry(attempt, fail)
-    except BaseException as error:
-        if not isinstance(error, Exception):
-            connection.disconnect()
-        raise
-    finally:
-        pool.release(connection)
-
-
-def _reply_or_error(connection: AbstractConnection) -> Any:
-    try:
-        return connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error

@@ -33,6 +33,10 @@ class InterruptedConnection(redis.Connection):
         return super().read_response(*args, **options)
 
 
+class OutOfTimeError(Exception):
+    """As a handler raises that bounds the time of a call."""
+
+
 def beat_one(manager: ConnectionManager) -> object:
     return manager.update_heartbeat("sid")
 
@@ -41,7 +45,7 @@ def beat_many(manager: ConnectionManager) -> object:
     return manager.update_heartbeats([f"sid {number}" for number in range(MANY)])
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, OutOfTimeError])
 @pytest.mark.parametrize("interrupted_call", [beat_one, beat_many])
 def test_the_reply_to_a_call_that_was_interrupted_answers_no_other(
     own_server: LocalServer,

@@ -1,0 +1,94 @@
+"""How the calls of the blocking manager go over the connections of a redis-py client's pool, each over one of its own.
+
+Connections and retries are as in a call of redis-py. But that spends a quarter of its time on figures for telemetry,
+and the reply that an interrupted call did not read may answer the next one.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from redis import ConnectionPool, Redis, RedisCluster
+from redis.exceptions import ResponseError
+
+from presence import clients
+from presence.operations import pack
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from redis.connection import AbstractConnection
+
+    from presence.operations import Command
+
+
+def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
+    """Give the pool of a client whose connections :func:`send` may use.
+
+    None where something else has to see each call: a cluster's client, a lock, a cache, or what wraps or overrides
+    ``execute_command``.
+    """
+    if not isinstance(client, Redis) or client.connection is not None or getattr(client.connection_pool, "cache", None):
+        return None
+    execute = client.execute_command
+    is_redis_pys = getattr(execute, "__func__", None) is Redis.execute_command and not hasattr(execute, "__wrapped__")
+    return client.connection_pool if is_redis_pys else None
+
+
+def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
+    """Send commands together, again as the connection's policy says and the time allows, and read the replies.
+
+    Args:
+        pool: gives the connection, and gets it back.
+        request: the commands, one or more.
+
+    Returns:
+        The replies as bytes; of several, with errors in their places.
+
+    Raises:
+        RedisError: a fault, or the error that is the reply to a single command.
+
+    """
+    packed = [pack(command) for command in request]
+    fault: Exception | None = None
+
+    def attempt() -> list[Any]:
+        if fault is not None:
+            # Before it sends, for this may take as long as its timeouts and its policy say.
+            connection.connect()
+            give_up_if_late(fault)
+        connection.send_packed_command(packed)
+        if len(request) == 1:
+            return [connection.read_response(disable_decoding=True)]
+        return [_read(connection) for _ in request]
+
+    def fail(error: Exception) -> None:
+        nonlocal fault
+        fault = error
+        connection.disconnect()
+        give_up_if_late(error)
+
+    def give_up_if_late(error: Exception) -> None:
+        if monotonic() > end:
+            raise error
+
+    connection = pool.get_connection()
+    try:
+        end = monotonic() + clients.RETRYING_SECONDS
+        return connection.retry.call_with_retry(attempt, fail)
+    except ResponseError:
+        raise  # It was read as the reply.
+    except BaseException:
+        # A signal's handler may have raised before the replies were read, and they are not for the next call.
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _read(connection: AbstractConnection) -> Any:
+    try:
+        return connection.read_response(disable_decoding=True)
+    except ResponseError as error:
+        return error
