@@ -7,7 +7,7 @@ read may answer the next one; and a quarter of its time goes into options and te
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from redis import ConnectionPool, Redis, RedisCluster
 from redis.exceptions import ResponseError
@@ -23,20 +23,49 @@ if TYPE_CHECKING:
     from presence.operations import Command
 
 
-def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
+class _OnlyConnection:
+    """The one connection of a client that was made with ``single_connection_client``, as a pool."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    def get_connection(self) -> AbstractConnection:
+        self._client.single_connection_lock.acquire()
+        return self._client.connection  # type: ignore[return-value]
+
+    def release(self, _: AbstractConnection) -> None:
+        self._client.single_connection_lock.release()
+
+
+Pool: TypeAlias = ConnectionPool | _OnlyConnection
+
+
+def pool_of(client: Redis | RedisCluster) -> Pool | None:
     """Give the pool of a client whose connections :func:`send` may use.
 
-    None where something else has to see each call: a cluster's client, a lock, a cache, or what wraps or overrides
+    None where something else has to see each call: a cluster's client, a cache, or what wraps or overrides
     ``execute_command``.
     """
-    if not isinstance(client, Redis) or client.connection is not None or getattr(client.connection_pool, "cache", None):
+    if not isinstance(client, Redis) or getattr(client.connection_pool, "cache", None):
         return None
     execute = client.execute_command
-    is_redis_pys = getattr(execute, "__func__", None) is Redis.execute_command and not hasattr(execute, "__wrapped__")
-    return client.connection_pool if is_redis_pys else None
+    if getattr(execute, "__func__", None) is not Redis.execute_command or hasattr(execute, "__wrapped__"):
+        return None
+    return _OnlyConnection(client) if client.connection else client.connection_pool
 
 
-def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
+def close_unread(client: Redis | RedisCluster) -> None:
+    """Close a client's connections that are not in use: an interrupted call may have left a reply unread on one."""
+    if isinstance(client, RedisCluster):
+        nodes = [node.redis_connection for node in client.get_nodes()]
+        pools = [node.connection_pool for node in nodes if node]
+    else:
+        pools = [client.connection_pool]
+    for pool in pools:
+        pool.disconnect(inuse_connections=False)
+
+
+def send(pool: Pool, request: Sequence[Command]) -> list[Any]:
     """Send commands together, again as the connection's policy says and the time allows, and read the replies.
 
     Args:
@@ -50,7 +79,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
         RedisError: a fault, or the error that is the reply to a single command.
 
     """
-    packed = [pack(command) for command in request]
+    packed = b"".join(map(pack, request))
     fault: Exception | None = None
 
     def attempt() -> list[Any]:
@@ -58,7 +87,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             # Before it sends, for this may take as long as its timeouts and its policy say.
             connection.connect()
             give_up_if_late(fault)
-        connection.send_packed_command(packed)
+        connection.send_packed_command([packed])
         if len(request) == 1:
             return [connection.read_response(disable_decoding=True)]
         return [_read(connection) for _ in request]
@@ -73,10 +102,10 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
         if monotonic() > end:
             raise error
 
-    connection = pool.get_connection()
+    connection: Any = pool.get_connection()
     try:
         end = monotonic() + clients.RETRYING_SECONDS
-        return connection.retry.call_with_retry(attempt, fail)
+        return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
     except ResponseError:
         raise  # It was read as the reply.
     except BaseException:

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
-    from redis import ConnectionPool
-
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
@@ -64,7 +62,7 @@ class _OpenClient:
         self.is_open = False
         self.has_tried = threading.Event()
         self.error: Exception | None = None
-        self.pool: ConnectionPool | None = None
+        self.pool: pooling.Pool | None = None
         """Where its calls take connections themselves, if they may: see :mod:`presence.pooling`."""
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
@@ -985,4 +983,8 @@ class ConnectionManager:
             if not isinstance(client, RedisCluster):
                 raise
             replies = [error] * len(request)
+        except BaseException:
+            if own.pool is None:
+                pooling.close_unread(client)
+            raise
         return clients.cluster_replies(replies) if isinstance(client, RedisCluster) else replies

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 
 from presence import HeartbeatStatus
 from presence.sync import ConnectionManager
+from tests.server import LocalServer, free_port, program
+from tests.watching import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.server import LocalServer
+    from collections.abc import Callable, Iterator
 
 PAUSE_MS = 300
 MANY = 150
 """Sids for more than one script."""
 
 
-class InterruptedConnection(redis.Connection):
-    """Reads a reply only after what a signal's handler may raise there."""
+@contextmanager
+def interrupted(interruption: type[BaseException], *, is_slow: redis.Redis) -> Iterator[None]:
+    """Let a signal's handler raise between the next request and its reply, which a server is slow to give."""
+    is_slow.client_pause(PAUSE_MS)
+    with pytest.MonkeyPatch.context() as patch:
 
-    interruption: ClassVar[type[BaseException] | None] = None
-
-    def read_response(self, *args: Any, **options: Any) -> Any:
-        interruption, InterruptedConnection.interruption = self.interruption, None
-        if interruption is not None:
+        def raise_once(*_: Any, **__: Any) -> None:
+            patch.undo()
             raise interruption
-        return super().read_response(*args, **options)
+
+        patch.setattr(redis.Connection, "read_response", raise_once)
+        with pytest.raises(interruption):
+            yield
 
 
 class OutOfTimeError(Exception):
@@ -45,28 +49,77 @@ def beat_many(manager: ConnectionManager) -> object:
     return manager.update_heartbeats([f"sid {number}" for number in range(MANY)])
 
 
+class Traced(redis.Redis):
+    """Overrides what a call goes through."""
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, OutOfTimeError])
 @pytest.mark.parametrize("interrupted_call", [beat_one, beat_many])
+@pytest.mark.parametrize("client", ["own", "plain", "single", "traced"])
 def test_the_reply_to_a_call_that_was_interrupted_answers_no_other(
     own_server: LocalServer,
+    client: str,
     interrupted_call: Callable[[ConnectionManager], object],
     interruption: type[BaseException],
 ) -> None:
-    """A signal's handler raises between the request and the reply, and the server is slow to reply."""
-    with (
-        redis.Redis.from_url(own_server.url) as other,
-        ConnectionManager.from_url(own_server.url, connection_class=InterruptedConnection) as manager,
-    ):
-        manager.register_connection("sid", "alice")
-        beat_many(manager)
-        other.client_pause(PAUSE_MS)
-        InterruptedConnection.interruption = interruption
-        with pytest.raises(interruption):
-            interrupted_call(manager)
+    with ExitStack() as stack:
+        other = stack.enter_context(redis.Redis.from_url(own_server.url))
+        if client == "own":
+            manager = stack.enter_context(ConnectionManager.from_url(own_server.url))
+        else:
+            kind = Traced if client == "traced" else redis.Redis
+            given = kind.from_url(own_server.url, single_connection_client=client == "single")
+            manager = ConnectionManager(stack.enter_context(given))
+        check_that_no_reply_is_left(manager, other, interrupted_call, interruption)
 
-        assert manager.get_connection("unknown") is None
-        assert manager.get_connection_count() == 1
-        assert beat_many(manager) == {f"sid {number}": HeartbeatStatus.UNKNOWN for number in range(MANY)}
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[LocalServer]:
+    """A cluster of one."""
+    with LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
+        with redis.Redis.from_url(server.url, decode_responses=True) as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+        yield server
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OutOfTimeError])
+@pytest.mark.parametrize("interrupted_call", [beat_one, beat_many])
+@pytest.mark.parametrize("is_given", [False, True])
+def test_nor_on_a_cluster(
+    node: LocalServer,
+    interrupted_call: Callable[[ConnectionManager], object],
+    interruption: type[BaseException],
+    is_given: bool,
+) -> None:
+    with redis.Redis.from_url(node.url) as other, ExitStack() as stack:
+        other.flushall()
+        if is_given:
+            client = stack.enter_context(redis.RedisCluster(host="127.0.0.1", port=node.port))
+            manager = ConnectionManager(client)
+        else:
+            manager = stack.enter_context(ConnectionManager.from_url(f"redis+cluster://127.0.0.1:{node.port}"))
+        check_that_no_reply_is_left(manager, other, interrupted_call, interruption)
+
+
+def check_that_no_reply_is_left(
+    manager: ConnectionManager,
+    other: redis.Redis,
+    interrupted_call: Callable[[ConnectionManager], object],
+    interruption: type[BaseException],
+) -> None:
+    manager.register_connection("sid", "alice")
+    beat_one(manager)
+    beat_many(manager)
+    with interrupted(interruption, is_slow=other):
+        interrupted_call(manager)
+
+    assert manager.get_connection("unknown") is None
+    assert manager.get_connection_count() == 1
+    assert beat_many(manager) == {f"sid {number}": HeartbeatStatus.UNKNOWN for number in range(MANY)}
 
 
 class TestWhatSeesEachCallOfAClient:
