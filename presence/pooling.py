@@ -7,7 +7,7 @@ read may answer the next one; and a quarter of its time goes into options and te
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from redis import ConnectionPool, Redis, RedisCluster
 from redis.exceptions import ResponseError
@@ -23,35 +23,17 @@ if TYPE_CHECKING:
     from presence.operations import Command
 
 
-class _OnlyConnection:
-    """The one connection of a client that was made with ``single_connection_client``, as a pool."""
-
-    def __init__(self, client: Redis) -> None:
-        self._client = client
-
-    def get_connection(self) -> AbstractConnection:
-        self._client.single_connection_lock.acquire()
-        return self._client.connection  # type: ignore[return-value]
-
-    def release(self, _: AbstractConnection) -> None:
-        self._client.single_connection_lock.release()
-
-
-Pool: TypeAlias = ConnectionPool | _OnlyConnection
-
-
-def pool_of(client: Redis | RedisCluster) -> Pool | None:
+def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     """Give the pool of a client whose connections :func:`send` may use.
 
-    None where something else has to see each call: a cluster's client, a cache, or what wraps or overrides
-    ``execute_command``.
+    None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, or what
+    wraps or overrides ``execute_command``.
     """
-    if not isinstance(client, Redis) or getattr(client.connection_pool, "cache", None):
+    if not isinstance(client, Redis) or client.connection or getattr(client.connection_pool, "cache", None):
         return None
     execute = client.execute_command
-    if getattr(execute, "__func__", None) is not Redis.execute_command or hasattr(execute, "__wrapped__"):
-        return None
-    return _OnlyConnection(client) if client.connection else client.connection_pool
+    is_redis_pys = getattr(execute, "__func__", None) is Redis.execute_command and not hasattr(execute, "__wrapped__")
+    return client.connection_pool if is_redis_pys else None
 
 
 def close_unread(client: Redis | RedisCluster) -> None:
@@ -61,11 +43,14 @@ def close_unread(client: Redis | RedisCluster) -> None:
         pools = [node.connection_pool for node in nodes if node]
     else:
         pools = [client.connection_pool]
+        if client.connection:
+            with client.single_connection_lock:
+                client.connection.disconnect()
     for pool in pools:
         pool.disconnect(inuse_connections=False)
 
 
-def send(pool: Pool, request: Sequence[Command]) -> list[Any]:
+def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     """Send commands together, again as the connection's policy says and the time allows, and read the replies.
 
     Args:

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
+    from redis import ConnectionPool
+
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
@@ -62,7 +64,7 @@ class _OpenClient:
         self.is_open = False
         self.has_tried = threading.Event()
         self.error: Exception | None = None
-        self.pool: pooling.Pool | None = None
+        self.pool: ConnectionPool | None = None
         """Where its calls take connections themselves, if they may: see :mod:`presence.pooling`."""
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
