@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     """Give the pool of a client whose connections :func:`send` may use.
 
-    None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, or what
-    wraps or overrides ``execute_command``.
+    None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, or
+    what wraps or overrides ``execute_command``.
     """
     if not isinstance(client, Redis) or client.connection or getattr(client.connection_pool, "cache", None):
         return None
