@@ -341,6 +341,19 @@ def _fault(error: AttributeError) -> redis.exceptions.ClusterError:
     return fault
 
 
+def connecting(connection: Any) -> Any:
+    """Connect, to be awaited with asyncio, trying it once: it is a part of an attempt that is tried again.
+
+    To connect, or to send without doing so before, redis-py would try as often within each attempt.
+    """
+    if isinstance(connection, _ASKING_SENTINELS):
+        return connection._connect_retry()
+    return connection.connect_check_health(retry_socket_connect=False)
+
+
+_ASKING_SENTINELS = (redis.sentinel.SentinelManagedConnection, redis.asyncio.sentinel.SentinelManagedConnection)
+
+
 @contextmanager
 def heeding_cancellation() -> Iterator[None]:
     """End what a cancellation was to end, though it was swallowed within: put it around what redis-py awaits.

@@ -193,12 +193,8 @@ class SharedConnection:
         self._sent.clear()
         self._commands_sent = self._bytes_sent = 0
 
-    async def _converse(self, connection: AbstractConnection) -> None:
-        """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""
-        if self._fault is not None and not connection.is_connected:
-            # Before it sends, for this may take as long as its timeouts and its policy say.
-            await connection.connect()
-            self._give_up_the_late(self._fault)
+    def _keep_unanswered(self) -> None:
+        """Choose what is to be sent again."""
         self._sent = deque(request for request in (*self._refused, *self._sent) if not request.answer.done())
         self._refused.clear()
         self._commands_sent = self._bytes_sent = 0
@@ -206,6 +202,15 @@ class SharedConnection:
             request.replies = []
             self._commands_sent += request.count
             self._bytes_sent += request.size
+
+    async def _converse(self, connection: AbstractConnection) -> None:
+        """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""
+        self._keep_unanswered()
+        if self._sent and self._fault is not None and not connection.is_connected:
+            # Before it sends, for this may take as long as its timeouts say.
+            await clients.connecting(connection)
+            self._give_up_the_late(self._fault)
+            self._keep_unanswered()
         if not self._sent:
             return
         packed = b"".join([request.packed for request in self._sent])

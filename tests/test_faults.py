@@ -448,6 +448,19 @@ class TestABrokenConnection:
             proxy.delay = 0
             assert manager.update_heartbeat("sid")
 
+    def test_is_opened_again_as_often_as_the_policy_says(
+        self, make_manager: ManagerFactory, own_server: LocalServer
+    ) -> None:
+        """redis-py would try so often to connect within each of as many attempts to send."""
+        with Proxy(own_server.port) as proxy:
+            manager = make_manager(proxy.url)
+            manager.register_connection("sid", "user")
+            accepted_before = proxy.accepted
+            proxy.fates, proxy.server_port = [Fate.LOSE_REPLY], free_port()
+            with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+                manager.update_heartbeat("sid")
+            assert proxy.accepted == accepted_before + clients.RETRIES
+
     def test_is_not_tried_again_and_again_within_each_attempt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """redis-py connects within the attempt to send a command, and tries that as often."""
         monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.1)

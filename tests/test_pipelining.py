@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +16,10 @@ import pytest
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.backoff import ConstantBackoff, NoBackoff
 
 import presence
-from presence import pipelining
+from presence import clients, pipelining
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
@@ -453,6 +455,33 @@ class TestCancellationOfAllTasks:
             gc.collect()  # A connection that was left open would warn.
 
         asyncio.run(work())
+
+
+def test_a_call_does_not_wait_for_the_attempts_of_one_that_was_given_up(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of the first is over, and its policy would go on."""
+    monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.2)
+
+    async def fail(manager: presence.ConnectionManager) -> None:
+        with pytest.raises(presence.ServerUnreachableError):
+            await manager.update_heartbeat("sid")
+
+    async def work() -> None:
+        retry = Retry(ConstantBackoff(0.05), 1000)
+        manager = presence.ConnectionManager.from_url(own_server.url, socket_timeout=0.2, retry=retry)
+        async with manager:
+            await manager.update_heartbeat("sid")
+            os.kill(own_server.pid, signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(BOUND_SECONDS):
+                    first = asyncio.create_task(fail(manager))
+                    await asyncio.sleep(0.1)
+                    await asyncio.gather(first, fail(manager), fail(manager))
+            finally:
+                os.kill(own_server.pid, signal.SIGCONT)
+
+    asyncio.run(work())
 
 
 async def cancel_all_after(turns: int, but: asyncio.Task[Any] | None = None) -> None:
