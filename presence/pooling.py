@@ -32,7 +32,8 @@ def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     if not isinstance(client, Redis) or client.connection or getattr(client.connection_pool, "cache", None):
         return None
     execute = client.execute_command
-    is_redis_pys = getattr(execute, "__func__", None) is Redis.execute_command and not hasattr(execute, "__wrapped__")
+    # What wraps it may take its place in redis-py's class, and has its names or its own module.
+    is_redis_pys = execute.__module__ == Redis.__module__ and not hasattr(execute, "__wrapped__")
     return client.connection_pool if is_redis_pys else None
 
 

@@ -148,18 +148,18 @@ class TestWhatSeesEachCallOfAClient:
             self.check(ConnectionManager(client, namespace=namespace), seen)
 
     @pytest.mark.parametrize("is_given", [True, False])
-    def test_does_so_where_the_class_is_wrapped(
-        self, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, is_given: bool
+    @pytest.mark.parametrize("looks_like_it", [True, False])
+    def test_does_so_where_that_of_the_class_is_replaced(
+        self, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, looks_like_it: bool, is_given: bool
     ) -> None:
         seen: list[str] = []
         execute = redis.Redis.execute_command
 
-        @wraps(execute)
         def traced(self: redis.Redis, *args: Any, **options: Any) -> Any:
             seen.append(args[0])
             return execute(self, *args, **options)  # type: ignore[no-untyped-call]
 
-        monkeypatch.setattr(redis.Redis, "execute_command", traced)
+        monkeypatch.setattr(redis.Redis, "execute_command", wraps(execute)(traced) if looks_like_it else traced)
         with redis.Redis.from_url(server_url) as client:
             if is_given:
                 self.check(ConnectionManager(client, namespace=namespace), seen)
