@@ -9,9 +9,10 @@ have expired). With a server its clients fall silent, some of them before it is 
 server has missed a heartbeat and a half is detached as well.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
-entry whose record is gone (evicted, or older than its retention) is dropped without a report. The batch bounds the time
-that the script holds the server (guarantee 7), and so does a bound on what the records hold together; the caller
-repeats it until it examines fewer than it asked for.
+entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still to
+come, since the clock was set back, counts as one that came now. The batch bounds the time that the script holds the
+server (guarantee 7), and so does a bound on what the records hold together; the caller repeats it until it examines
+fewer than it asked for.
 
 KEYS  last_seen, servers, reply
 ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at most 1000), server_threshold_ms,
@@ -68,7 +69,20 @@ local function is_to_detach(server, score, list)
   return list or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now_ms - server_threshold_ms / 2
 end
 
+local has_more = false
+
+-- Where the clock was set back, who has fallen silent would stay alive until it is there again.
+local function bring_back(key)
+  local ahead = redis.call('ZRANGE', key, '(' .. now_ms, '+inf', 'BYSCORE', 'LIMIT', 0, batch_size)
+  for _, member in ipairs(ahead) do
+    redis.call('ZADD', key, 'XX', now_ms, member)
+  end
+  has_more = has_more or #ahead == batch_size
+end
+
 if server_id == '' then
+  bring_back(last_seen_key)
+  bring_back(servers_key)
   find_by_score('0', '(' .. as_argument(now_ms - math.min(threshold_ms, conn_ttl_ms)))
   find_by_score('(-' .. now_ms, '(0')
 end
@@ -93,11 +107,11 @@ for _, server in ipairs(servers) do
   end
 end
 if #found == 0 and #emptied == 0 then
-  return earlier_answer(reply_key) or {now_ms, 0}
+  return earlier_answer(reply_key) or {now_ms, has_more and batch_size or 0}
 end
 
 -- It takes at most so many servers at once, and there may be more.
-local examined = #emptied >= 10 and batch_size or #found / 2
+local examined = (has_more or #emptied >= 10) and batch_size or #found / 2
 local answer, ends, strays, conn_keys, taken, bytes = {now_ms, examined}, {}, {}, {}, {}, 0
 for index = 1, #found, 2 do
   conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]

@@ -95,7 +95,7 @@ GAMES_BATCH_SIZE = 10
 """Games that one script reads: below 5 ms of the server also where a hundred connections are in each."""
 MAX_CONNECTIONS_PER_USER = 100
 
-RETENTION_MS = 24 * 60 * 60 * 1000
+RETENTION_MS = 27 * 60 * 60 * 1000
 """How much longer than its connections a key lives: see lua/include/retention_ms.lua, which says the same."""
 
 REGISTER = scripts.load(

@@ -90,6 +90,36 @@ def test_a_connection_that_expired_long_ago_is_taken_out_of_a_game_that_others_k
     assert list(keys().games["game"]) == ["live"]
 
 
+def test_it_reports_who_expired_within_a_day(make_manager: ManagerFactory, wait: Callable[[float], None]) -> None:
+    """Not all keys live as long after the last heartbeat: they refresh TTLs by chance."""
+    manager = make_manager(conn_ttl_seconds=3600)
+    sids = [f"sid-{number}" for number in range(400)]
+    register_many(manager, len(sids))
+    for _ in range(60):
+        wait(300)
+        assert all(manager.update_heartbeats(sids).values())
+    wait(3600 + 23.9 * 3600)
+    assert {gone.sid for gone in manager.cleanup_stale_connections()} == set(sids)
+
+
+@pytest.mark.parametrize("count", [2, 2 * CLEANUP_BATCH_SIZE + 5])
+def test_it_finds_who_falls_silent_when_the_clock_is_set_back(
+    manager: ConnectionManager, wait: Callable[[float], None], keys: Keys, count: int
+) -> None:
+    """Their last heartbeats are still to come, and so they count from the first cleanup on."""
+    register_many(manager, count)
+    wait(-7200)
+    assert not manager.cleanup_stale_connections()
+    wait(60)
+    manager.update_heartbeat("sid-0")
+    assert not manager.cleanup_stale_connections()
+    wait(31)
+    assert {gone.sid for gone in manager.cleanup_stale_connections()} == {f"sid-{number}" for number in range(1, count)}
+    wait(60)
+    assert [gone.sid for gone in manager.cleanup_stale_connections()] == ["sid-0"]
+    assert keys().records == {}
+
+
 def test_it_goes_on_until_nothing_stale_is_left(
     manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
 ) -> None:

@@ -139,7 +139,7 @@ def test_what_marks_it_as_seen_keeps_every_key_for_as_long_as_it_is_live_then(
     keys: Keys,
     see: Callable[[ConnectionManager], object],
 ) -> None:
-    """Of a TTL of ten days, the day by which keys outlive their connections would not hide a key that is forgotten."""
+    """Of a TTL of ten days, the 27 hours by which keys outlive their connections would not hide a key that is forgotten."""
     seconds = 10 * 24 * 60 * 60
     manager = make_manager(conn_ttl_seconds=seconds, server_id="server")
     manager.register_connection("sid", "user")

@@ -75,6 +75,20 @@ class TestADeadServer:
         assert set(keys().records) == {"another's", "nobody's"}
         assert len(keys().known_servers) == 1
 
+    def test_it_is_dead_as_soon_when_the_clock_is_set_back(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        """Its last heartbeat is still to come, and so it counts from the first cleanup on."""
+        dead, other = make_manager(server_id="dead"), make_manager(server_id="other")
+        dead.register_connection("mine", "user")
+        wait(-7200)
+        assert not other.cleanup_stale_connections()
+        wait(89)
+        assert other.update_heartbeat("mine")
+        assert not other.cleanup_stale_connections()
+        wait(2)
+        assert sids(other.cleanup_stale_connections()) == ["mine"]
+
     def test_a_stale_connection_of_no_server_has_no_grace(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
