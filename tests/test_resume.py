@@ -501,7 +501,7 @@ TEN_DAYS = 10 * 24 * 60 * 60
 def test_a_long_grace_keeps_the_seat_however_old_the_keys_are(
     make_manager: ManagerFactory, wait: Callable[[float], None], conn_ttl_seconds: float, seen_before_seconds: float
 ) -> None:
-    """The 27 hours by which keys outlive their connections are less than a long TTL, so the detaching refreshes them all."""
+    """Keys outlive their connections by 27 hours, less than a long TTL, so the detaching refreshes them all."""
     manager = make_manager(conn_ttl_seconds=conn_ttl_seconds)
     manager.register_connection("sid", "user")
     manager.join_game("sid", "game")
