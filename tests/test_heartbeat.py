@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
+from presence.operations import RETENTION_MS
 from presence.scripts import lua_folder
 
 if TYPE_CHECKING:
