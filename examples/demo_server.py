@@ -97,14 +97,14 @@ class ReportingManager(ConnectionManager):
         interval_seconds: float = 30,
         *,
         threshold_seconds: float | None = None,
-        on_removed: Callable[[CleanupResult], Awaitable[object]] | None = None,
+        on_removed: Callable[[CleanupResult], Awaitable[object] | None] | None = None,
     ) -> None:
         """Clean up as ever, and report what that removes and detaches."""
 
         async def report_and_pass_on(result: CleanupResult) -> None:
             report(operation="run_cleanup", arguments=(), answer=result)
-            if on_removed is not None:
-                await on_removed(result)
+            if on_removed is not None and (handled := on_removed(result)) is not None:
+                await handled
 
         await super().run_cleanup(interval_seconds, threshold_seconds=threshold_seconds, on_removed=report_and_pass_on)
 

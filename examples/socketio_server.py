@@ -111,18 +111,18 @@ class GameServer:
 
     async def follow_events(self) -> None:
         """Act on what happens on any server; after a fault, go on where this server was in the stream."""
-        position = None
+        events = self.manager.subscribe()
         while True:
             try:
-                async with self.manager.subscribe(after=position) as events:
+                async with events:
                     self.is_ready.set()
                     async for event in events:
-                        position = event.position
                         await self.act_on(event)
             except PresenceError as error:
                 logger.exception("following the events failed")
-                if isinstance(error, EventsLostError):
-                    position = None
+                is_lost = isinstance(error, EventsLostError)
+                events = self.manager.subscribe(after=None if is_lost else events.position)
+                if is_lost:
                     # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
                     for sid, _ in list(self.sio.manager.get_participants("/", None)):
                         await self.sio.disconnect(sid)
@@ -147,7 +147,7 @@ class GameServer:
                 await self.sio.emit("resumed", {"game_id": game_id}, to=sid)
         elif event.type is EventType.LEFT and game_id:
             await self.sio.leave_room(sid, room_of(game_id))
-        elif event.type in (EventType.DISPLACED, EventType.EXPIRED):
+        elif event.type in (EventType.DISPLACED, EventType.UNREGISTERED, EventType.EXPIRED):
             # In vain for a socket whose own connect() is still under way; that one learns it from its first heartbeat.
             await self.sio.disconnect(sid)
 

@@ -708,7 +708,7 @@ class ConnectionManager:
         interval_seconds: float = 30,
         *,
         threshold_seconds: float | None = None,
-        on_removed: Callable[[CleanupResult], Awaitable[object]] | None = None,
+        on_removed: Callable[[CleanupResult], Awaitable[object] | None] | None = None,
     ) -> Coroutine[Any, Any, None]:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
@@ -720,8 +720,9 @@ class ConnectionManager:
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: awaited with each batch that removed or detached something. What it raises is logged, and what
-                it had not dealt with is not reported again: catch errors for each connection inside.
+            on_removed: called, and awaited if it is an ``async def``, with each batch that removed or detached
+                something. What it raises is logged, and what it had not dealt with is not reported again: catch errors
+                for each connection inside.
 
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
@@ -792,7 +793,7 @@ class ConnectionManager:
     async def _clean_up_batch(
         self,
         cleanup: RepeatedCleanup,
-        on_removed: Callable[[CleanupResult], Awaitable[object]] | None,
+        on_removed: Callable[[CleanupResult], Awaitable[object] | None] | None,
     ) -> float:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:

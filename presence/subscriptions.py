@@ -68,6 +68,11 @@ class Feed:
             self._user_id = user_bytes.decode()
             self.channel += b":user:" + user_bytes
 
+    @property
+    def position(self) -> str | None:
+        """How far it has read in the stream."""
+        return self._position.text() if self.is_stream and self._position is not _BEYOND else None
+
     def _concerns(self, event: Event) -> bool:
         if self._game_id is not None:
             return event.connection.game_id == self._game_id
@@ -126,13 +131,17 @@ class _State:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self.events: deque[Event] = deque()
+        self.position: str | None = None
+        """Of the last event that was given."""
         self.is_open: bool | None = None
         self.lost: EventsLostError | None = None
 
     def next_event(self) -> Event | None:
         """Give an event that has been received; None when one must be waited for."""
         if self.events:
-            return self.events.popleft()
+            event = self.events.popleft()
+            self.position = event.position
+            return event
         if self.lost is not None:
             raise self.lost
         return None
@@ -158,7 +167,23 @@ def _own_connection(source: Any) -> Any:
     return source.connection_class(**(source.connection_kwargs | {"decode_responses": False}))
 
 
-class AsyncSubscription:
+class _Positioned:
+    """What both kinds of a subscription tell."""
+
+    _state: _State
+
+    @property
+    def position(self) -> str | None:
+        """The position in the stream that it has reached: ``subscribe(after=position)`` goes on where this one is.
+
+        It is that of the last event, or beyond it where what followed was not asked for. None before the block is
+        entered (unless ``after`` was given), and through pub/sub.
+        """
+        state = self._state
+        return state.position if state.events else state.feed.position
+
+
+class AsyncSubscription(_Positioned):
     """The events that ``ConnectionManager.subscribe`` was asked for; ``async with`` it, then ``async for`` over it.
 
     A wait for the next event may be cancelled, as by ``asyncio.wait_for``, and loses none. It is for one task only.
@@ -253,7 +278,7 @@ class AsyncSubscription:
                 self._state.lose(error)
 
 
-class Subscription:
+class Subscription(_Positioned):
     """The events that ``ConnectionManager.subscribe`` was asked for; ``with`` it, then ``for`` over it, in one thread.
 
     ``close()`` in another thread ends the loop.

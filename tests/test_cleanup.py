@@ -241,7 +241,7 @@ def test_run_cleanup_takes_a_plain_function_too(
             reported: asyncio.Queue[CleanupResult] = asyncio.Queue()
             await manager.register_connection("sid", "user")
             wait(91)
-            task = asyncio.create_task(manager.run_cleanup(0.01, on_removed=reported.put_nowait))  # type: ignore[arg-type]
+            task = asyncio.create_task(manager.run_cleanup(0.01, on_removed=reported.put_nowait))
             assert [gone.sid for gone in await asyncio.wait_for(reported.get(), 10)] == ["sid"]
         await asyncio.wait_for(task, 10)
 

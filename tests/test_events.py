@@ -66,6 +66,26 @@ class Subscribed:
     def close(self) -> None:
         self._call("close")
 
+    @property
+    def position(self) -> str | None:
+        position: str | None = self._subscription.position
+        return position
+
+    def read_on(self, seconds: float) -> None:
+        """Wait for an event that does not come, until the subscription is closed."""
+        if self._runner is None:
+            timer = threading.Timer(seconds, self._subscription.close)
+            timer.start()
+            assert list(self._subscription) == []
+            timer.join()
+            return
+
+        async def run() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(self._subscription), seconds)
+
+        self._runner.run(run())
+
     def take(self, count: int) -> list[Event]:
         return [self.next() for _ in range(count)]
 
@@ -572,6 +592,38 @@ class TestTheStream:
                 assert events.take(len(everything) - index) == everything[index:]
         with subscribed(manager, after=positions[-1]) as events:
             assert until_the_end(manager, events) == []
+
+    def test_tells_how_far_it_has_come(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(events="stream")
+        assert manager.subscribe().position is None
+        start = manager.get_game_snapshot("g").position
+        assert manager.subscribe(after=start).position == start
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            assert events.position == start
+            for _ in range(17):
+                assert events.next().position == events.position
+            end = events.position
+        with subscribed(manager) as events:
+            assert events.position == end
+
+    def test_has_come_past_what_others_did(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        """Or it would have lost what was none of its own, once that is trimmed."""
+        manager = make_manager(events="stream")
+        with subscribed(manager, game_id="quiet") as events:
+            self.act(manager)
+            events.read_on(0.5)
+            client.xtrim(events_key(namespace), maxlen=1, approximate=False)
+            manager.register_connection("sid", "user")
+            manager.join_game("sid", "quiet")
+            with subscribed(manager, game_id="quiet", after=events.position) as again:
+                assert told(again.next()) == ("joined", "sid", "quiet")
+
+    def test_tells_no_position_through_pubsub(self, make_manager: ManagerFactory) -> None:
+        with subscribed(make_manager(events="pubsub")) as events:
+            assert events.position is None
 
     def test_is_read_in_batches(self, make_manager: ManagerFactory) -> None:
         manager = make_manager(events="stream")

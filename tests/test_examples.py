@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,16 @@ import pytest
 from aiohttp import ClientSession, WSMsgType, web
 from aiohttp.test_utils import TestServer
 
+import presence
+from examples import socketio_server
 from presence.sync import ConnectionManager
+from tests.fault_calls import one_attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from presence import Event
+    from tests.server import LocalServer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +121,34 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
         await manager.aclose()
 
     asyncio.run(run())
+
+
+def test_the_example_of_socketio_misses_nothing_in_an_outage(own_server: LocalServer) -> None:
+    """Not even where nothing had happened before it."""
+    happened: list[str] = []
+
+    class Observed(socketio_server.GameServer):
+        async def act_on(self, event: Event) -> None:
+            happened.append(event.type.value)
+
+    async def run() -> None:
+        manager = presence.ConnectionManager.from_url(
+            own_server.url, server_id="one", events="stream", socket_timeout=0.2, **one_attempt("asyncio")
+        )
+        server = Observed(manager)
+        await server.start()
+        with ConnectionManager.from_url(own_server.url, events="stream") as other:
+            os.kill(own_server.pid, signal.SIGSTOP)
+            await asyncio.sleep(0.5)
+            os.kill(own_server.pid, signal.SIGCONT)
+            other.register_connection("sid", "alice")
+            async with asyncio.timeout(10):
+                while len(happened) < 2:  # noqa: ASYNC110, there is no event for it
+                    await asyncio.sleep(0.01)
+        await server.stop()
+
+    asyncio.run(run())
+    assert happened == ["registered", "user_online"]
 
 
 def test_the_example_of_fastapi_serves_them(server_url: str, namespace: str, tmp_path: Path) -> None:
