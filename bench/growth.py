@@ -17,6 +17,7 @@ import redis.asyncio
 
 import presence
 from bench.contenders import CONTENDERS
+from bench.contenders.plain import Plain
 from bench.crowd import PATIENCE_SECONDS, PLAIN, PRESENCE, Crowd
 from bench.fill import NAMESPACE, load_scripts, server_ms
 from bench.measure import MeasurementError, Spread, command_stats, difference, ratios, used_memory
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 HOW = """Crowds of *plain* and of *presence* (40 % of each in two-player games, 10 % in rooms of 10, 10 % in rooms of
 100, 40 % in rooms of 1,000), each in a database of its own on one server, written by pipelines and then measured
 through the contenders' own asyncio methods: one call at a time, one command or script per round trip (but for the
-snapshots by 64 tasks, of which each has a connection of its own in *plain*), on connections and rooms chosen at random,
-in short rounds in which all crowds take turns operation by operation. So the caches are as cold as the crowd is large.
+snapshots by 64 tasks, of which each has a connection of its own in *plain*, and for those that are said to be in
+pipelines), on connections and rooms chosen at random, in short rounds in which all crowds take turns operation by
+operation. So the caches are as cold as the crowd is large.
 *Server time* is the server's own account (`INFO commandstats`): of the script, or of all commands that *plain* needed;
 it leaves out what the server spends on reading and answering each command, so it flatters *plain*. *Time at the client*
 is what the caller waits for. Memory is the difference in `used_memory` before and after a crowd was written, without
@@ -73,6 +75,8 @@ def snapshot(members: int) -> str:
 
 
 BY_TASKS = f"{snapshot(COMPARED_ROOM)} by {TASKS} tasks"
+IN_PIPELINES = f"{snapshot(COMPARED_ROOM)} in two pipelines"
+"""What *plain* could do, beside the snapshot of *presence*."""
 
 
 class Sample(NamedTuple):
@@ -183,6 +187,8 @@ class Measured:
         for members in self.crowd.rooms:
             await self._read_room(snapshot(members), members, self.contender.get_game, len)
         if COMPARED_ROOM in self.crowd.rooms:
+            if isinstance(self.contender, Plain):
+                await self._read_room(IN_PIPELINES, COMPARED_ROOM, self.contender.get_game_in_pipelines, len)
             # Each of plain's tasks has a connection, opened before the clock starts.
             await asyncio.gather(*(self._client.ping() for _ in range(TASKS)))
             games = self._games(COMPARED_ROOM, CALLS_BY_TASKS)
@@ -438,7 +444,7 @@ def _beside_plain(plain: BySize, ours: BySize) -> Findings:
 def _comparison(name: str, plain: Measured, ours: Measured, target: float | None) -> list[Row]:
     rows = []
     for where, read in (("at the client", _client), ("server time", _server)):
-        costs, bases = read(plain, name), read(ours, name)
+        costs, bases = read(plain, name), read(ours, snapshot(COMPARED_ROOM) if name == IN_PIPELINES else name)
         if len(costs) != len(bases):  # plain's cleanup and count ran once
             bases = [Spread.of(bases).median] * len(costs)
         what = f"plain: {name}, among {plain.crowd.size:,}, {where}"

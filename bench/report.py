@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -193,9 +194,19 @@ def machine() -> dict[str, str]:
         "System": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Python": platform.python_version(),
         "redis-py": f"{version('redis')}, hiredis {version('hiredis')}",
+        "Commit": commit(),
         "Scripts": scripts(),
         "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def commit() -> str:
+    """Tell which commit is measured, if this is a checkout, and whether it was changed since."""
+    git = ("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"
 
 
 def scripts() -> str:

@@ -81,10 +81,10 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (DETACHING, HSET, None),
     (RESUMING, HSET, None),
     ("update_metadata", HSET, None),
-    ("update_server_heartbeat", ZADD, None),
+    ("update_server_heartbeat, one server", ZADD, None),
     ("cleanup, none stale", NOTHING, None),
     ("snapshot of a two-player game with its position", NOTHING, None),
-    ("get_games_connections of 10", NOTHING, None),
+    ("get_games_connections of 10 games of two", NOTHING, None),
     ("get_users_connections of 100", NOTHING, None),
     ("are_users_online of 100", NOTHING, None),
     (f"events: {STREAM_EVENTS} changes from the stream", NOTHING, None),
@@ -300,7 +300,7 @@ class Rounds:
         # Last, since all that they read would be in the caches of the others, or drive theirs out.
         describe, user_ids, game_id = self._operations, self._population.user_ids, self._population.game_id
         self._time(
-            "get_games_connections of 10",
+            "get_games_connections of 10 games of two",
             [describe.games_connections_batch([game_id(index) for index in many]) for many in self._many(10)],
             lambda games: all(len(game) == 2 for game in games),
         )
@@ -321,7 +321,7 @@ class Rounds:
         )
 
     def _measure_servers(self) -> None:
-        self._time("update_server_heartbeat", [self._server.update_server_heartbeat()] * self._calls, bool)
+        self._time("update_server_heartbeat, one server", [self._server.update_server_heartbeat()] * self._calls, bool)
 
     def _many(self, count: int) -> list[list[int]]:
         return [sample(self._population, count) for _ in range(BATCHES)]

@@ -134,6 +134,15 @@ class Plain:
                 found[sid] = record["user_id"]
         return found
 
+    async def get_game_in_pipelines(self, game_id: str) -> dict[str, str]:
+        """SMEMBERS; HGETALL of all members together."""
+        sids = list(await self._client.smembers(self._game_conns(game_id)))
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for sid in sids:
+                pipeline.hgetall(self._conn(sid))
+            records = await pipeline.execute()
+        return {sid: record["user_id"] for sid, record in zip(sids, records, strict=True) if "user_id" in record}
+
     async def is_online(self, user_id: str) -> bool:
         """GET, HGET."""
         sid = await self._client.get(self._user_conn(user_id))
