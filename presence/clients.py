@@ -66,8 +66,9 @@ Every script that is sent again after a lost reply changes nothing more and answ
 
 RETRYING_SECONDS = 33
 """A call is not sent again later than this after it was first to be sent, however few attempts it had: the answers are
-kept for a minute. The rest of that is for a cluster's client, which connects within its last attempt: a pause, the socket
-and the greeting, with a timeout of 5 seconds each. Elsewhere the manager looks at the time once more when it is connected.
+kept for a minute. The rest of that is for a cluster's client, which connects within its last attempt: a pause, the
+socket and the greeting, with a timeout of 5 seconds each. Elsewhere the manager looks at the time once more when it is
+connected.
 """
 
 CLUSTER_RETRIES = 10
@@ -374,8 +375,8 @@ def cancellations() -> int:
 class _TimelyRetry(redis.retry.Retry):
     """Gives up in time, too; redis-py only counts, and tries to connect as often again within each attempt to send.
 
-    Each connection has a copy of its own. Where the managers send themselves, they see to the time: this is for the first
-    time that a connection is opened, and for calls that go through redis-py's ``execute_command``.
+    Each connection has a copy of its own. Where the managers send themselves, they see to the time: this is for the
+    first time that a connection is opened, and for calls that go through redis-py's ``execute_command``.
     """
 
     _end: float | None = None
