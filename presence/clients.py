@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from functools import cache
 from inspect import signature
 from itertools import takewhile
+from queue import LifoQueue
+from threading import Condition, RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -411,7 +413,23 @@ class _SentinelTLSConnection(_SentinelConnection, redis.sentinel.SentinelManaged
     """The same with TLS."""
 
 
-class _SentinelPool(redis.sentinel.SentinelConnectionPool, redis.BlockingConnectionPool):
+class _FreeConnections(LifoQueue[Any]):
+    """A pool's free connections. A signal's handler may make a call while its thread is in here for another."""
+
+    def __init__(self, maxsize: int = 0) -> None:
+        super().__init__(maxsize)
+        self.mutex = RLock()  # type: ignore[assignment]
+        self.not_empty, self.not_full, self.all_tasks_done = (Condition(self.mutex) for _ in range(3))
+
+
+class _Pool(redis.BlockingConnectionPool):
+    """Lets operations wait for a free connection."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"queue_class": _FreeConnections} | options)  # type: ignore[no-untyped-call]
+
+
+class _SentinelPool(redis.sentinel.SentinelConnectionPool, _Pool):
     """Like a plain server's pool, it lets operations wait for a free connection instead of failing."""
 
 
@@ -480,7 +498,7 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
                 host, port = address.hosts[0]
                 options["url"] = url.format(f"[{host}]" if ":" in host else host, port)
             return redis.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
-    return redis.Redis.from_pool(redis.BlockingConnectionPool(**options))
+    return redis.Redis.from_pool(_Pool(**options))
 
 
 def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Redis | redis.asyncio.RedisCluster:

@@ -29,12 +29,13 @@ def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, or
     what wraps or overrides ``execute_command``.
     """
-    if not isinstance(client, Redis) or client.connection or getattr(client.connection_pool, "cache", None):
+    if not isinstance(client, Redis) or getattr(client, "connection", None):
         return None
+    pool = client.connection_pool
     execute = client.execute_command
     # What wraps it may take its place in redis-py's class, and has its names or its own module.
     is_redis_pys = execute.__module__ == Redis.__module__ and not hasattr(execute, "__wrapped__")
-    return client.connection_pool if is_redis_pys else None
+    return pool if is_redis_pys and getattr(pool, "cache", None) is None else None
 
 
 def close_unread(client: Redis | RedisCluster) -> None:

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
-    from redis import ConnectionPool
-
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
@@ -64,8 +62,6 @@ class _OpenClient:
         self.is_open = False
         self.has_tried = threading.Event()
         self.error: Exception | None = None
-        self.pool: ConnectionPool | None = None
-        """Where its calls take connections themselves, if they may: see :mod:`presence.pooling`."""
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
         self.callers: list[int] = []
@@ -874,7 +870,6 @@ class ConnectionManager:
         # Without a lock, since a cluster's client connects when it is made.
         try:
             own.client, own.tries_again = self._make_client()
-            own.pool = pooling.pool_of(own.client)
             own.is_open = True
         except Exception as error:
             own.error = error
@@ -926,12 +921,12 @@ class ConnectionManager:
         try:
             if not isinstance(asked, Operation):
                 exchange = asked
-            elif own.pool is None:
+            elif (pool := pooling.pool_of(own.client)) is None:
                 exchange = perform(asked)
             else:
                 # The answer of nearly every call, without the cost of a conversation.
                 try:
-                    (reply,) = pooling.send(own.pool, (asked.command(),))
+                    (reply,) = pooling.send(pool, (asked.command(),))
                 except FAULTS as error:
                     exchange = recover(asked, error)
                 else:
@@ -963,9 +958,10 @@ class ConnectionManager:
 
     def _send_once(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         client = own.client
+        pool = pooling.pool_of(client)
         try:
-            if own.pool is not None:
-                return pooling.send(own.pool, request)
+            if pool is not None:
+                return pooling.send(pool, request)
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
                 node = client.get_node_from_key(self.operations.last_seen_key.decode())
@@ -986,7 +982,7 @@ class ConnectionManager:
                 raise
             replies = [error] * len(request)
         except BaseException:
-            if own.pool is None:
+            if pool is None:
                 pooling.close_unread(client)
             raise
         return clients.cluster_replies(replies) if isinstance(client, RedisCluster) else replies

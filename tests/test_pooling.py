@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -120,6 +122,35 @@ def check_that_no_reply_is_left(
     assert manager.get_connection("unknown") is None
     assert manager.get_connection_count() == 1
     assert beat_many(manager) == {f"sid {number}": HeartbeatStatus.UNKNOWN for number in range(MANY)}
+
+
+CALLING_IN_A_HANDLER = """
+import random, signal, sys, time
+from presence.sync import ConnectionManager
+
+manager = ConnectionManager.from_url(sys.argv[1])
+manager.register_connection("sid", "alice")
+interruptions = 0
+
+def call(*_):
+    global interruptions
+    interruptions += 1
+    assert manager.get_connection("sid").user_id == "alice"
+
+signal.signal(signal.SIGALRM, call)
+while interruptions < 2000:
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+    assert manager.get_connection("unknown") is None
+signal.setitimer(signal.ITIMER_REAL, 0)
+print("done")
+"""
+
+
+def test_a_signal_handler_may_make_calls_in_the_midst_of_another(own_server: LocalServer) -> None:
+    """Even where that one is about to take a connection, or to give one back."""
+    code = [sys.executable, "-c", CALLING_IN_A_HANDLER, own_server.url]
+    finished = subprocess.run(code, capture_output=True, text=True, timeout=60)
+    assert (finished.stdout, finished.stderr) == ("done\n", "")
 
 
 class TestWhatSeesEachCallOfAClient:
