@@ -943,21 +943,20 @@ class ConnectionManager:
     def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
         if not own.tries_again:
-            return self._send_once(own, request)
+            return self._send_once(own.client, request)
         pauses = clients.cluster_pauses()
-        replies = self._send_once(own, request)
+        replies = self._send_once(own.client, request)
         for pause in pauses:
             failed = clients.passing_faults(replies)
             if not failed:
                 break
             time.sleep(pause)
-            again = self._send_once(own, [request[index] for index in failed])
+            again = self._send_once(own.client, [request[index] for index in failed])
             for index, reply in zip(failed, again, strict=True):
                 replies[index] = reply
         return replies
 
-    def _send_once(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
-        client = own.client
+    def _send_once(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         pool = pooling.pool_of(client)
         try:
             if pool is not None:
@@ -968,7 +967,7 @@ class ConnectionManager:
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
                 rest = request[len(loads) :]
-                return replies + (self._send_once(own, rest) if rest else [])
+                return replies + (self._send_once(client, rest) if rest else [])
             if len(request) == 1:
                 return [client.execute_command(*request[0], **AS_BYTES)]  # type: ignore[no-untyped-call]
             pipeline = client.pipeline(transaction=False)
