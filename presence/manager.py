@@ -715,14 +715,14 @@ class ConnectionManager:
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
         run it. A fault, of the server or of ``on_removed``, is logged and does not end it. After an outage in which all
         connections have come to look stale, it lets a heartbeat of everyone come first. A cancellation waits until
-        ``on_removed`` has dealt with the current batch; only the end of the event loop itself can lose that.
+        ``on_removed``, which may be a plain function too, has dealt with the current batch; only the end of the event
+        loop itself can lose that.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: called, and awaited if it is an ``async def``, with each batch that removed or detached
-                something. What it raises is logged, and what it had not dealt with is not reported again: catch errors
-                for each connection inside.
+            on_removed: awaited with each batch that removed or detached something. What it raises is logged, and what
+                it had not dealt with is not reported again: catch errors for each connection inside.
 
         Cost: as :meth:`cleanup_stale_connections`, each time.
 

@@ -433,7 +433,7 @@ def without_asyncio(text: str) -> str:
         "awaited": "called",
         "aclose": "close",
         "of this event loop": "of other threads",
-        "Awaitable[object]": "object",
+        "Awaitable[object] | None": "object",
         "Coroutine[Any, Any, None]": "None",
     }.items():
         text = text.replace(word, replacement)
