@@ -384,7 +384,8 @@ class ConnectionManager:
 
         Returns:
             Whether there is such a connection. False: it was displaced, removed or detached, or has expired, and no
-            heartbeat brings it back. Close its socket: to register it again would displace what displaced it.
+            heartbeat brings it back. Close its socket: to register it again would displace what displaced it. Which of
+            these it is, as far as that is still known, ``update_heartbeats`` tells.
 
         Cost: one round trip; O(log N).
 
