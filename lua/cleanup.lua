@@ -9,8 +9,8 @@ have expired). With a server its clients fall silent, some of them before it is 
 server has missed a heartbeat and a half is detached as well.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
-entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still to
-come, since the clock was set back, counts as one that came now. The batch bounds the time that the script holds the
+entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still
+to come, since the clock was set back, counts as one that came now. The batch bounds the time that the script holds the
 server (guarantee 7), and so does a bound on what the records hold together; the caller repeats it until it examines
 fewer than it asked for.
 
