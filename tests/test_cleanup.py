@@ -120,6 +120,19 @@ def test_it_finds_who_falls_silent_when_the_clock_is_set_back(
     assert keys().records == {}
 
 
+def test_it_finds_all_of_them_beside_one_that_is_stale(
+    manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
+) -> None:
+    register_many(manager, 2 * CLEANUP_BATCH_SIZE + 5)
+    wait(-7200)
+    manager.register_connection("stale", "another")
+    wait(91)
+    assert [gone.sid for gone in manager.cleanup_stale_connections()] == ["stale"]
+    wait(91)
+    assert len(manager.cleanup_stale_connections()) == 2 * CLEANUP_BATCH_SIZE + 5
+    assert keys().records == {}
+
+
 def test_it_goes_on_until_nothing_stale_is_left(
     manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
 ) -> None:

@@ -101,6 +101,7 @@ class TestAClientThatTheCallerMade:
                 with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
                     manager.register_connection("sid", "user")
                 assert 40 <= len(proxy.fates) < 50
+                assert proxy.accepted < 20, "it goes on to connect"
 
     @pytest.mark.parametrize(
         ("kind", "parser", "protocol", "decoding"),

@@ -612,14 +612,16 @@ class TestTheStream:
     ) -> None:
         """Or it would have lost what was none of its own, once that is trimmed."""
         manager = make_manager(events="stream")
+        manager.register_connection("sid", "user")
         with subscribed(manager, game_id="quiet") as events:
+            manager.join_game("sid", "quiet")
+            assert told(events.next()) == ("joined", "sid", "quiet")
             self.act(manager)
             events.read_on(0.5)
             client.xtrim(events_key(namespace), maxlen=1, approximate=False)
-            manager.register_connection("sid", "user")
-            manager.join_game("sid", "quiet")
+            manager.leave_game("sid")
             with subscribed(manager, game_id="quiet", after=events.position) as again:
-                assert told(again.next()) == ("joined", "sid", "quiet")
+                assert told(again.next()) == ("left", "sid", "quiet")
 
     def test_tells_no_position_through_pubsub(self, make_manager: ManagerFactory) -> None:
         with subscribed(make_manager(events="pubsub")) as events:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -457,31 +455,27 @@ class TestCancellationOfAllTasks:
         asyncio.run(work())
 
 
-def test_a_call_does_not_wait_for_the_attempts_of_one_that_was_given_up(
+def test_no_attempts_are_made_for_calls_that_were_given_up(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of the first is over, and its policy would go on."""
-    monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.2)
+    """Their time is over, though the policy would go on, and other calls would wait for that."""
+    monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
 
-    async def fail(manager: presence.ConnectionManager) -> None:
-        with pytest.raises(presence.ServerUnreachableError):
-            await manager.update_heartbeat("sid")
-
-    async def work() -> None:
+    async def work(proxy: Proxy) -> None:
         retry = Retry(ConstantBackoff(0.05), 1000)
-        manager = presence.ConnectionManager.from_url(own_server.url, socket_timeout=0.2, retry=retry)
-        async with manager:
+        async with presence.ConnectionManager.from_url(proxy.url, retry=retry) as manager:
             await manager.update_heartbeat("sid")
-            os.kill(own_server.pid, signal.SIGSTOP)
-            try:
-                async with asyncio.timeout(BOUND_SECONDS):
-                    first = asyncio.create_task(fail(manager))
-                    await asyncio.sleep(0.1)
-                    await asyncio.gather(first, fail(manager), fail(manager))
-            finally:
-                os.kill(own_server.pid, signal.SIGCONT)
+            proxy.fates, proxy.server_port = [Fate.LOSE_REPLY], free_port()
+            with pytest.raises(presence.ServerUnreachableError):
+                await manager.update_heartbeat("sid")
+            accepted = proxy.accepted
+            await asyncio.sleep(0.5)
+            assert proxy.accepted <= accepted + 1
+            proxy.server_port = own_server.port
+            assert not await manager.update_heartbeat("sid")
 
-    asyncio.run(work())
+    with Proxy(own_server.port) as proxy:
+        run(work(proxy))
 
 
 async def cancel_all_after(turns: int, but: asyncio.Task[Any] | None = None) -> None:
