@@ -111,21 +111,22 @@ class GameServer:
 
     async def follow_events(self) -> None:
         """Act on what happens on any server; after a fault, go on where this server was in the stream."""
-        events = self.manager.subscribe()
+        events, is_lost = self.manager.subscribe(), False
         while True:
             try:
                 async with events:
+                    if is_lost:
+                        # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
+                        for sid, _ in list(self.sio.manager.get_participants("/", None)):
+                            await self.sio.disconnect(sid)
+                        is_lost = False
                     self.is_ready.set()
                     async for event in events:
                         await self.act_on(event)
             except PresenceError as error:
                 logger.exception("following the events failed")
-                is_lost = isinstance(error, EventsLostError)
+                is_lost = is_lost or isinstance(error, EventsLostError)
                 events = self.manager.subscribe(after=None if is_lost else events.position)
-                if is_lost:
-                    # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
-                    for sid, _ in list(self.sio.manager.get_participants("/", None)):
-                        await self.sio.disconnect(sid)
                 self.is_ready.set()  # Those who connect meanwhile are asked to try again.
                 await asyncio.sleep(1)
 

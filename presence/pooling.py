@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     """Give the pool of a client whose connections :func:`send` may use.
 
-    None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, or
-    what wraps or overrides ``execute_command``.
+    None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, a
+    subclass, or what wraps ``execute_command``.
     """
-    if not isinstance(client, Redis) or getattr(client, "connection", None):
+    if type(client) is not Redis or client.connection:
         return None
     pool = client.connection_pool
     execute = client.execute_command

@@ -166,6 +166,16 @@ class TestWhatSeesEachCallOfAClient:
         with Traced.from_url(server_url) as client:
             self.check(ConnectionManager(client, namespace=namespace), seen)
 
+    def test_so_does_a_subclass_that_overrides_what_it_calls(self, server_url: str, namespace: str) -> None:
+        class Reading(redis.Redis):
+            def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+                seen.append(command_name)
+                return super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call]
+
+        seen: list[str] = []
+        with Reading.from_url(server_url) as client:
+            self.check(ConnectionManager(client, namespace=namespace), seen)
+
     def test_does_so_where_the_client_s_own_is_replaced(self, server_url: str, namespace: str) -> None:
         seen: list[str] = []
         with redis.Redis.from_url(server_url) as client:
