@@ -343,7 +343,7 @@ def _fault(error: AttributeError) -> redis.exceptions.ClusterError:
     return fault
 
 
-def connecting(connection: Any) -> Any:
+def connect_once(connection: Any) -> Any:
     """Connect, to be awaited with asyncio, trying it once: it is a part of an attempt that is tried again.
 
     To connect, or to send without doing so before, redis-py would try as often within each attempt.

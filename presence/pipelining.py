@@ -208,7 +208,7 @@ class SharedConnection:
         self._keep_unanswered()
         if self._sent and self._fault is not None and not connection.is_connected:
             # Before it sends, for this may take as long as its timeouts say.
-            await clients.connecting(connection)
+            await clients.connect_once(connection)
             self._give_up_the_late(self._fault)
             self._keep_unanswered()
         if not self._sent:

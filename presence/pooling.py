@@ -72,7 +72,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     def attempt() -> list[Any]:
         if fault is not None:
             # Before it sends, for this may take as long as its timeouts say.
-            clients.connecting(connection)
+            clients.connect_once(connection)
             give_up_if_late(fault)
         connection.send_packed_command([packed])
         if len(request) == 1:

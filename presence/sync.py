@@ -31,7 +31,6 @@ from presence.operations import (
     check_operations,
     clean_up,
     for_server,
-    perform,
     perform_batches,
     perform_each,
     recover,
@@ -920,18 +919,14 @@ class ConnectionManager:
             # A cluster's client connects when it is made.
             raise explain(error) from error
         try:
-            if not isinstance(asked, Operation):
-                exchange = asked
-            elif (pool := pooling.pool_of(own.client)) is None:
-                exchange = perform(asked)
-            else:
+            if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
-                try:
-                    (reply,) = pooling.send(pool, (asked.command(),))
-                except FAULTS as error:
-                    exchange = recover(asked, error)
-                else:
+                (reply,) = self._send(own, (asked.command(),))
+                if not isinstance(reply, Exception):
                     return asked.result(reply)
+                exchange = recover(asked, reply)
+            else:
+                exchange = asked
             request = next(exchange)
             while True:
                 request = exchange.send(self._send(own, request))
