@@ -20,8 +20,8 @@ ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at mos
 Reply {now ms, number examined (batch_size when there may be more), the connections: the stale ones, longest silent
       first, then those past their grace, then those of dead servers; as they were if removed, as they are if detached}
       a connection = sid, record (see split_record), score (see find_record)
-Cost  O(log N) for each connection that it removes or counts anew, N = connections in the namespace; O(S) for the S dead servers, or
-      with a server_id, all servers
+Cost  O(log N) for each connection that it removes or counts anew, N = connections in the namespace; O(S) for the S dead
+      servers, or with a server_id, all servers
 ]]
 -- @include now_ms
 -- @include as_argument
