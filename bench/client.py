@@ -69,6 +69,7 @@ READS = (
     Kind("update_heartbeat", "update_heartbeat", lambda actor: (actor.sid,)),
     Kind("get_connection", "get_connection", lambda actor: (actor.sid,)),
     Kind("get_user_connection", "get_user_connection", lambda actor: (actor.user_id,)),
+    Kind("get_all_user_connections", "get_all_user_connections", lambda actor: (actor.user_id,)),
     Kind("is_user_online", "is_user_online", lambda actor: (actor.user_id,)),
     Kind("get_game_connections of 2", "get_game_connections", lambda actor: (actor.game_id,), _are_two),
     Kind("get_game_user_sids of 2", "get_game_user_sids", lambda actor: (actor.game_id,), _are_two),

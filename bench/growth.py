@@ -205,6 +205,9 @@ class Measured:
         numbers = crowd.sample(self._calls)
         reads = [manager.get_user_connection(crowd.user_id(number)) for number in numbers]
         await self._time("get_user_connection", reads, bool)
+        numbers = crowd.sample(self._calls)
+        listings = [manager.get_all_user_connections(crowd.user_id(number)) for number in numbers]
+        await self._time("get_all_user_connections", listings, lambda listed: len(listed) == 1)
         for members in crowd.rooms:
             await self._read_room(f"count of a room of {members:,}", members, manager.get_game_connection_count, int)
         await self._read_room(

@@ -90,6 +90,7 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (f"events: {STREAM_EVENTS} changes from the stream", NOTHING, None),
     ("get_connection", NOTHING, None),
     ("get_user_connection", NOTHING, None),
+    ("get_all_user_connections", NOTHING, None),
     ("is_user_online", NOTHING, None),
     ("get_connection_count", NOTHING, None),
     ("get_game_connection_count", NOTHING, None),
@@ -192,6 +193,11 @@ class Rounds:
             "get_user_connection",
             [describe.get_user_connection(user_ids[index]) for index in self._sample()],
             _is_found,
+        )
+        self._time(
+            "get_all_user_connections",
+            [describe.get_all_user_connections(user_ids[index]) for index in self._sample()],
+            lambda connections: len(connections) == 1,
         )
         # On a slow machine some are offline by now; to find that out costs the same.
         self._time("is_user_online", [describe.is_user_online(user_ids[index]) for index in self._sample()], _is_found)

@@ -10,8 +10,7 @@ Cost  O(M) for each user, M = connections of the user, one by default
 ]]
 -- @include now_ms
 -- @include split_sids
--- @include split_record
--- @include find_record
+-- @include find_users_record
 
 local last_seen_key = KEYS[1]
 local key_prefix, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
@@ -21,14 +20,10 @@ local function active(user_id)
   local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
   for index = #sids, 1, -1 do
     local sid = sids[index]
-    local conn_key = key_prefix .. 'conn:' .. sid
-    local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
+    local record, score, is_detached =
+      find_users_record(key_prefix, last_seen_key, user_id, sid, now_ms, conn_ttl_ms)
     if record and not is_detached then
-      local _, its_user_id = split_record(record)
-      -- Where records are evicted, a sid may be left here that is another user's by now.
-      if its_user_id == user_id then
-        return sid, record, score
-      end
+      return sid, record, score
     end
   end
   return '', '', ''

@@ -478,6 +478,22 @@ class ConnectionManager:
         """
         return await self._run(self.operations.get_user_connection(user_id))
 
+    async def get_all_user_connections(self, user_id: str | UUID) -> list[ConnectionInfo]:
+        """Read all connections of a user, the detached ones among them, as they are at one moment.
+
+        There is more than one only where ``connections_per_user`` is more than 1.
+
+        Args:
+            user_id: the user's id.
+
+        Returns:
+            The connections in the order of their registration. Some may be stale, see ``ConnectionInfo.is_stale``.
+
+        Cost: one round trip; O(M), M = connections of the user.
+
+        """
+        return await self._run(self.operations.get_all_user_connections(user_id))
+
     async def is_user_online(self, user_id: str | UUID) -> bool:
         """Tell whether a user has a connection that was seen within three times ``heartbeat_seconds``.
 

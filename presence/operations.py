@@ -28,6 +28,7 @@ from presence.replies import (
     parse_game,
     parse_heartbeats,
     parse_join,
+    parse_listed,
     parse_registration,
     parse_users,
     text_or_none,
@@ -158,6 +159,9 @@ SERVER_HEARTBEAT = scripts.load("server_heartbeat", keys=("servers",), arguments
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
 GET_USERS_CONNECTIONS = scripts.load(
     "get_users_connections", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "user_ids")
+)
+GET_ALL_USER_CONNECTIONS = scripts.load(
+    "get_all_user_connections", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "user_id")
 )
 ARE_USERS_ONLINE = scripts.load(
     "are_users_online",
@@ -480,6 +484,13 @@ class Operations:
     def get_user_connection(self, user_id: str | UUID) -> Operation[ConnectionInfo | None]:
         """Describe the read of a user's active connection."""
         return self._get_users("user_id", [user_id], lambda connections: connections[0])
+
+    def get_all_user_connections(self, user_id: str | UUID) -> Operation[list[ConnectionInfo]]:
+        """Describe the read of all connections of a user."""
+        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return Operation(
+            GET_ALL_USER_CONNECTIONS, self._bulk_keys, (self._prefix, self._conn_ttl, user_bytes), parse_listed
+        )
 
     def users_connections_batch(self, user_ids: Sequence[str]) -> Operation[list[ConnectionInfo | None]]:
         """Describe the read of the active connections of at most 100 users, all at one moment.

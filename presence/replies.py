@@ -169,6 +169,12 @@ def parse_users(reply: list[Any]) -> list[ConnectionInfo | None]:
     ]
 
 
+def parse_listed(reply: list[Any]) -> list[ConnectionInfo]:
+    """Parse all connections of one user."""
+    now, *fields = reply
+    return list(parse_records(fields, int(now)))
+
+
 def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes) -> Registration:
     """Parse the answer of a register; the usual one leaves out what the caller knows."""
     time, _, rest = reply.partition(b" ")

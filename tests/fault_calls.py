@@ -36,6 +36,7 @@ CALLS: dict[str, Call] = {
     "update_heartbeat": Call(("sid-1",), lambda result: result, True),
     "get_connection": Call(("sid-1",), lambda result: (result.user_id, result.game_id), ("user-1", "game")),
     "get_user_connection": Call(("user-1",), lambda result: (result.sid, result.game_id), ("sid-1", "game")),
+    "get_all_user_connections": Call(("user-1",), lambda result: [info.sid for info in result], ["sid-1"]),
     "is_user_online": Call(("user-1",), lambda result: result, True),
     "get_game_connections": Call(
         ("game",),

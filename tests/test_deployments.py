@@ -20,7 +20,13 @@ import redis.asyncio
 import presence
 import presence.sync
 from presence import clients
-from presence.operations import ARE_USERS_ONLINE, GET_GAMES, GET_USERS_CONNECTIONS, HEARTBEATS
+from presence.operations import (
+    ARE_USERS_ONLINE,
+    GET_ALL_USER_CONNECTIONS,
+    GET_GAMES,
+    GET_USERS_CONNECTIONS,
+    HEARTBEATS,
+)
 from presence.scripts import lua_folder
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
@@ -735,10 +741,11 @@ class TestCluster:
             "is_user_online": ("user-1",),
             "get_users_connections": (users,),
             "get_user_connection": ("user-1",),
+            "get_all_user_connections": ("user-1",),
             "get_games_connections": (["game"],),
         }
         for client in cluster.clients:
-            for script in (HEARTBEATS, ARE_USERS_ONLINE, GET_USERS_CONNECTIONS, GET_GAMES):
+            for script in (HEARTBEATS, ARE_USERS_ONLINE, GET_USERS_CONNECTIONS, GET_ALL_USER_CONNECTIONS, GET_GAMES):
                 client.script_load(script.source)
         with cluster.migrating(cluster.slot("one"), node=1) as move:
             move([key for key in move.keys if (key == "{one}:last_seen") is (moved_first == "last_seen")])

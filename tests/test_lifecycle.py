@@ -643,6 +643,7 @@ class TestAStateThatTheServerLostInPart:
         lifetime_ms = min(keys().ttls_ms.values())
 
         assert manager.get_user_connection("evicted user") is None
+        assert manager.get_all_user_connections("evicted user") == []
         assert manager.register_connection("new", "evicted user").displaced == ()
         assert manager.is_user_online(owner)
         assert manager.get_connection("sid") == owned

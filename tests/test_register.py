@@ -240,6 +240,28 @@ class TestSeveralConnectionsPerUser:
         assert connection is not None
         assert connection.sid == "second"
 
+    def test_all_are_listed_live_ones_and_seats_in_the_order_of_registration(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(connections_per_user=9, conn_ttl_seconds=1000)
+        for sid in ("expired", "past its grace", "again", "seat", "removed", "stale", "live"):
+            manager.register_connection(sid, "user")
+        manager.register_connection("other's", "other")
+        manager.unregister_connection("past its grace", grace_seconds=800)
+        wait(500)
+        manager.unregister_connection("seat", grace_seconds=800)
+        manager.update_heartbeats(["again", "removed", "stale", "live"])
+        wait(501)
+        manager.update_heartbeat("live")
+        manager.register_connection("again", "user")
+        manager.unregister_connection("removed")
+
+        listed = manager.get_all_user_connections("user")
+
+        assert [connection.sid for connection in listed] == ["seat", "stale", "live", "again"]
+        assert listed == [manager.get_connection(connection.sid) for connection in listed]
+        assert manager.get_all_user_connections("unknown") == []
+
     def test_registering_again_makes_a_connection_the_newest(self, make_manager: ManagerFactory) -> None:
         manager = make_manager(connections_per_user=2)
         for sid in ("first", "second", "first"):

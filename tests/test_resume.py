@@ -79,6 +79,11 @@ def sid_of(connection: ConnectionInfo | None) -> str | None:
 READS: dict[str, tuple[Callable[[ConnectionManager], Any], Any, Any]] = {
     "get_connection": (lambda manager: sid_of(manager.get_connection("sid")), "sid", None),
     "get_user_connection": (lambda manager: manager.get_user_connection("user"), None, None),
+    "get_all_user_connections": (
+        lambda manager: seats(manager.get_all_user_connections("user")),
+        [("sid", True)],
+        [],
+    ),
     "is_user_online": (lambda manager: manager.is_user_online("user"), False, False),
     "get_game_connections": (
         lambda manager: seats(manager.get_game_connections("game")),
@@ -103,7 +108,7 @@ READS: dict[str, tuple[Callable[[ConnectionManager], Any], Any, Any]] = {
 
 @pytest.mark.parametrize("name", READS)
 class TestWhatReadsSay:
-    """The user is offline; only the two reads that list seats still know the connection, and only in its grace."""
+    """The user is offline; only the three reads that tell of seats still know the connection, and only in its grace."""
 
     def test_during_the_grace(
         self, manager: ConnectionManager, detached: ConnectionInfo, wait: Callable[[float], None], name: str

@@ -32,6 +32,7 @@ OPERATIONS = (
     "update_heartbeat",
     "get_connection",
     "get_user_connection",
+    "get_all_user_connections",
     "is_user_online",
     "get_game_connections",
     "get_game_user_sids",

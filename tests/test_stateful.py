@@ -336,6 +336,8 @@ class Sequences(RuleBasedStateMachine):
         for number in range(1, 4):
             user_id = f"user-{number}"
             self.same(manager.get_user_connection(user_id), model.user_connection(user_id, now))
+            listed = [self.typed(one) for one in model.of_user(user_id) if model.holds(one, now)]
+            assert manager.get_all_user_connections(user_id) == listed
             assert manager.is_user_online(user_id) == model.is_online(user_id, now)
         for game_id in ("game-1", "game-2"):
             assert manager.get_game_connections(game_id) == list(map(self.typed, model.game(game_id, now)))
