@@ -167,10 +167,12 @@ async def come_back_before_the_disconnect(stage: Stage, old: Device, opponent: D
     await stage.ask(True, "is_user_online", "alice")
 
     new = stage.device("alice", stage.one)
-    stage.timeline.expect("displaced by alice's return", displaced_by(await new.connect()), [old.sid])
-    stage.timeline.expect("alice joins again", await new.call("join_game", GAME), {"joined": True})
+    registration = await new.connect()
+    stage.timeline.expect("displaced by alice's return", displaced_by(registration), [old.sid])
+    stage.timeline.expect("the game that she is in", registration["connection"]["game_id"], GAME)
     new.beat(BEAT_SECONDS)
-    await stage.told(opponent, ("opponent_left", "alice"), ("opponent_joined", "alice"))
+    await stage.told(new, ("resumed", "alice"))
+    await stage.told(opponent, ("opponent_left", "alice"), ("opponent_back", "alice"))
 
     # The old disconnect has still not run, and nothing is in disorder because of that.
     await stage.check_keys(users=["alice", "bob"])
@@ -192,12 +194,14 @@ async def change_devices(stage: Stage, old: Device, opponent: Device) -> Device:
     stage.timeline.chapter("bob takes up his phone, through server one; his laptop is still open, on server two")
     old.fall_silent()  # Otherwise a heartbeat may be what closes it.
     new = stage.device("bob", stage.one)
-    stage.timeline.expect("displaced by bob's phone", displaced_by(await new.connect()), [old.sid])
+    registration = await new.connect()
+    stage.timeline.expect("displaced by bob's phone", displaced_by(registration), [old.sid])
+    stage.timeline.expect("the game that he is in", registration["connection"]["game_id"], GAME)
     await stage.timeline.until(lambda: old.closed, "server two closes bob's displaced socket, as it sees the event")
     late = await stage.timeline.answer("unregister_connection", old.sid)
     stage.timeline.expect("the disconnect of bob's displaced socket removes", late.value, None)
-    stage.timeline.expect("bob joins again", await new.call("join_game", GAME), {"joined": True})
-    await stage.told(opponent, ("opponent_left", "bob"), ("opponent_joined", "bob"))
+    await stage.told(new, ("resumed", "bob"))
+    await stage.told(opponent, ("opponent_left", "bob"), ("opponent_back", "bob"))
     new.beat(BEAT_SECONDS)
     await stage.ask(new.sid, "get_opponent_sid", GAME, "alice")
     await stage.ask(opponent.sid, "get_opponent_sid", GAME, "bob")
@@ -340,8 +344,7 @@ def check_that_each_connection_went_once(stage: Stage) -> None:
             case {"type": "Registration"}:
                 registered.append(answer.value["connection"]["sid"])
                 gone += displaced_by(answer.value)
-                if answer.value["resumed"]:
-                    gone.append(answer.value["resumed_from"]["sid"])
+                gone += detached_before(answer.value)
             case {"type": "CleanupResult"}:
                 gone += [connection["sid"] for connection in answer.value["removed"]]
             case {"type": "ConnectionInfo", "detached_until": None} if answer.operation == "unregister_connection":
@@ -359,7 +362,7 @@ async def check_the_events(stage: Stage) -> None:
     def all_are_gone() -> bool:
         came[:] = [it["connection"]["sid"] for it in two if it["type"] in ("registered", "resumed")]
         gone[:] = [it["connection"]["sid"] for it in two if it["type"] in ("displaced", "unregistered", "expired")]
-        gone.extend(it["resumed_from"]["sid"] for it in two if it["type"] == "resumed")
+        gone.extend(sid for it in two for sid in detached_before(it))
         return len(gone) >= len(stage.devices)
 
     await stage.timeline.until(all_are_gone, "server two sees all events")
@@ -373,6 +376,12 @@ async def check_the_events(stage: Stage) -> None:
 def displaced_by(registration: dict[str, Any]) -> list[str]:
     """Give the sids that a registration displaced."""
     return [connection["sid"] for connection in registration["displaced"]]
+
+
+def detached_before(registration_or_event: dict[str, Any]) -> list[str]:
+    """Give the sid whose kept seat was taken over; one that was displaced is reported as that."""
+    taken_over = registration_or_event["resumed_from"]
+    return [taken_over["sid"]] if taken_over and taken_over["detached_until"] else []
 
 
 def instant(text: str) -> datetime:

@@ -140,6 +140,7 @@ async def serve(url: str, options: argparse.Namespace) -> None:
         heartbeat_seconds=options.heartbeat_seconds,
         server_id=options.server_id,
         server_grace_seconds=options.grace_seconds,
+        displacement="newest_resumes",
         events="stream",
     )
     manager.may_unregister.set()

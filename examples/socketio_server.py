@@ -194,6 +194,7 @@ def main() -> None:
         os.environ.get("PRESENCE_REDIS_URL", "redis://localhost:6379/0"),
         server_id=f"{socket.gethostname()}:{port}",
         server_grace_seconds=30,
+        displacement="newest_resumes",
         events="stream",
     )
     uvicorn.run(GameServer(manager).app, host="127.0.0.1", port=port)

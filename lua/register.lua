@@ -5,8 +5,9 @@ Register a connection, make it its user's active one and displace the user's ear
 A known sid is refreshed and keeps its game when it is the same user's and live; otherwise what had the sid is removed
 first and reported as replaced (guarantee 4). A detached connection of the user within its grace is resumed: the new one
 takes its seat, game and all. Of the user's other connections the expired ones go, then the oldest, until the new one
-fits the limit; each of them is reported here and, being gone, nowhere else (guarantee 2). With reject_ms, the register
-is refused instead while as many others as the limit allows were seen within that time.
+fits the limit; each of them is reported here and, being gone, nowhere else (guarantee 2). With resumes, the newest live
+one that goes is resumed as well. With reject_ms, the register is refused instead while as many others as the limit
+allows were seen within that time.
 
 The answer is kept with the user's list, which is written anyway, until the user's next registration, the list's end or
 a refresh of its TTL; one which is less than a minute old moves to its own key, reply. So a call that is sent again
@@ -14,7 +15,8 @@ finds it in one of the two.
 
 KEYS  conn, user_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), connections_per_user ('' = 1),
-      reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off)
+      reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off),
+      resumes ('' = a detached connection only, 1 = one that it displaces, too)
 Reply '<now us>' and, where there is something to report, each as an event (see event), in this order:
       refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from, displaced
       (oldest first), registered (the new connection itself; not of the usual one, all of which the caller knows: it
@@ -28,7 +30,7 @@ Error OOM when the server's memory is full; nothing is changed then
 local call = redis.call -- To look it up for each command takes a sixtieth of the whole.
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_lifetime_ms, connections_per_user, reject_ms = ARGV[1], ARGV[2] or '', ARGV[3] or ''
-local server, metadata, events = ARGV[4] or '', ARGV[5] or '', ARGV[6] or ''
+local server, metadata, events, resumes = ARGV[4] or '', ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
 -- What the keys tell is not passed again; see heartbeat.
 local prefix_length = #last_seen_key - #'last_seen'
 local key_prefix = last_seen_key:sub(1, prefix_length)
@@ -75,7 +77,7 @@ end
 -- 2. The usual connection is written at once, without a plan: nothing has its sid, and its user has no other, or one
 -- that is connected and goes since the newest wins. The writes tell whether it is that.
 local is_usual, other_score = not list, nil
-if other and other ~= sid and connections_per_user == '' and reject_ms == '' then
+if other and other ~= sid and connections_per_user == '' and reject_ms == '' and resumes == '' then
   other_score = call('ZSCORE', last_seen_key, other)
   is_usual = other_score and not other_score:find('-', 1, true)
 end
@@ -129,7 +131,7 @@ elseif not is_usual then
   local conn_ttl_ms = key_lifetime_ms - retention_ms
   plan = plan_registration(
     key_prefix, last_seen_key, sid, user_id, others or {other}, now_ms, conn_ttl_ms,
-    tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, key_lifetime_ms
+    tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, resumes ~= '', key_lifetime_ms
   )
   -- @include event
   local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
@@ -228,12 +230,8 @@ if other_game_id then
   drop_from_indexes(key_prefix, last_seen_key, other, other_game_id, other_server)
 elseif plan then
   -- @include drop_from_indexes
-  local resumed = plan.resumed
-  if resumed and resumed.sid ~= sid then
-    drop_from_indexes(key_prefix, last_seen_key, resumed.sid, resumed.game_id, resumed.server)
-  end
-  for _, gone in ipairs(plan.gone) do
-    drop_from_indexes(key_prefix, last_seen_key, gone.sid, gone.game_id, gone.server)
+  for _, taken in ipairs(plan.taken) do
+    drop_from_indexes(key_prefix, last_seen_key, taken.sid, taken.game_id, taken.server)
   end
 end
 

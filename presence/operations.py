@@ -56,7 +56,7 @@ crash where a signal's handler raises while it makes a text of an int."""
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
 
-Displacement: TypeAlias = Literal["newest_wins", "reject_while_alive"]
+Displacement: TypeAlias = Literal["newest_wins", "newest_resumes", "reject_while_alive"]
 """Which connection gives way when a user has as many as are allowed."""
 
 EventsMode: TypeAlias = Literal["off", "pubsub", "stream"]
@@ -109,6 +109,7 @@ REGISTER = scripts.load(
         "server",
         "metadata",
         "events",
+        "resumes",
     ),
 )
 UNREGISTER = scripts.load(
@@ -182,6 +183,7 @@ KEPT_SECONDS = 60
 RESENDING_SECONDS = 5
 """The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
 
+NEWEST_RESUMES = "newest_resumes"
 REJECT_WHILE_ALIVE = "reject_while_alive"
 MAX_CAPACITY = 1_000_000
 
@@ -237,7 +239,8 @@ class Operations:
         conn_ttl_seconds: a connection without a heartbeat for longer has expired; 0.001 s to ten years.
         heartbeat_seconds: how often clients beat; three missed heartbeats make a connection stale.
         connections_per_user: live connections that a user may have, 1 to 100; the oldest are displaced first.
-        displacement: ``"newest_wins"``, or ``"reject_while_alive"``: a register is refused while as many are not stale.
+        displacement: ``"newest_wins"``; ``"newest_resumes"``: and takes the seat of the one that it displaces; or
+            ``"reject_while_alive"``: a register is refused while as many are not stale.
         server_id: the game server that connections are registered for; None for none.
         server_grace_seconds: how long the seats of a dead server's connections are kept, 0 to ``conn_ttl_seconds``.
         events: whether changes are published: ``"off"``, ``"pubsub"`` or ``"stream"``.
@@ -284,6 +287,7 @@ class Operations:
         self._key_lifetime = b"%d" % (self._conn_ttl_ms + RETENTION_MS)
         self._most_connections = b"" if self._connections_per_user == 1 else b"%d" % self._connections_per_user
         self._reject = b"%d" % self._stale_ms if policy == REJECT_WHILE_ALIVE else b""
+        self._resumes = b"1" if policy == NEWEST_RESUMES else b""
         self._prefix = f"{{{self.namespace}}}:".encode()
         self._conn_prefix = self._prefix + b"conn:"
         self._user_conns_prefix = self._prefix + b"user_conns:"
@@ -360,6 +364,7 @@ class Operations:
                 self._server(),
                 metadata_bytes,
                 self._events,
+                self._resumes,
             ),
             lambda reply: parse_registration(sid, user_bytes.decode(), self.server_id, metadata_bytes, reply),
         )

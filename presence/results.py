@@ -107,11 +107,12 @@ class Registration:
     displaced: tuple[ConnectionInfo, ...] = ()
     """The user's earlier connections that it displaced: close their sockets. No other call reports them."""
     resumed: bool = False
-    """Whether it took over the seat of a detached connection, with its game."""
+    """Whether it took over the seat of an earlier connection, with its game."""
     replaced: ConnectionInfo | None = None
     """What had this same sid before and is gone: another user's connection, or one that had expired."""
     resumed_from: ConnectionInfo | None = None
-    """The detached connection whose seat it took over, as it was before; it may have had the same sid."""
+    """The connection whose seat it took over, as it was before: a detached one, which may have had the same sid, or,
+    with ``displacement="newest_resumes"``, one of those displaced."""
     refused: bool = False
     """Whether nothing was changed, because the user is connected and the policy is ``reject_while_alive``."""
 
@@ -187,7 +188,8 @@ class Event:
     at: datetime
     """When it happened, by the server's clock."""
     resumed_from: ConnectionInfo | None = None
-    """Of ``RESUMED``, the detached connection whose seat was taken over; it may have had the same sid."""
+    """Of ``RESUMED``, the connection whose seat was taken over: a detached one, which may have had the same sid, or one
+    that was displaced just before."""
     position: str | None = None
     """Its position in the stream, to go on after it with ``subscribe(after=…)``; None through pub/sub."""
 

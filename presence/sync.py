@@ -100,8 +100,9 @@ class ConnectionManager:
             namespace; 0.001 s to ten years.
         heartbeat_seconds: how often clients beat; a user is online for three times as long after the last one.
         connections_per_user: live connections that a user may have, 1 to 100; registering displaces the oldest ones.
-        displacement: ``"newest_wins"``; or ``"reject_while_alive"``: a register is refused while the user has as many
-            connections as are allowed that are not stale.
+        displacement: ``"newest_wins"``; ``"newest_resumes"``: the newest wins and, as if the one that it displaces had
+            been detached before, takes over its seat; or ``"reject_while_alive"``: a register is refused while the user
+            has as many connections as are allowed that are not stale.
         server_id: the id of this game server: connections are registered for it, and when it dies (see
             ``run_server_heartbeat``) any other server's cleanup takes them. None for none.
         server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to

@@ -51,7 +51,7 @@ class Model:
     """All records by sid, those that have expired and were not cleaned up among them."""
     registered: list[str] = field(default_factory=list)
     """Their sids in the order of registration."""
-    reject_while_alive: bool = False
+    displacement: str = "newest_wins"
     servers: dict[str, int] = field(default_factory=dict)
     """The known starts of game servers, and when each was seen; 0 of one that a later start has replaced."""
 
@@ -100,7 +100,6 @@ class Model:
         seats = [other for other in others if self.is_seat(other, now)]
         if seats and not kept:
             resumed_from = seats[-1]
-            connection = replace(connection, game_id=resumed_from.game_id, metadata=metadata or resumed_from.metadata)
             self._remove(resumed_from.sid)
             others.remove(resumed_from)
         gone = [other for other in others if not self.holds(other, now)]
@@ -108,6 +107,10 @@ class Model:
         excess = max(0, len(holding) + 1 - self.connections_per_user)
         gone += [other for other in holding if not self.is_alive(other, now)][:excess]
         displaced = [self._remove(other.sid) for other in others if other in gone]
+        if self.displacement == "newest_resumes" and not kept and not resumed_from:
+            resumed_from = next((other for other in reversed(displaced) if self.holds(other, now)), None)
+        if resumed_from and not kept:
+            connection = replace(connection, game_id=resumed_from.game_id, metadata=metadata or resumed_from.metadata)
         self.connections[sid] = connection
         self.registered.append(sid)
         if server:
@@ -116,7 +119,8 @@ class Model:
 
     def is_alive(self, connection: ModelConnection, now: int) -> bool:
         """Whether it displaces rather than gives way; none is where the newest wins."""
-        return self.reject_while_alive and self.is_live(connection, now) and connection.last_seen >= now - self.stale_ms
+        rejects = self.displacement == "reject_while_alive"
+        return rejects and self.is_live(connection, now) and connection.last_seen >= now - self.stale_ms
 
     def refusing(self, sid: str, user_id: str, now: int) -> ModelConnection | None:
         """Give the connection that is alive and for which a register is refused, if it is."""

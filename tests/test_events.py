@@ -382,6 +382,21 @@ def test_the_connections_of_a_dead_server_are_detached_and_told(make_manager: Ma
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_who_takes_the_seat_of_the_one_that_it_displaces_tells_of_both(make_manager: ManagerFactory, mode: str) -> None:
+    manager = make_manager(events=mode, displacement="newest_resumes")
+    manager.register_connection("a", "alice")
+    manager.join_game("a", "g")
+    with subscribed(manager) as events, subscribed(manager, game_id="g") as of_game:
+        registration = manager.register_connection("b", "alice")
+        found, found_of_game = until_the_end(manager, events), of_game.take(2)
+    assert [told(event) for event in found] == [("displaced", "a", "g"), ("resumed", "b", "g")]
+    assert found == found_of_game
+    displaced, resumed = found
+    assert (displaced.connection,) == registration.displaced
+    assert (resumed.connection, resumed.resumed_from) == (registration.connection, displaced.connection)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_refused_register_publishes_nothing(make_manager: ManagerFactory, mode: str) -> None:
     manager = make_manager(events=mode, displacement="reject_while_alive")
     manager.register_connection("a", "alice")

@@ -1,4 +1,4 @@
-"""Who gives way to whom: the reject policy, epochs as fencing tokens, and games with a capacity."""
+"""Who gives way to whom: the policies of displacement, epochs as fencing tokens, and games with a capacity."""
 
 from __future__ import annotations
 
@@ -283,12 +283,176 @@ class TestRejectWithSeveralConnectionsPerUser:
 
 @pytest.mark.parametrize("displacement", ["", "reject", "NEWEST_WINS", None, True])
 def test_an_unknown_policy_is_refused(make_manager: ManagerFactory, displacement: Any) -> None:
-    with pytest.raises(ValueError, match='displacement must be "newest_wins" or "reject_while_alive"'):
+    choices = '"newest_wins", "newest_resumes" or "reject_while_alive"'
+    with pytest.raises(ValueError, match=f"displacement must be {choices}"):
         make_manager(displacement=displacement)
+
+
+@pytest.fixture
+def resuming(make_manager: ManagerFactory) -> ConnectionManager:
+    return make_manager(displacement="newest_resumes")
+
+
+class TestNewestResumes:
+    """The newest wins, and takes over the seat of the connection that it displaces, though nobody detached that."""
+
+    def test_it_is_in_the_game_of_the_one_that_it_displaces(self, resuming: ConnectionManager) -> None:
+        resuming.register_connection("old", "user", metadata="metadata")
+        resuming.join_game("old", "game")
+        old = resuming.get_connection("old")
+
+        registration = resuming.register_connection("new", "user")
+
+        assert registration.displaced == (old,)
+        assert (registration.resumed, registration.resumed_from) == (True, old)
+        assert registration.connection.game_id == "game"
+        assert registration.connection.metadata == b"metadata"
+        assert resuming.get_game_connections("game") == [registration.connection]
+        assert resuming.get_connection("new") == registration.connection
+        assert resuming.get_connection("old") is None
+
+    def test_the_first_of_a_user_resumes_nothing(self, resuming: ConnectionManager) -> None:
+        registration = resuming.register_connection("sid", "user")
+        assert (registration.displaced, registration.resumed, registration.connection.game_id) == ((), False, None)
+
+    def test_one_that_is_in_no_game_is_resumed_too(self, resuming: ConnectionManager) -> None:
+        resuming.register_connection("old", "user", metadata="old")
+        registration = resuming.register_connection("new", "user", metadata="new")
+        assert (registration.resumed, registration.connection.game_id) == (True, None)
+        assert registration.connection.metadata == b"new"
+
+    def test_its_place_in_a_full_game_is_never_free(self, resuming: ConnectionManager) -> None:
+        for user in ("user", "opponent"):
+            resuming.register_connection(f"{user}'s", user)
+            resuming.join_game(f"{user}'s", "game", capacity=2)
+        resuming.register_connection("third", "third")
+
+        resuming.register_connection("new", "user")
+
+        assert resuming.join_game("third", "game", capacity=2).is_full
+        assert resuming.get_opponent_sid("game", "opponent") == "new"
+
+    def test_an_expired_one_is_displaced_and_not_resumed(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(displacement="newest_resumes", conn_ttl_seconds=60)
+        manager.register_connection("expired", "user")
+        manager.join_game("expired", "game")
+        wait(61)
+
+        registration = manager.register_connection("new", "user")
+
+        assert [gone.sid for gone in registration.displaced] == ["expired"]
+        assert (registration.resumed, registration.connection.game_id) == (False, None)
+        assert manager.get_game_connections("game") == []
+
+    def test_its_own_sid_is_refreshed(self, resuming: ConnectionManager) -> None:
+        resuming.register_connection("sid", "user")
+        resuming.join_game("sid", "game")
+        registration = resuming.register_connection("sid", "user")
+        assert (registration.displaced, registration.resumed) == ((), False)
+        assert registration.connection.game_id == "game"
+
+    def test_with_the_sid_of_another_user_it_resumes_its_own_users(self, resuming: ConnectionManager) -> None:
+        for user in ("user", "another"):
+            resuming.register_connection(f"{user}'s", user)
+            resuming.join_game(f"{user}'s", f"{user}'s game")
+
+        registration = resuming.register_connection("another's", "user")
+
+        assert registration.replaced is not None
+        assert registration.replaced.user_id == "another"
+        assert registration.connection.game_id == "user's game"
+        assert resuming.get_game_connections("another's game") == []
+
+    def test_a_seat_that_is_kept_comes_first_and_then_nobody_is_displaced(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(displacement="newest_resumes", connections_per_user=2)
+        for sid in ("seat", "live"):
+            manager.register_connection(sid, "user")
+            manager.join_game(sid, f"{sid}'s game")
+        manager.unregister_connection("seat", grace_seconds=60)
+
+        registration = manager.register_connection("new", "user")
+
+        assert (registration.displaced, registration.connection.game_id) == ((), "seat's game")
+        assert manager.is_user_online("user")
+
+    @pytest.mark.parametrize("sid", ["new", "live-2"])
+    def test_where_it_has_a_seat_already_it_takes_none_of_those_that_a_lower_limit_displaces(
+        self, make_manager: ManagerFactory, resuming: ConnectionManager, sid: str
+    ) -> None:
+        earlier = make_manager(connections_per_user=3)
+        for earlier_sid in ("live-1", "live-2", "seat"):
+            earlier.register_connection(earlier_sid, "user")
+            earlier.join_game(earlier_sid, f"{earlier_sid} game")
+        earlier.unregister_connection("seat", grace_seconds=60)
+
+        registration = resuming.register_connection(sid, "user")
+
+        assert registration.resumed is (sid == "new")
+        assert registration.displaced[0].sid == "live-1"
+        assert registration.connection.game_id == ("seat game" if sid == "new" else "live-2 game")
+
+    def test_below_the_limit_nobody_is_displaced_or_resumed(self, make_manager: ManagerFactory) -> None:
+        manager = make_manager(displacement="newest_resumes", connections_per_user=2)
+        manager.register_connection("old", "user")
+        manager.join_game("old", "game")
+        registration = manager.register_connection("new", "user")
+        assert (registration.displaced, registration.resumed, registration.connection.game_id) == ((), False, None)
+
+    def test_of_several_that_it_displaces_it_resumes_the_newest_live_one(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None]
+    ) -> None:
+        earlier = make_manager(connections_per_user=4, conn_ttl_seconds=60)
+        for sid in ("first", "second", "third", "expired"):
+            earlier.register_connection(sid, "user")
+            earlier.join_game(sid, f"{sid} game")
+        wait(40)
+        earlier.update_heartbeats(["first", "second", "third"])
+        wait(40)
+
+        registration = make_manager(
+            displacement="newest_resumes", connections_per_user=2, conn_ttl_seconds=60
+        ).register_connection("new", "user")
+
+        assert [gone.sid for gone in registration.displaced] == ["first", "second", "expired"]
+        assert registration.resumed_from == registration.displaced[1]
+        assert registration.connection.game_id == "second game"
 
 
 ROUNDS = 150
 ROUND_SECONDS = 0.003
+
+
+def come_back_to_each_game(process: int, start: float, url: str, namespace: str) -> list[tuple[list[str], str | None]]:
+    """Register for each user at the moment when the others do; give whom each displaced, and the game it is in."""
+    answers = []
+    with presence.sync.ConnectionManager.from_url(url, namespace=namespace, displacement="newest_resumes") as manager:
+        manager.get_connection_count()
+        for number in range(ROUNDS):
+            sleep_until(start + number * ROUND_SECONDS)
+            registration = manager.register_connection(f"sid-{process}-{number}", f"user-{number}")
+            answers.append(([gone.sid for gone in registration.displaced], registration.connection.game_id))
+    return answers
+
+
+def test_of_many_that_come_back_at_once_the_last_has_the_game_and_each_other_is_reported_once(
+    processes: ProcessPoolExecutor, server_url: str, namespace: str, resuming: ConnectionManager, keys: Keys
+) -> None:
+    for number in range(ROUNDS):
+        resuming.register_connection(f"first-{number}", f"user-{number}")
+        resuming.join_game(f"first-{number}", f"game-{number}")
+
+    answers = at_once(processes, come_back_to_each_game, server_url, namespace)
+
+    keyspace = keys()
+    assert violations(keyspace) == []
+    for number, of_user in enumerate(zip(*answers, strict=True)):
+        (stayed,) = keyspace.users[f"user-{number}"]
+        registered = {f"first-{number}"} | {f"sid-{process}-{number}" for process in range(PROCESSES)}
+        assert sorted(sid for displaced, _ in of_user for sid in displaced) == sorted(registered - {stayed})
+        assert {game_id for _, game_id in of_user} == {f"game-{number}"}
+        assert list(keyspace.games[f"game-{number}"]) == [stayed]
 
 
 def register_for_each_user(process: int, start: float, url: str, namespace: str) -> list[tuple[str, bool]]:

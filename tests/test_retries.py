@@ -240,6 +240,11 @@ CASES = {
         one_is_detached, lambda manager: manager.register_connection("old", "user")
     ),
     "register another user's sid": Case(one_plays, lambda manager: manager.register_connection("old", "new user")),
+    "register, displace and resume": Case(
+        one_plays,
+        lambda manager: manager.register_connection("new", "user"),
+        options={"displacement": "newest_resumes"},
+    ),
     "register and be refused": Case(
         one_plays,
         lambda manager: manager.register_connection("new", "user"),

@@ -81,7 +81,7 @@ class Sequences(RuleBasedStateMachine):
             CONN_TTL_SECONDS * 1000,
             95_000,
             self.connections_per_user,
-            reject_while_alive=self.displacement == "reject_while_alive",
+            displacement=self.displacement,
         )
         self.calls = 0
 
@@ -416,8 +416,17 @@ class SequencesThatRejectWhileAlive(Sequences):
     server_grace_seconds = 45
 
 
+class SequencesThatResume(Sequences):
+    """The same where the newest takes over the seat of the one that it displaces."""
+
+    displacement = "newest_resumes"
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("machine", [Sequences, SequencesWithTwoConnectionsPerUser, SequencesThatRejectWhileAlive])
+@pytest.mark.parametrize(
+    "machine",
+    [Sequences, SequencesWithTwoConnectionsPerUser, SequencesThatRejectWhileAlive, SequencesThatResume],
+)
 def test_any_sequence_answers_and_stores_what_the_model_does(machine: type[Sequences], server_url: str) -> None:
     class OnThisServer(machine):  # type: ignore[misc, valid-type]
         url = server_url

@@ -5,15 +5,18 @@
 --   refusing    the newest that is alive, where the policy refuses; then nothing else, and nothing was changed
 --   own         what has the sid already, of the same user, live or within its grace; it is kept
 --   replaced    what else had the sid, and goes, with its user_id; its record is still there
---   resumed     the detached connection whose seat, game and all, the new one takes; it may be own
+--   resumed     the connection whose seat, game and all, the new one takes: a detached one, which may be own, or one of
+--               gone
 --   was_online  whether one of the user's connections is not detached
---   gone        the user's other connections that go, oldest first
+--   gone        the user's other connections that go and are displaced, oldest first
+--   taken       those whose records were taken away: gone and resumed, but for own
 --   stay        the sids of those that stay, oldest first
 -- Each connection is {sid, record, score, game_id, server}, by these names.
 local function plan_registration(
-  key_prefix, last_seen_key, sid, user_id, others, now_ms, conn_ttl_ms, connections_per_user, reject_ms, key_lifetime_ms
+  key_prefix, last_seen_key, sid, user_id, others, now_ms, conn_ttl_ms, connections_per_user, reject_ms, resumes,
+  key_lifetime_ms
 )
-  local plan = {gone = {}, stay = {}}
+  local plan = {gone = {}, taken = {}, stay = {}}
   local scores = redis.call('ZMSCORE', last_seen_key, sid, unpack(others))
   local own_score = table.remove(scores, 1)
 
@@ -23,7 +26,9 @@ local function plan_registration(
     if record then
       game_id, server = split_owned(conn_key, record, user_id, key_lifetime_ms)
     end
-    return game_id and {sid = other, record = record, score = score, game_id = game_id, server = server}
+    local taken = game_id and {sid = other, record = record, score = score, game_id = game_id, server = server}
+    plan.taken[#plan.taken + 1] = taken
+    return taken
   end
   local function is_live(score)
     return tonumber(score) >= now_ms - conn_ttl_ms
@@ -97,6 +102,13 @@ local function plan_registration(
         plan.gone[#plan.gone + 1] = take(other, score)
         count = holds(score) and count - 1 or count
       end
+    end
+  end
+
+  -- 5. Where no seat was kept, that of the newest live one that goes.
+  if resumes and not plan.own and not plan.resumed then
+    for _, gone in ipairs(plan.gone) do
+      plan.resumed = is_live(gone.score) and gone or plan.resumed
     end
   end
   return plan
