@@ -243,7 +243,7 @@ class Rounds:
             )
             send(self._client, [self._operations.unregister_connection(sid).command() for sid in sids])
         start = Position()
-        reads = [self._operations.read_events(start, STREAM_EVENTS) for _ in range(BATCHES)]
+        reads = [self._operations.read_events(start) for _ in range(BATCHES)]
         of_each = 2  # registered, and user_online
         expected = of_each * min(STREAM_EVENTS, self._calls)
         self._time(

@@ -4,7 +4,7 @@ Read the connections in a game, and the position in the stream of events at that
 
 KEYS  game_conns, last_seen, events
 ARGV  none
-Reply {id of the last event, number of events so far, what get_game replies}; '0-0' and 0 when there is no stream
+Reply {id of the last entry, number of entries so far, what get_game replies}; '0-0' and 0 when there is no stream
 Cost  O(M), M = connections in the game
 ]]
 -- @include now_ms

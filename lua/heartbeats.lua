@@ -6,7 +6,7 @@ The TTLs are refreshed by chance, as heartbeat does.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_prefix, conn_ttl_ms, key_lifetime_ms, sids (at most 100)
-Reply {position of a sid, 0 unknown | -1 expired | -2 detached, … for each that was not seen}
+Reply {position of a sid, 0 unknown | -1 expired or past its grace | -2 detached, … for each that was not seen}
 Cost  O(log N) for each sid, N = connections in the namespace
 ]]
 -- @include now_us
@@ -38,7 +38,7 @@ for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))
     seen_count = seen_count + 2
   else
     reply[#reply + 1] = position
-    reply[#reply + 1] = not last_seen and 0 or last_seen >= 0 and -1 or -2
+    reply[#reply + 1] = not last_seen and 0 or -last_seen < now_number and -1 or -2
   end
 end
 if seen_count > 0 then

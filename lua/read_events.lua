@@ -4,9 +4,10 @@ Read the events that come after a position in the stream, and tell whether any b
 stream that has gone. They may be where the entry at the position itself is not there.
 
 KEYS  events
-ARGV  after_id, after_number (how many events were added up to after_id), limit,
+ARGV  after_id, after_number (how many entries were added up to after_id), limit,
       again ('' = the whole of after_id was seen, else it is read again)
-Reply {1 when some were lost, id of the last event, number of events so far, id and message of each event}
+Reply {1 when some were lost, id of the last entry, number of entries so far, id and message of each entry}; an entry
+      holds the events of one change (see publish)
 Cost  O(limit)
 ]]
 -- @include stream_state

@@ -589,12 +589,12 @@ class Operations:
             GET_GAME_SNAPSHOT, (self._game_conns(game_bytes), self.last_seen_key, self.events_key), (), parse
         )
 
-    def read_events(self, position: Position, limit: int = EVENTS_BATCH_SIZE) -> Operation[EventsBatch]:
-        """Describe the read of what the stream of events holds after a position."""
+    def read_events(self, position: Position) -> Operation[EventsBatch]:
+        """Describe the read of at most 100 changes that come after a position in the stream of events."""
         return Operation(
             READ_EVENTS,
             (self.events_key,),
-            (position.entry_id.encode(), b"%d" % position.number, b"%d" % limit, b"again" if position.seen else b""),
+            (position.entry_id.encode(), b"%d" % position.number, b"%d" % EVENTS_BATCH_SIZE, b"again" if position.seen else b""),
             lambda reply: parse_events(position, reply),
         )
 

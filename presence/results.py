@@ -143,7 +143,7 @@ class HeartbeatStatus(Enum):
     UNKNOWN = "unknown"
     """There is no such connection: it was displaced or removed, or there never was one."""
     EXPIRED = "expired"
-    """It had not been seen for ``conn_ttl_seconds``, and no cleanup has removed it yet."""
+    """It had not been seen for ``conn_ttl_seconds``, or its grace is over, and no cleanup has removed it yet."""
     DETACHED = "detached"
     """Its socket was reported as gone, and only its seat is kept."""
 

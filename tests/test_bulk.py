@@ -49,6 +49,8 @@ class TestHeartbeats:
         self, manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
     ) -> None:
         manager.register_connection("expired", "user-1")
+        manager.register_connection("past its grace", "user-4")
+        manager.unregister_connection("past its grace", grace_seconds=60)
         wait(3601)
         manager.register_connection("displaced", "user-2")
         manager.register_connection("seen", "user-2")
@@ -56,11 +58,13 @@ class TestHeartbeats:
         manager.unregister_connection("detached", grace_seconds=60)
         before = keys()
 
-        assert manager.update_heartbeats(["seen", "unknown", "expired", "displaced", "detached"]) == {
+        sids = ["seen", "unknown", "expired", "displaced", "past its grace", "detached"]
+        assert manager.update_heartbeats(sids) == {
             "seen": HeartbeatStatus.SEEN,
             "unknown": HeartbeatStatus.UNKNOWN,
             "expired": HeartbeatStatus.EXPIRED,
             "displaced": HeartbeatStatus.UNKNOWN,
+            "past its grace": HeartbeatStatus.EXPIRED,
             "detached": HeartbeatStatus.DETACHED,
         }
 
