@@ -133,12 +133,14 @@ def parse(url: str) -> Address:
     return Address(url)
 
 
-def parse_default() -> Address:
-    """Take the default URL apart; raises ``ValueError`` as :func:`parse` does."""
+def parse_default(module: Any, manager: type) -> Address:
+    """Take the default URL apart; raises ``ValueError`` as :func:`parse` and :func:`check_options` do."""
     try:
-        return parse(default_url())
+        address = parse(default_url())
+        check_options(address, {}, module, manager)
     except ValueError as error:
         raise ValueError(f"{' or '.join(ENVIRONMENT_VARIABLES)} in the environment: {error}") from error
+    return address
 
 
 def _parse_fleet(url: str, base: str, deployment: str) -> Address:
@@ -147,6 +149,8 @@ def _parse_fleet(url: str, base: str, deployment: str) -> Address:
     netloc = re.split("[/?#]", location, maxsplit=1)[0]
     parts = urlsplit("//hosts" + location[len(netloc) :])
     credentials, at, host_list = netloc.rpartition("@")
+    if "@" in credentials:
+        raise ValueError(f"user and password stand there once, before the first host; {_QUOTING_HINT}")
     default_port = DEFAULT_SENTINEL_PORT if deployment == "sentinel" else DEFAULT_CLUSTER_PORT
     hosts = tuple(_parse_host(host, default_port) for host in host_list.split(","))
     service_name, _, database = parts.path.strip("/").partition("/")
@@ -205,17 +209,19 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
     """
     if "connection_class" in given or "connection_pool_class" in given:
         return  # The caller's own class may take more.
-    known = _options_of(module)
+    known, own = _options_of(module), signature(manager).parameters.keys() - {"client"}
     in_url = redis.connection.parse_url(address.url) if address.deployment == "server" else address.options
     for name in (*given, *in_url):
         if name not in known:
-            meant = get_close_matches(name, {*known, *signature(manager).parameters}, 1)
+            meant = get_close_matches(name, {*known, *own}, 1)
             if name in given:
                 raise TypeError(
                     f"from_url() has no option {name!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")
                 )
             # It is not quoted: it may be a part of a password.
             hint = f"did you mean {meant[0]!r}?" if meant else _QUOTING_HINT
+            if name in own:
+                hint = f"{name} is one of from_url() itself"
             raise ValueError(f"url is malformed: an option in it does not exist; {hint}")
 
 

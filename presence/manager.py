@@ -851,10 +851,7 @@ class ConnectionManager:
         Cost: one round trip; the sum of the operations in the server.
 
         """
-        checked = check_operations(operations)
-        if not checked:
-            return []
-        return await self._run(perform_each(checked))
+        return await self._run(perform_each(check_operations(operations)))
 
     def subscribe(
         self, *, game_id: str | None = None, user_id: str | UUID | None = None, after: str | None = None
@@ -915,7 +912,7 @@ class ConnectionManager:
             if self._given_client is not None:
                 client = self._given_client
             else:
-                address = self._address or clients.parse_default()
+                address = self._address or clients.parse_default(redis.asyncio, type(self))
                 client = clients.connect_asyncio(address, self._client_options)
                 tries_again = clients.tries_again(address, self._client_options)
             # What a loop that has ended left behind can only be dropped.

@@ -594,7 +594,12 @@ class Operations:
         return Operation(
             READ_EVENTS,
             (self.events_key,),
-            (position.entry_id.encode(), b"%d" % position.number, b"%d" % EVENTS_BATCH_SIZE, b"again" if position.seen else b""),
+            (
+                position.entry_id.encode(),
+                b"%d" % position.number,
+                b"%d" % EVENTS_BATCH_SIZE,
+                b"again" if position.seen else b"",
+            ),
             lambda reply: parse_events(position, reply),
         )
 

@@ -802,10 +802,7 @@ class ConnectionManager:
         Cost: one round trip; the sum of the operations in the server.
 
         """
-        checked = check_operations(operations)
-        if not checked:
-            return []
-        return self._run(perform_each(checked))
+        return self._run(perform_each(check_operations(operations)))
 
     def subscribe(
         self, *, game_id: str | None = None, user_id: str | UUID | None = None, after: str | None = None
@@ -901,7 +898,7 @@ class ConnectionManager:
     def _make_client(self) -> tuple[Redis | RedisCluster, bool]:
         if self._given_client is not None:
             return self._given_client, False
-        address = self._address or clients.parse_default()
+        address = self._address or clients.parse_default(redis, type(self))
         tries_again = clients.tries_again(address, self._client_options)
         pauses = clients.cluster_pauses() if tries_again else iter(())
         while True:
@@ -931,25 +928,31 @@ class ConnectionManager:
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
         try:
+            # What asks for nothing, as for no ids, needs no client.
+            request = (asked.command(),) if isinstance(asked, Operation) else next(asked)
+        except StopIteration as finished:
+            return finished.value  # type: ignore[no-any-return]
+        try:
             own = self._begin()
         except FAULTS as error:
             # A cluster's client connects when it is made.
             raise explain(error) from error
         try:
+            replies = self._send(own, request)
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
-                (reply,) = self._send(own, (asked.command(),))
+                (reply,) = replies
                 if not isinstance(reply, Exception):
                     return asked.result(reply)
                 exchange = recover(asked, reply)
+                request = next(exchange)
             else:
                 exchange = asked
-            request = next(exchange)
+                request = exchange.send(replies)
             while True:
                 request = exchange.send(self._send(own, request))
         except StopIteration as finished:
-            result: Result = finished.value
-            return result
+            return finished.value  # type: ignore[no-any-return]
         finally:
             self._end(own)
 

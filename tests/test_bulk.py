@@ -267,9 +267,10 @@ class TestReads:
         assert any(answers.values())
         assert not all(answers.values())
 
+    @pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
     @every_read
-    def test_none_are_no_round_trip(self, make_manager: ManagerFactory, read: str) -> None:
-        assert getattr(make_manager("redis://127.0.0.1:1/0"), read)([]) == {}
+    def test_none_are_no_round_trip(self, make_manager: ManagerFactory, read: str, scheme: str) -> None:
+        assert getattr(make_manager(f"{scheme}://127.0.0.1:1/0"), read)([]) == {}
 
     @every_read
     def test_any_iterable_will_do(self, manager: ConnectionManager, read: str) -> None:

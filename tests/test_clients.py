@@ -512,6 +512,18 @@ class TestTheDefaultUrl:
             assert manager.get_connection_count() == 0
 
 
+    @pytest.mark.parametrize("url", ["redis://one?max_conections=5", "redis+cluster://one?max_conections=5"])
+    def test_with_an_option_that_does_not_exist_is_refused_by_the_name_of_the_variable(
+        self, environment: pytest.MonkeyPatch, url: str
+    ) -> None:
+        environment.setenv("REDIS_URL", url)
+        message = r"REDIS_URL in the environment: .*; did you mean 'max_connections'\?"
+        with pytest.raises(ValueError, match=message):
+            presence.sync.ConnectionManager().get_connection_count()
+        with pytest.raises(ValueError, match=message):
+            asyncio.run(presence.ConnectionManager().get_connection_count())
+
+
 @pytest.mark.parametrize("manager_type", [presence.ConnectionManager, presence.sync.ConnectionManager])
 class TestAUrl:
     """A wrong URL is refused when the manager is made, before anything is sent; a good one is not tried out yet."""
@@ -576,8 +588,10 @@ class TestAUrl:
             manager_type.from_url(url, server_grace_second=60)
         with pytest.raises(TypeError, match="no option 'socket_timeouts'; did you mean 'socket_timeout'"):
             manager_type.from_url(url, socket_timeouts=60)
-        with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'namespace'"):
+        with pytest.raises(ValueError, match=r"does not exist; namespace is one of from_url\(\) itself"):
             manager_type.from_url(f"{url}?namespace=blue")
+        with pytest.raises(TypeError, match="no option 'client'; did you mean 'client_"):
+            manager_type.from_url(url, client=None)
         with pytest.raises(TypeError, match=r"no option 'colour'$"):
             manager_type.from_url(url, colour="red")
         with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'socket_timeout'"):
@@ -614,6 +628,11 @@ class TestTheUrlOfSeveralServers:
         )
         assert address.options == {"username": "user", "password": "p@ss", "db": 3, "socket_timeout": 2.0}
         assert address.sentinel_options == {"username": "watcher", "password": "other"}
+
+    @pytest.mark.parametrize("url", ["redis+sentinel://u:p@one,u:p@two/service", "redis+cluster://u:p@one,u:p@two"])
+    def test_has_its_credentials_once(self, url: str) -> None:
+        with pytest.raises(ValueError, match=r"once, before the first host; .* must be percent-encoded$"):
+            clients.parse(url)
 
     def test_with_tls_has_the_option_for_it(self) -> None:
         address = clients.parse("rediss+sentinel://one/service?ssl_ca_certs=/certificates")
