@@ -13,7 +13,8 @@ import redis
 
 import presence
 import presence.sync
-from presence.operations import CLEANUP_BATCH_SIZE
+from presence.operations import CLEANUP, CLEANUP_BATCH_SIZE, Operations, RepeatedCleanup
+from presence.replies import CleanupBatch
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
@@ -108,6 +109,17 @@ def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
     """A plain client of the test's own server, to count what that runs."""
     with redis.Redis.from_url(own_server.url) as client:
         yield client
+
+
+def test_a_cleanup_with_a_threshold_of_few_heartbeats_does_not_wait_for_one_between_its_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
+    cleanup = RepeatedCleanup(Operations(heartbeat_seconds=30), 20, 45)
+    for _ in range(3):
+        assert cleanup.next().script is CLEANUP
+        now += cleanup.succeed(CleanupBatch((), is_last=True))
 
 
 @both_managers

@@ -11,7 +11,7 @@ import pytest
 import presence
 import presence.sync
 from presence.arguments import MAX_METADATA_BYTES
-from presence.operations import CLEANUP_BATCH_SIZE
+from presence.operations import CLEANUP_BATCH_SIZE, MAX_CONNECTIONS_PER_USER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,6 +178,22 @@ def test_a_batch_is_bounded_by_what_its_records_hold(
     assert len(removed) == len(names)
     assert {gone.sid for gone in removed} == names
     assert keys().known_servers == {}
+    assert keys().ttls_ms == {}
+
+
+def test_a_record_that_is_larger_than_a_batch_may_hold_is_a_batch(
+    make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+) -> None:
+    manager = make_manager(connections_per_user=MAX_CONNECTIONS_PER_USER)
+    longest = [f"{number}".rjust(1024, "\N{VIDEO GAME}") for number in range(2)]
+    for sid in longest:
+        manager.register_connection(sid, longest[0], metadata=b"x" * MAX_METADATA_BYTES)
+    wait(91)
+
+    batches = manager.pipeline([manager.operations.cleanup_batch() for _ in range(3)])
+
+    assert [[gone.sid for gone in batch.removed] for batch in batches] == [longest[:1], longest[1:], []]
+    assert [batch.is_last for batch in batches] == [False, True, True]
     assert keys().ttls_ms == {}
 
 

@@ -511,7 +511,6 @@ class TestTheDefaultUrl:
         with manager:
             assert manager.get_connection_count() == 0
 
-
     @pytest.mark.parametrize("url", ["redis://one?max_conections=5", "redis+cluster://one?max_conections=5"])
     def test_with_an_option_that_does_not_exist_is_refused_by_the_name_of_the_variable(
         self, environment: pytest.MonkeyPatch, url: str
@@ -641,6 +640,17 @@ class TestTheUrlOfSeveralServers:
     def test_does_not_show_its_password(self) -> None:
         for url in ("redis://:secret@one", "redis+sentinel://:secret@one/service?sentinel_password=secret"):
             assert "secret" not in repr(clients.parse(url))
+
+
+def test_on_a_cluster_no_call_is_sent_again_after_a_fault_that_lasts() -> None:
+    replies = [
+        redis.exceptions.ConnectionError(),
+        redis.exceptions.AuthenticationError(),
+        b"reply",
+        redis.exceptions.AuthorizationError(),
+        redis.exceptions.TryAgainError(),
+    ]
+    assert clients.passing_faults(replies) == [0, 4]
 
 
 def test_options_reach_redis_py_from_the_url_and_from_the_call(

@@ -476,6 +476,21 @@ class TestAForkedProcess:
         thread.join(10)
         assert not thread.is_alive()
 
+    @pytest.mark.parametrize("has_started", [False, True])
+    def test_is_another_start_of_the_game_server(self, server_url: str, namespace: str, has_started: bool) -> None:
+        """Otherwise the two would be taken for one, of which neither is found dead while the other beats."""
+        with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, server_id="server") as manager:
+            if has_started:
+                manager.start_server()
+            reading, writing = os.pipe()
+            for _ in range(2):
+                self.in_child(lambda: os.write(writing, b"%d\n" % manager.start_server()))
+            os.close(writing)
+            with open(reading) as lines:
+                epochs = [int(line) for line in lines]
+            assert len(epochs) == 2
+            assert len({manager.start_server(), *epochs}) == 3
+
     def test_waits_for_no_call_of_its_parent(self, own_server: LocalServer) -> None:
         with Proxy(own_server.port) as proxy, presence.sync.ConnectionManager.from_url(proxy.url) as manager:
             manager.register_connection("sid", "user")
