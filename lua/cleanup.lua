@@ -25,6 +25,7 @@ Cost  O(log N) for each connection that it removes or counts anew, N = connectio
 ]]
 -- @include now_ms
 -- @include as_argument
+-- @include dead_servers_limit
 -- @include dead_servers
 -- @include split_record
 -- @include detached_record
@@ -111,7 +112,7 @@ if #found == 0 and #emptied == 0 then
 end
 
 -- It takes at most so many servers at once, and there may be more.
-local examined = (has_more or #emptied >= DEAD_SERVERS_LIMIT) and batch_size or #found / 2
+local examined = (has_more or #emptied >= dead_servers_limit) and batch_size or #found / 2
 local answer, ends, strays, conn_keys, taken, bytes = {now_ms, examined}, {}, {}, {}, {}, 0
 for index = 1, #found, 2 do
   conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]

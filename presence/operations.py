@@ -246,7 +246,9 @@ if hasattr(os, "register_at_fork"):
 class Operations:
     """The operations of one namespace, each method checking its arguments and describing one call.
 
-    Where a manager has a method of the same name, that says what the arguments and the result are.
+    Where a manager has a method of the same name, that says what arguments, result, errors and costs are. The others
+    are the parts of the managers' bulk calls and cleanups: a ``…_batch`` is one script, ``…_batches`` are as many as it
+    takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, and for more ids than one script takes.
 
     Args:
         namespace: the keyspace and, being the hash tag of every key, the cluster slot; no braces.
@@ -478,9 +480,15 @@ class Operations:
         )
 
     def heartbeat_batch(self, sids: Sequence[str]) -> Operation[list[HeartbeatStatus]]:
-        """Describe at most 100 heartbeats in one script; ``update_heartbeats`` of a manager takes any number.
+        """Describe heartbeats of one script: see ``update_heartbeats`` of a manager.
 
-        Fewer than 100 where ``connections_per_user`` is more than 30, down to 30.
+        Args:
+            sids: different ids of connections, 1 to 100, fewer where ``connections_per_user`` is more than 30, down to
+                30.
+
+        Returns:
+            The operation, whose result is what became of each, in their order.
+
         """
         sids_bytes = [arguments.encode("each of sids", sid) for sid in arguments.check_iterable("sids", sids)]
         if not 1 <= len(sids_bytes) <= self._heartbeat_batch_size:
@@ -518,9 +526,15 @@ class Operations:
         )
 
     def users_connections_batch(self, user_ids: Sequence[str]) -> Operation[list[ConnectionInfo | None]]:
-        """Describe the read of the active connections of at most 100 users, all at one moment.
+        """Describe the read of the active connections of some users, at one moment: see ``get_users_connections``.
 
-        Fewer than 100 where ``connections_per_user`` is more than ten: the script reads at most 1,000 connections.
+        Args:
+            user_ids: ids of users, 1 to 100, fewer where ``connections_per_user`` is more than ten: the script reads at
+                most 1,000 connections.
+
+        Returns:
+            The operation, whose result is the connection of each or None, in their order.
+
         """
         return self._get_users("user_ids", arguments.check_iterable("user_ids", user_ids), list)
 
@@ -551,7 +565,15 @@ class Operations:
         return self._ask_users("user_id", [user_id], lambda reply: bool(reply[0]))
 
     def users_online_batch(self, user_ids: Sequence[str]) -> Operation[list[bool]]:
-        """Describe the question which of some users are online, as many as in ``users_connections_batch``."""
+        """Describe the question which of some users are online, at one moment: see ``are_users_online``.
+
+        Args:
+            user_ids: ids of users, as many as in ``users_connections_batch``.
+
+        Returns:
+            The operation, whose result is whether each is online, in their order.
+
+        """
         users = arguments.check_iterable("user_ids", user_ids)
         return self._ask_users("user_ids", users, lambda reply: [bool(is_online) for is_online in reply])
 
@@ -576,7 +598,15 @@ class Operations:
         return self._get_game(game_id, partial(parse_game, game_id, self._conn_ttl_ms))
 
     def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
-        """Describe the snapshot of at most 10 games, all at one moment."""
+        """Describe the snapshots of some games, at one moment: see ``get_games_connections``.
+
+        Args:
+            game_ids: ids of games, 1 to 10.
+
+        Returns:
+            The operation, whose result is the list of connections of each, in their order.
+
+        """
         game_ids = arguments.check_iterable("game_ids", game_ids)
         games = [arguments.encode("each of game_ids", game_id) for game_id in game_ids]
         if not 1 <= len(games) <= GAMES_BATCH_SIZE:
@@ -610,7 +640,7 @@ class Operations:
         )
 
     def read_events(self, position: Position) -> Operation[EventsBatch]:
-        """Describe the read of at most 100 changes that come after a position in the stream of events."""
+        """Describe the read of at most 100 changes that come after a position in the stream: see ``subscribe``."""
         return Operation(
             READ_EVENTS,
             (self.events_key,),
@@ -662,7 +692,15 @@ class Operations:
         )
 
     def cleanup_batch(self, threshold_seconds: float | None = None) -> Operation[CleanupBatch]:
-        """Describe one bounded batch of a cleanup."""
+        """Describe one bounded batch of a cleanup: see ``cleanup_stale_connections``.
+
+        Args:
+            threshold_seconds: seconds, 0 or more; None for three heartbeats.
+
+        Returns:
+            The operation, whose result is what it removed and detached, at most 20, and whether that was the last.
+
+        """
         threshold_ms = (
             self._stale_ms
             if threshold_seconds is None
@@ -671,7 +709,16 @@ class Operations:
         return self._clean_up(threshold_ms, self._server_grace_ms, b"")
 
     def cleanup_server_batch(self, server_id: str, *, grace_seconds: float | None = None) -> Operation[CleanupBatch]:
-        """Describe one bounded batch of the cleanup of one game server's connections."""
+        """Describe one bounded batch of the cleanup of a game server's connections: see ``cleanup_server``.
+
+        Args:
+            server_id: the game server's id.
+            grace_seconds: how long their seats are kept, 0 to ``conn_ttl_seconds``; None for ``server_grace_seconds``.
+
+        Returns:
+            The operation, whose result is that of ``cleanup_batch``.
+
+        """
         server_bytes = arguments.encode("server_id", server_id)
         grace_ms = self._server_grace_ms if grace_seconds is None else self._grace_ms("grace_seconds", grace_seconds)
         return self._clean_up(0, grace_ms, server_bytes)

@@ -157,7 +157,8 @@ class EventType(Enum):
     REGISTERED = "registered"
     """It was registered, or registered again."""
     DISPLACED = "displaced"
-    """A newer one of its user displaced it, or another user took its sid; as it was before."""
+    """A newer one of its user displaced it, another user took its sid, or it had expired and its sid was registered
+    again; as it was before."""
     RESUMED = "resumed"
     """It took over the seat of ``Event.resumed_from``, with its game."""
     DETACHED = "detached"
@@ -209,7 +210,8 @@ class CleanupResult:
     """What a cleanup removed and detached; true when it did either. Its length is how many it removed."""
 
     removed: tuple[ConnectionInfo, ...] = ()
-    """The connections that this call removed, longest silent first. No other call reports them."""
+    """The connections that this call removed, in each batch the stale ones first, the longest silent before the others.
+    No other call reports them."""
     error: PresenceError | None = None
     """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
     detached: tuple[ConnectionInfo, ...] = ()

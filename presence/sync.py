@@ -86,7 +86,8 @@ class ConnectionManager:
     cleanup takes a round trip for each batch. All raise ``TypeError`` or ``ValueError`` for a bad argument, before
     anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind
     except lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them;
-    only cleanup, and a new registration of its user, still find it and report it.
+    only cleanup, and a registration of its user or its sid, still find it and report it, and ``update_heartbeats``
+    tells it from an unknown one.
 
     One manager serves any number of threads. It connects on first use.
 
@@ -549,7 +550,7 @@ class ConnectionManager:
         return self._run(perform_batches(self.operations.users_online_batches(user_ids)))
 
     def get_users_connections(self, user_ids: Iterable[str | UUID]) -> dict[str, ConnectionInfo | None]:
-        """Read the active connections of many users, as ``get_user_connection`` does for one.
+        """Read the active connection of each of many users, as ``get_user_connection`` does for one.
 
         Args:
             user_ids: the users' ids, any number.
@@ -675,8 +676,10 @@ class ConnectionManager:
 
         Raises:
             ValueError: the manager has no ``server_id``.
+            OutOfMemoryError: the server's memory is full, and this is the first: it could not be started.
 
-        Cost: one round trip; O(log S), S = servers.
+        Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = servers, and O(S)
+        where it is not known any more.
 
         """
         return self._run(for_server(self.operations, self.operations.update_server_heartbeat))

@@ -19,9 +19,10 @@ FIELDS = {"user_id", "game_id", "connected_at", "last_seen"}
 class Plain:
     """``conn:<sid>`` hash, ``user_conn:<user>`` string, ``game_conns:<game>`` set, under the namespace as a prefix.
 
-    No command is sent that its answer or effect does not need, but for the EXPIRE after a SET, which could have set the
-    TTL itself. The replies of DEL and SREM tell which of several callers removed a connection or took it out of its
-    game: what can be told once without more commands is told once.
+    As it is commonly written: a SET could have set the TTL that the EXPIRE after it sets, a displacing register need
+    not GET and DEL the entry that its SET replaces, and a heartbeat's HGET tells what its EXISTS does. The replies of
+    DEL and SREM tell which of several callers removed a connection or took it out of its game: what can be told once
+    without more commands is told once.
     """
 
     name: ClassVar[str] = "plain"

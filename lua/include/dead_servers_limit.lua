@@ -1,0 +1,2 @@
+-- How many dead servers one cleanup takes at most.
+local dead_servers_limit = 10
