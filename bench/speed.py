@@ -53,6 +53,7 @@ REGISTER_STREAM = "the same with events in the stream"
 DISPLACING = "register, displacing one in a game"
 DISPLACING_NO_GAME = "register, displacing one in no game"
 DISPLACING_SOON = "register, displacing one in a game within a minute"
+DISPLACING_RESUMES = "register, displacing one in a game, whose seat it takes"
 WITHOUT_EVENTS = "register, first of its user, cut: no part for events"
 DETACHING = "unregister one in a game with a grace"
 RESUMING = "register, resuming one in a game"
@@ -74,6 +75,7 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (DISPLACING, HSET, 13),
     (DISPLACING_NO_GAME, HSET, None),
     (DISPLACING_SOON, HSET, None),
+    (DISPLACING_RESUMES, HSET, None),
     ("snapshot of a two-player game", NOTHING, 10),
     ("join a game", HSET, None),
     ("leave a game", HSET, None),
@@ -289,6 +291,15 @@ class Rounds:
             [self._population.register(index) for index in seated],
             lambda registration: registration.resumed and registration.connection.game_id is not None,
         )
+        taking_over = self._sample(without=moving + going + seated + self._registered)
+        for index in taking_over:
+            sids[index] = new_sid()
+        resuming, user_ids = Operations(NAMESPACE, displacement="newest_resumes"), self._population.user_ids
+        self._time(
+            DISPLACING_RESUMES,
+            [resuming.register_connection(sids[index], user_ids[index]) for index in taking_over],
+            lambda registration: len(registration.displaced) == 1 and registration.connection.game_id is not None,
+        )
         update = self._operations.update_metadata
         self._time("update_metadata", [update(sids[index], "metadata") for index in seated], bool)
         send(self._client, [update(sids[index], "").command() for index in seated])
@@ -300,7 +311,7 @@ class Rounds:
             lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is None,
         )
         self._time("join a game", [self._population.join(index) for index in moving], bool)
-        self._registered += going + moving + seated
+        self._registered += going + moving + seated + taking_over
 
     def _measure_bulk(self) -> None:
         # Last, since all that they read would be in the caches of the others, or drive theirs out.
