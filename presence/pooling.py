@@ -10,7 +10,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from redis import ConnectionPool, Redis, RedisCluster
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
+from redis.sentinel import SentinelConnectionPool
 
 from presence import clients
 from presence.operations import pack
@@ -49,7 +50,15 @@ def close_unread(client: Redis | RedisCluster) -> None:
             with client.single_connection_lock:
                 client.connection.disconnect()
     for pool in pools:
-        pool.disconnect(inuse_connections=False)
+        _close_free(pool)
+
+
+def _close_free(pool: ConnectionPool) -> None:
+    """Close the connections of a pool that are not in use, and those to the sentinels that it asks."""
+    pool.disconnect(inuse_connections=False)
+    if isinstance(pool, SentinelConnectionPool):
+        for sentinel in pool.sentinel_manager.sentinels:
+            sentinel.connection_pool.disconnect(inuse_connections=False)
 
 
 def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
@@ -89,18 +98,25 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
         if monotonic() > end:
             raise error
 
-    connection: Any = pool.get_connection()
     try:
-        end = monotonic() + clients.RETRYING_SECONDS
-        return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
-    except ResponseError:
-        raise  # It was read as the reply.
-    except BaseException:
-        # A signal's handler may have raised before the replies were read, and they are not for the next call.
-        connection.disconnect()
+        connection: Any = pool.get_connection()
+        try:
+            end = monotonic() + clients.RETRYING_SECONDS
+            return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
+        except ResponseError:
+            raise  # It was read as the reply.
+        except BaseException:
+            # A signal's handler may have raised before the replies were read, and they are not for the next call.
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+    except RedisError:
         raise
-    finally:
-        pool.release(connection)
+    except BaseException:
+        # While one was opened, perhaps: then redis-py has put it back as if it were ready, but half greeted.
+        _close_free(pool)
+        raise
 
 
 def _read(connection: AbstractConnection) -> Any:

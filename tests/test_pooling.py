@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.watching import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 PAUSE_MS = 300
 MANY = 150
@@ -122,6 +124,55 @@ def check_that_no_reply_is_left(
     assert manager.get_connection("unknown") is None
     assert manager.get_connection_count() == 1
     assert beat_many(manager) == {f"sid {number}": HeartbeatStatus.UNKNOWN for number in range(MANY)}
+
+
+@pytest.fixture
+def sentinel(own_server: LocalServer, tmp_path: Path) -> Iterator[LocalServer]:
+    """Watches the test's own server."""
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"sentinel monitor game 127.0.0.1 {own_server.port} 1\n")
+    with LocalServer(program(), "--sentinel", config=config) as server:
+        yield server
+
+
+@pytest.mark.parametrize("is_asked", [False, True], ids=["server", "sentinel"])
+def test_a_call_that_is_interrupted_while_it_connects_leaves_no_connection_half_greeted(
+    own_server: LocalServer, sentinel: LocalServer, is_asked: bool
+) -> None:
+    """Before whichever reply to a greeting, the server's or the sentinel's."""
+    url = f"redis+sentinel://127.0.0.1:{sentinel.port}/game" if is_asked else f"redis://127.0.0.1:{own_server.port}"
+    with ConnectionManager.from_url(f"{url}/3") as manager:
+        manager.register_connection("sid", "alice")
+    for replies in count():
+        with ConnectionManager.from_url(f"{url}/3") as manager:
+            was_interrupted = interrupt_after(replies, lambda: manager.get_connection("sid"))
+            for _ in range(2):
+                assert manager.get_connection("unknown") is None
+                assert manager.get_connection_count() == 1
+        if not was_interrupted:
+            break
+    assert replies > 3
+
+
+def interrupt_after(replies: int, call: Callable[[], object]) -> bool:
+    """Let a signal's handler raise in a call that has read so many replies; tell whether it had not ended before."""
+    left = replies
+    read = redis.Connection.read_response
+
+    def read_or_raise(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return read(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis.Connection, "read_response", read_or_raise)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+    return False
 
 
 CALLING_IN_A_HANDLER = """
