@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients
@@ -23,7 +24,7 @@ from presence.operations import pack
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from redis.asyncio import Redis
+    from redis.asyncio import ConnectionPool, Redis
 
     from presence.operations import Command
 
@@ -126,7 +127,12 @@ class SharedConnection:
             while self._take():
                 try:
                     connection = await self._pool.get_connection()
-                except FAULTS as error:
+                except BaseException as error:
+                    if not isinstance(error, RedisError):
+                        # While one was greeted, perhaps, and then redis-py has put it back as if it were ready.
+                        await _close_free(self._pool)
+                    if not isinstance(error, FAULTS):
+                        raise
                     self._fail(error)
                     continue
                 try:
@@ -302,6 +308,14 @@ class SharedConnection:
             taken = self._take_more(connection)
             if taken:
                 _write(connection, taken)
+
+
+async def _close_free(pool: ConnectionPool) -> None:
+    """Close the connections of a pool that are not in use, and those to the sentinels that it asks."""
+    await pool.disconnect(inuse_connections=False)
+    if isinstance(pool, SentinelConnectionPool):
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.connection_pool.disconnect(inuse_connections=False)
 
 
 def _writes_plainly(connection: AbstractConnection) -> bool:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Timer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
@@ -1086,6 +1086,25 @@ class TestAClusterThatCannotServe:
             manager.get_connection_count()
         cause = raised.value.__cause__
         assert PermissionError in (type(cause), type(cause and cause.__cause__))
+
+    @pytest.mark.parametrize("error", [PermissionError, LookupError], ids=["a fault", "another error"])
+    def test_credentials_that_cannot_be_fetched_once_leave_no_connection_half_greeted(
+        self, make_manager: ManagerFactory, own_server: LocalServer, error: type[Exception]
+    ) -> None:
+        class BrokenOnce(redis.CredentialProvider):
+            errors: ClassVar = [error("the token cannot be read")]
+
+            def get_credentials(self) -> tuple[str, str]:
+                if self.errors:
+                    raise self.errors.pop()
+                return "default", "any password"
+
+        url = own_server.url.removesuffix("0") + "3"
+        make_manager(url).register_connection("sid", "alice")
+        manager = make_manager(url, credential_provider=BrokenOnce())
+        with pytest.raises(Exception, match="the token cannot be read"):
+            manager.get_connection_count()
+        assert manager.get_connection_count() == 1
 
     def test_slots_that_nobody_serves_are_named(self, make_manager: ManagerFactory) -> None:
         with LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as lone:
