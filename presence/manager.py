@@ -734,7 +734,7 @@ class ConnectionManager:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
-        run it. A fault, of the server or of ``on_removed``, is logged and does not end it. After an outage in which all
+        run it. Any error, of a call or of ``on_removed``, is logged and does not end it. After an outage in which all
         connections have come to look stale, it lets a heartbeat of everyone come first. A cancellation waits until
         ``on_removed``, which may be a plain function too, has dealt with the current batch; only the end of the event
         loop itself can lose that.
@@ -757,7 +757,7 @@ class ConnectionManager:
         """Beat for this game server at once and then again and again, until the manager is closed.
 
         Run it in the background on every server that has a ``server_id``: one that has not beaten for three
-        ``heartbeat_seconds`` is dead to all cleanups, which take its connections. A fault is logged and does not end
+        ``heartbeat_seconds`` is dead to all cleanups, which take its connections. Any error is logged and does not end
         it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
 
         Args:
@@ -803,8 +803,8 @@ class ConnectionManager:
         """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""
         try:
             is_known = await self.update_server_heartbeat()
-        except PresenceError as error:
-            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error)
+        except Exception as error:
+            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error, exc_info=not isinstance(error, PresenceError))
             return interval
         if not is_known:
             logger.error(SERVER_REPLACED, self.operations.server_id)
@@ -819,9 +819,9 @@ class ConnectionManager:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
             done = await self._run(cleanup.next())
-        except PresenceError as error:
+        except Exception as error:
             pause = cleanup.fail()
-            logger.warning(CLEANUP_FAILED, pause, error)
+            logger.warning(CLEANUP_FAILED, pause, error, exc_info=not isinstance(error, PresenceError))
             return pause
         pause = cleanup.succeed(done)
         if on_removed is not None and (done.removed or done.detached):

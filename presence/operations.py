@@ -71,7 +71,8 @@ SCRIPT_LOADS = 2
 
 HEARTBEATS_UNTIL_STALE = 3
 
-# What both managers log of what they run in the background.
+# What both managers log of what they run in the background. An error that is none of presence's, such as one of a
+# credential provider, is logged with its traceback.
 CLEANUP_FAILED = "cleanup failed, next attempt in %g s: %s"
 ON_REMOVED_FAILED = "on_removed failed for some of %d connections that were removed or detached"
 SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: %s"

@@ -694,7 +694,7 @@ class ConnectionManager:
         """Clean up again and again, until the manager is closed; run it in a background thread.
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
-        fleet may run it. A fault, of the server or of ``on_removed``, is logged and does not end it. After an outage in
+        fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. After an outage in
         which all connections have come to look stale, it lets a heartbeat of everyone come first. On a manager that is
         closed already it ends at once, and logs an error: it may have been closed before the thread began.
 
@@ -716,7 +716,7 @@ class ConnectionManager:
         """Beat for this game server at once and then again and again, until the manager is closed.
 
         Run it in the background on every server that has a ``server_id``: one that has not beaten for three
-        ``heartbeat_seconds`` is dead to all cleanups, which take its connections. A fault is logged and does not end
+        ``heartbeat_seconds`` is dead to all cleanups, which take its connections. Any error is logged and does not end
         it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
 
         Args:
@@ -756,8 +756,8 @@ class ConnectionManager:
         """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""
         try:
             is_known = self.update_server_heartbeat()
-        except PresenceError as error:
-            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error)
+        except Exception as error:
+            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error, exc_info=not isinstance(error, PresenceError))
             return interval
         if not is_known:
             logger.error(SERVER_REPLACED, self.operations.server_id)
@@ -772,9 +772,9 @@ class ConnectionManager:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
             done = self._run(cleanup.next())
-        except PresenceError as error:
+        except Exception as error:
             pause = cleanup.fail()
-            logger.warning(CLEANUP_FAILED, pause, error)
+            logger.warning(CLEANUP_FAILED, pause, error, exc_info=not isinstance(error, PresenceError))
             return pause
         pause = cleanup.succeed(done)
         if on_removed is not None and (done.removed or done.detached):

@@ -234,7 +234,34 @@ def test_a_fault_is_followed_by_the_pause(kind: str, name: str, caplog: pytest.L
     with repeating(background, name, HOUR):
         wait_until(lambda: caplog.records)
         time.sleep(A_MOMENT)
-    assert len(caplog.records) == 1
+    assert [bool(record.exc_info) for record in caplog.records] == [False]
+
+
+class BrokenOnce(redis.CredentialProvider):
+    """Its service fails with an error that is no fault of the server or the network."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def get_credentials(self) -> tuple[str, str]:
+        self.asked += 1
+        if self.asked == 1:
+            raise LookupError("the service is away")
+        return "default", "any password"
+
+
+@both_managers
+@pytest.mark.parametrize("name", ["run_cleanup", "run_server_heartbeat"])
+def test_an_unexpected_error_is_logged_with_its_traceback_and_ends_neither(
+    own_server: LocalServer, own_client: redis.Redis, kind: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    background = Background(kind, own_server.url, server_id="server", credential_provider=BrokenOnce())
+    with repeating(background, name, 0.01):
+        wait_until(lambda: scripts_run(own_client) > 2)
+    (record,) = [record for record in caplog.records if record.name == "presence"]
+    assert "next attempt in 0.01 s: the service is away" in record.getMessage()
+    assert record.exc_info
+    assert record.exc_info[0] is LookupError
 
 
 @both_managers
