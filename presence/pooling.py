@@ -85,7 +85,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             give_up_if_late(fault)
         connection.send_packed_command([packed])
         if len(request) == 1:
-            return [connection.read_response(disable_decoding=True)]
+            return [connection.read_response(disable_decoding=True, disconnect_on_error=True)]
         return [_read(connection) for _ in request]
 
     def fail(error: Exception) -> None:
@@ -104,7 +104,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             end = monotonic() + clients.RETRYING_SECONDS
             return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
         except ResponseError:
-            raise  # It was read as the reply.
+            raise  # It was read as the reply; or a signal's handler met it, and reading has closed the connection.
         except BaseException:
             # A signal's handler may have raised before the replies were read, and they are not for the next call.
             connection.disconnect()
@@ -121,6 +121,6 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
 
 def _read(connection: AbstractConnection) -> Any:
     try:
-        return connection.read_response(disable_decoding=True)
+        return connection.read_response(disable_decoding=True, disconnect_on_error=True)
     except ResponseError as error:
         return error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from presence import HeartbeatStatus
+from presence import HeartbeatStatus, UnexpectedReplyError
 from presence.sync import ConnectionManager
 from tests.server import LocalServer, free_port, program
 from tests.watching import wait_until
@@ -173,6 +174,42 @@ def interrupt_after(replies: int, call: Callable[[], object]) -> bool:
         except KeyboardInterrupt:
             return True
     return False
+
+
+@pytest.mark.parametrize("interrupted_call", [beat_one, beat_many])
+def test_an_error_reply_to_a_signal_handler_is_not_taken_for_the_reply_to_the_call(
+    own_server: LocalServer, sentinel: LocalServer, interrupted_call: Callable[[ConnectionManager], object]
+) -> None:
+    """It must close the connection, whose reply is still to come; redis-py's own for sentinels stays open then."""
+    with (
+        ConnectionManager.from_url(f"redis+sentinel://127.0.0.1:{sentinel.port}/game") as manager,
+        redis.Redis.from_url(own_server.url) as other,
+    ):
+        manager.register_connection("sid", "alice")
+        beat_one(manager)
+        beat_many(manager)
+        other.client_pause(PAUSE_MS)
+        error = redis.ResponseError("ERR of a command that the handler sent")
+        with suppress(UnexpectedReplyError), raising_after(PAUSE_MS / 3000, error):
+            interrupted_call(manager)
+        assert manager.get_connection("unknown") is None
+        assert manager.get_connection_count() == 1
+
+
+@contextmanager
+def raising_after(seconds: float, error: Exception) -> Iterator[None]:
+    """Let a signal's handler raise meanwhile."""
+
+    def handle(*_: object) -> None:
+        raise error
+
+    handled_before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handled_before)
 
 
 CALLING_IN_A_HANDLER = """
