@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from presence.operations import Command
 
 
+PIECE_BYTES = 1 << 16
+"""Bytes of a request that are sent at once, at most: the socket's timeout is for each piece."""
+
+
 def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     """Give the pool of a client whose connections :func:`send` may use.
 
@@ -76,6 +80,9 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
 
     """
     packed = b"".join(map(pack, request))
+    pieces = [packed]
+    if len(packed) > PIECE_BYTES:
+        pieces = [packed[start : start + PIECE_BYTES] for start in range(0, len(packed), PIECE_BYTES)]
     fault: Exception | None = None
 
     def attempt() -> list[Any]:
@@ -83,7 +90,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             # Before it sends, for this may take as long as its timeouts say.
             clients.connect_once(connection)
             give_up_if_late(fault)
-        connection.send_packed_command([packed])
+        connection.send_packed_command(pieces)
         if len(request) == 1:
             return [connection.read_response(disable_decoding=True, disconnect_on_error=True)]
         return [_read(connection) for _ in request]

@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
@@ -239,6 +239,30 @@ def test_a_signal_handler_may_make_calls_in_the_midst_of_another(own_server: Loc
     code = [sys.executable, "-c", CALLING_IN_A_HANDLER, own_server.url]
     finished = subprocess.run(code, capture_output=True, text=True, timeout=60)
     assert (finished.stdout, finished.stderr) == ("done\n", "")
+
+
+class RecordingConnection(redis.Connection):
+    """Keeps the sizes of what it sends at once."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        self.sizes.extend(map(len, command))
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+
+def test_a_large_request_is_sent_in_pieces_each_of_which_has_the_whole_timeout(own_server: LocalServer) -> None:
+    """As in redis-py's own pipelines: redis-py gives the socket's timeout to each piece, however many there are."""
+    pool = redis.ConnectionPool.from_url(own_server.url, connection_class=RecordingConnection)
+    with redis.Redis.from_pool(pool) as client:
+        manager = ConnectionManager(client)
+        manager.register_connection("sid", "alice")
+        register = manager.operations.register_connection
+        RecordingConnection.sizes.clear()
+        manager.pipeline([register(f"sid {number}", f"user {number}", metadata="x" * 4096) for number in range(100)])
+        assert manager.get_connection_count() == 101
+    assert sum(RecordingConnection.sizes) > 100 * 4096
+    assert max(RecordingConnection.sizes) <= 1 << 16
 
 
 class TestWhatSeesEachCallOfAClient:
