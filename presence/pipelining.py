@@ -138,7 +138,10 @@ class SharedConnection:
                 try:
                     await self._use(connection)
                 finally:
-                    await self._pool.release(connection)
+                    try:  # noqa: SIM105  # suppress() costs a microsecond.
+                        await self._pool.release(connection)
+                    except FAULTS:
+                        pass  # It cannot renew its credentials. The pool has it all the same.
                     # Whoever waits for a connection of the pool comes first.
                     await asyncio.sleep(0)
         except Exception as error:

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
 from presence import clients
+from presence.errors import FAULTS
 from presence.operations import pack
 
 if TYPE_CHECKING:
@@ -117,7 +118,10 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             connection.disconnect()
             raise
         finally:
-            pool.release(connection)
+            try:  # noqa: SIM105  # suppress() costs a microsecond.
+                pool.release(connection)
+            except FAULTS:
+                pass  # It cannot renew its credentials. The pool has it all the same, and the answer is here.
     except RedisError:
         raise
     except BaseException:

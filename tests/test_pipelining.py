@@ -632,6 +632,33 @@ def test_a_connection_of_another_class_is_given_all_that_is_sent(own_server: Loc
     assert b"".join(CountingConnection.sent).count(b"EVALSHA") >= 300
 
 
+class RefusedConnection(redis.asyncio.Connection):
+    """Sends streamed credentials to a server that does not accept them."""
+
+    is_renewing: ClassVar[asyncio.Event]
+
+    async def re_auth(self) -> None:
+        self.is_renewing.set()
+        await asyncio.sleep(0.01)
+        raise redis.AuthenticationError("WRONGPASS")
+
+
+def test_credentials_that_cannot_be_renewed_between_calls_harm_none(own_server: LocalServer) -> None:
+    """redis-py renews them when the connection is given back."""
+
+    async def work() -> None:
+        pool = redis.asyncio.ConnectionPool.from_url(own_server.url, connection_class=RefusedConnection)
+        async with redis.asyncio.Redis.from_pool(pool) as client, presence.ConnectionManager(client) as manager:
+            RefusedConnection.is_renewing = asyncio.Event()
+            for _ in range(3):
+                assert await manager.update_heartbeat("unknown") is False
+                await asyncio.wait_for(RefusedConnection.is_renewing.wait(), BOUND_SECONDS)
+                assert await manager.update_heartbeat("unknown") is False
+                RefusedConnection.is_renewing.clear()
+
+    run(work())
+
+
 class TestABrokenConnection:
     """Each of the calls that were in flight is answered as if it had been alone."""
 

@@ -265,6 +265,22 @@ def test_a_large_request_is_sent_in_pieces_each_of_which_has_the_whole_timeout(o
     assert max(RecordingConnection.sizes) <= 1 << 16
 
 
+class RefusedConnection(redis.Connection):
+    """Sends streamed credentials to a server that does not accept them."""
+
+    def re_auth(self) -> None:
+        raise redis.AuthenticationError("WRONGPASS")
+
+
+def test_credentials_that_cannot_be_renewed_after_a_call_do_not_take_its_answer(own_server: LocalServer) -> None:
+    """redis-py renews them when a connection is given back."""
+    pool = redis.ConnectionPool.from_url(own_server.url, connection_class=RefusedConnection)
+    with redis.Redis.from_pool(pool) as client:
+        manager = ConnectionManager(client)
+        manager.register_connection("old", "alice")
+        assert [gone.sid for gone in manager.register_connection("new", "alice").displaced] == ["old"]
+
+
 class TestWhatSeesEachCallOfAClient:
     """Tracing wraps ``execute_command``, or an application overrides it."""
 
