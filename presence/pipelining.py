@@ -253,13 +253,17 @@ class SharedConnection:
         sent = self._sent
         try:
             # The connection's own timeout would be a new one for each reply, at several times the cost of reading it.
-            async with asyncio.timeout(connection.socket_timeout):
+            seconds, since = connection.socket_timeout, self._loop.time()
+            async with asyncio.timeout(seconds) as limit:
                 for _ in range(REPLIES_PER_TURN):
                     reply: Any
                     try:
                         reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
                     except ResponseError as error:
                         reply = error
+                    if seconds is not None and (now := self._loop.time()) > since + seconds / 10:
+                        limit.reschedule(now + seconds)  # The next one has as much time, to a tenth.
+                        since = now
                     request = sent[0]
                     request.replies.append(reply)
                     if len(request.replies) < request.count:

@@ -659,6 +659,32 @@ def test_credentials_that_cannot_be_renewed_between_calls_harm_none(own_server: 
     run(work())
 
 
+class SlowConnection(redis.asyncio.Connection):
+    """Takes a while for each reply, as a slow link does for a large one."""
+
+    seconds: ClassVar[float] = 0
+
+    async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        await asyncio.sleep(self.seconds)
+        return await super().read_response(*arguments, **options)
+
+
+def test_each_reply_has_the_whole_timeout_however_many_come_together(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        options = {"connection_class": SlowConnection, "socket_timeout": 0.8, "retry": Retry(NoBackoff(), 0)}
+        pool = redis.asyncio.ConnectionPool.from_url(own_server.url, **options)
+        async with redis.asyncio.Redis.from_pool(pool) as client, presence.ConnectionManager(client) as manager:
+            assert await manager.update_heartbeat("unknown") is False
+            monkeypatch.setattr(SlowConnection, "seconds", 0.06)
+            beats = (manager.update_heartbeat("unknown") for _ in range(20))
+            assert await asyncio.gather(*beats) == [False] * 20
+
+    assert pipelining.REPLIES_PER_TURN > 20
+    run(work())
+
+
 class TestABrokenConnection:
     """Each of the calls that were in flight is answered as if it had been alone."""
 
