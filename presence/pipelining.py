@@ -64,9 +64,10 @@ class _Request:
 class SharedConnection:
     """Carries the requests of one event loop over one connection, which it takes from a client's pool while it has any.
 
-    When the connection fails, or the server refuses a call because it became a replica, what is not answered is sent
-    again as the client's retry policy says, on a new connection: every script may run twice. What is asked for
-    meanwhile waits until that has succeeded or failed, so each request gets as many attempts as it would alone.
+    When the connection fails, or the server refuses a call because it became a replica, or with an error that the
+    client's ``retry_on_error`` names, what is not answered is sent again as the client's retry policy says, on a new
+    connection: every script may run twice. What is asked for meanwhile waits until that has succeeded or failed, so
+    each request gets as many attempts as it would alone.
     """
 
     def __init__(self, client: Redis) -> None:
@@ -269,7 +270,8 @@ class SharedConnection:
                     if len(request.replies) < request.count:
                         continue
                     # At each moment it is answered or listed, for a signal's handler may raise here.
-                    if request.count == 1 and isinstance(reply, ReadOnlyError):
+                    is_alone = request.count == 1
+                    if is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
                         self._refused.append(request)
                     elif not request.answer.done():
                         request.answer.set_result(request.replies)
@@ -323,6 +325,11 @@ async def _close_free(pool: ConnectionPool) -> None:
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:
             await sentinel.connection_pool.disconnect(inuse_connections=False)
+
+
+def _is_to_be_retried(connection: AbstractConnection, error: ResponseError) -> bool:
+    named: Any = connection.retry_on_error
+    return isinstance(error, (ReadOnlyError, *named))
 
 
 def _writes_plainly(connection: AbstractConnection) -> bool:

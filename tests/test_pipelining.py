@@ -253,6 +253,22 @@ class TestAnErrorOfOne:
 
         run(work())
 
+    def test_that_the_client_s_policy_names_is_tried_again(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            options = {"retry": Retry(ConstantBackoff(0.02), 500), "retry_on_error": [redis.OutOfMemoryError]}
+            async with warm_manager(own_server.url, 1, **options) as manager:
+                admin.config_set("maxmemory", 1)
+                admin.config_resetstat()
+                register = asyncio.create_task(manager.register_connection("new", "user"))
+                seen, count = await asyncio.gather(manager.update_heartbeat("sid-0"), manager.get_connection_count())
+                await until(lambda: admin.info("errorstats").get("errorstat_OOM", {"count": 0})["count"] >= 2)
+                assert not register.done()
+                admin.config_set("maxmemory", 0)
+                assert await register
+                assert (seen, count) == (True, 1)
+
+        run(work())
+
     def test_whose_script_the_server_lost(self, own_server: LocalServer, admin: Any) -> None:
         """All others run once, and so does this one when its script is there again."""
 
