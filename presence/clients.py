@@ -391,8 +391,8 @@ class _TimelyRetry(redis.retry.Retry):
 
     def call_with_retry(self, do: Callable[[], Any], fail: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call until it succeeds, as redis-py does; attempts within an attempt have no more time than that."""
-        is_outermost = self._end is None
-        end = self._end = monotonic() + RETRYING_SECONDS if self._end is None else self._end
+        outer_end = self._end
+        end = monotonic() + RETRYING_SECONDS if outer_end is None else outer_end
 
         def fail_or_end(error: Exception, *failures: int) -> None:
             fail(error, *failures)
@@ -400,10 +400,10 @@ class _TimelyRetry(redis.retry.Retry):
                 raise error
 
         try:
+            self._end = end  # Not before, where an interruption would leave it for good.
             return super().call_with_retry(do, fail_or_end, *arguments, **options)
         finally:
-            if is_outermost:
-                self._end = None
+            self._end = outer_end
 
 
 class _SentinelConnection(redis.sentinel.SentinelManagedConnection):

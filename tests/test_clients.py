@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import product
+from contextlib import contextmanager, suppress
+from itertools import count, product
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -39,6 +40,7 @@ from tests.watching import is_held, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
@@ -713,6 +715,57 @@ class TestTheOptionsOfAClient:
     def limits(client: Any) -> tuple[int, float]:
         pool = client.connection_pool
         return pool.max_connections, pool.connection_kwargs["socket_timeout"]
+
+
+def test_an_interruption_before_the_first_attempt_takes_no_time_from_later_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In whichever line of what bounds the time of a blocking client's retries."""
+    now = 1.0
+    monkeypatch.setattr(clients, "monotonic", lambda: now)
+    client: Any = clients.connect_blocking(clients.parse("redis://localhost"), {})
+    retry = client.get_retry()
+    for line in count():
+        was_interrupted = not retry_until_interrupted(retry, line)
+        now += clients.RETRYING_SECONDS + 1
+        attempts = iter((redis.ConnectionError(), None))
+
+        def attempt(attempts: Iterator[Exception | None] = attempts) -> str:
+            error = next(attempts)
+            if error is not None:
+                raise error
+            return "done"
+
+        assert retry.call_with_retry(attempt, lambda _: None) == "done"
+        if not was_interrupted:
+            break
+    assert line > 2
+
+
+def retry_until_interrupted(retry: Any, line: int) -> bool:
+    """Raise in a line, counted from 0, of a call that would succeed at once; tell whether it was called before that."""
+    lines = count()
+    is_called = False
+
+    def call() -> None:
+        nonlocal is_called
+        is_called = True
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if is_called or frame.f_code.co_filename != clients.__file__:
+            return None
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    tracing_before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with suppress(KeyboardInterrupt):
+            retry.call_with_retry(call, lambda _: None)
+    finally:
+        sys.settrace(tracing_before)
+    return is_called
 
 
 def check_the_retries(retry: Any) -> None:
