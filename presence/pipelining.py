@@ -342,7 +342,10 @@ def _write(connection: AbstractConnection, packed: bytes) -> None:
 
     redis-py's own way waits until the system has taken it, for which Python 3.11 makes a task and a timer each time.
     """
-    connection._writer.write(packed)  # type: ignore[union-attr]  # It is connected.
+    try:  # noqa: SIM105  # suppress() costs a microsecond.
+        connection._writer.write(packed)  # type: ignore[union-attr]  # It is connected.
+    except RuntimeError:
+        pass  # So uvloop says that it is closed; who reads is about to be told.
 
 
 def _answer(request: _Request, replies: list[Any]) -> None:

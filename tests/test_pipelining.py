@@ -766,6 +766,35 @@ class TestABrokenConnection:
 
         run(work())
 
+    @pytest.mark.parametrize("is_busy", [False, True], ids=["", "while others wait for their replies"])
+    def test_that_refuses_a_write_is_not_noticed(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, is_busy: bool
+    ) -> None:
+        """As uvloop's do, from when they are closed until the reader is told."""
+
+        def refuse(writer: asyncio.StreamWriter, _: bytes) -> None:
+            monkeypatch.undo()
+            writer.transport.abort()
+            raise RuntimeError("unable to perform operation; the handler is closed")
+
+        async def work() -> None:
+            unhandled: list[object] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    calls = []
+                    if is_busy:
+                        proxy.fates = [Fate.HOLD_REPLY]
+                        calls = [asyncio.create_task(manager.update_heartbeat("sid-0"))]
+                        await is_held(proxy)
+                    monkeypatch.setattr(asyncio.StreamWriter, "write", refuse)
+                    calls.append(asyncio.create_task(manager.update_heartbeat("sid-0")))
+                    assert all(await asyncio.gather(*calls))
+                    proxy.release()
+            assert unhandled == []
+
+        run(work())
+
     def test_leaves_what_comes_meanwhile_all_its_attempts(self, own_server: LocalServer) -> None:
         async def work() -> None:
             with Proxy(own_server.port) as proxy:
