@@ -766,6 +766,21 @@ class TestTheStream:
         self.lost(manager, position)
 
 
+def test_a_game_that_is_left_twice_beside_another_is_told_once(make_manager: ManagerFactory) -> None:
+    crowded, single = make_manager(connections_per_user=3, events="pubsub"), make_manager(events="pubsub")
+    for sid, game_id in (("a", "game"), ("b", "another"), ("c", "game")):
+        crowded.register_connection(sid, "user")
+        crowded.join_game(sid, game_id)
+    with subscribed(single, game_id="game") as events:
+        single.register_connection("new", "user")
+        single.join_game("new", "game")
+        assert [told(event) for event in events.take(3)] == [
+            ("displaced", "a", "game"),
+            ("displaced", "c", "game"),
+            ("joined", "new", "game"),
+        ]
+
+
 @pytest.mark.parametrize("mode", MODES)
 class TestAConnection:
     """Whose events are lost is told; who leaves, leaves nothing behind."""
@@ -868,6 +883,22 @@ class TestAConnection:
                     found += [waiting.result()] if (await asyncio.wait([waiting])) and not waiting.cancelled() else []
                 found += [await anext(events) for _ in range(100 - len(found))]
                 assert [event.connection.sid for event in found[::2]] == [f"sid-{number}" for number in range(50)]
+
+        asyncio.run(run())
+
+    def test_a_wait_that_is_cancelled_before_anything_comes_loses_nothing(
+        self, server_url: str, namespace: str, mode: EventsMode
+    ) -> None:
+        async def run() -> None:
+            async with (
+                presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode) as manager,
+                manager.subscribe() as events,
+            ):
+                for number in range(3):
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(anext(events), 0.05)
+                    await manager.register_connection(f"sid-{number}", f"user-{number}")
+                    assert [(await anext(events)).connection.sid for _ in range(2)] == [f"sid-{number}"] * 2
 
         asyncio.run(run())
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -446,6 +447,15 @@ class TestABrokenConnection:
             proxy.fates = [Fate.LOSE_REPLY]
             proxy.delay = 0
             assert manager.update_heartbeat("sid")
+
+    def test_is_not_tried_again_on_a_cluster_when_the_answer_may_be_forgotten(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.2)
+        pauses = clients.cluster_pauses()
+        assert next(pauses) <= 0.1
+        time.sleep(0.3)  # As an attempt that only its timeouts end.
+        assert list(pauses) == []
 
     def test_is_opened_again_as_often_as_the_policy_says(
         self, make_manager: ManagerFactory, own_server: LocalServer

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
 
 from presence import JoinResult
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
+    from tests.server import LocalServer
 
 
 def enter(manager: ConnectionManager, *names: str, game_id: str = "game") -> None:
@@ -155,6 +157,20 @@ class TestReads:
 
         assert len(manager.get_game_connections("game")) == size
         assert manager.get_game_connection_count("game") == size
+        assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}
+
+    def test_a_game_of_more_members_than_lua_s_stack_holds_is_read_whole(
+        self, make_manager: ManagerFactory, own_server: LocalServer
+    ) -> None:
+        # It holds 8,000 values. What the reads of a game need is written as a register and a join of each would.
+        size = 8_500
+        with redis.Redis.from_url(own_server.url) as client:
+            seconds, _ = client.time()
+            client.zadd("{large}:last_seen", {f"sid-{number}": seconds * 1000 for number in range(size)})
+            bodies: Any = {f"sid-{number}": f"{seconds * 1_000_000 + number} user-{number}" for number in range(size)}
+            client.hset("{large}:game_conns:game", mapping=bodies)
+        manager = make_manager(own_server.url, namespace="large")
+
         assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}
 
     @pytest.mark.parametrize(("size", "gone"), [(51, 0), (51, 3), (51, 30), (1_001, 30), (1_001, 700)])

@@ -187,6 +187,7 @@ def test_what_cannot_be_called_back_is_refused_before_anything_is_removed() -> N
         ("conn_ttl_seconds", 0, ValueError),
         ("conn_ttl_seconds", -1, ValueError),
         ("conn_ttl_seconds", float("inf"), ValueError),
+        ("conn_ttl_seconds", 10 * 365 * 24 * 60 * 60 + 1, ValueError),
         ("conn_ttl_seconds", "3600", TypeError),
         ("conn_ttl_seconds", None, TypeError),
         ("heartbeat_seconds", 0, ValueError),

@@ -471,6 +471,35 @@ class TestCancellationOfAllTasks:
         asyncio.run(work())
 
 
+def test_what_has_failed_does_not_count_as_on_the_wire(own_server: LocalServer) -> None:
+    """Otherwise, in a long outage, each call would wait for the failure of the one before."""
+
+    async def work(proxy: Proxy) -> None:
+        async with presence.ConnectionManager.from_url(proxy.url, **one_attempt("asyncio")) as manager:
+            for count in (2 * pipelining.MAX_COMMANDS, 50):
+                accepted = proxy.accepted
+                calls = [manager.update_heartbeat("sid") for _ in range(count)]
+                for failed in await asyncio.gather(*calls, return_exceptions=True):
+                    assert isinstance(failed, presence.ServerUnreachableError)
+            assert proxy.accepted <= accepted + 5
+
+    with Proxy(free_port()) as proxy:
+        run(work(proxy))
+
+
+def test_a_connection_that_was_silent_is_checked_first_where_the_client_is_to(
+    own_server: LocalServer, admin: Any
+) -> None:
+    async def work() -> None:
+        async with warm_manager(own_server.url, 1, health_check_interval=0.1) as manager:
+            admin.config_resetstat()
+            await asyncio.sleep(0.2)
+            assert await manager.update_heartbeat("sid-0")
+            assert admin.info("commandstats")["cmdstat_ping"]["calls"] == 1
+
+    run(work())
+
+
 def test_no_attempts_are_made_for_calls_that_were_given_up(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,6 +521,29 @@ def test_no_attempts_are_made_for_calls_that_were_given_up(
 
     with Proxy(own_server.port) as proxy:
         run(work(proxy))
+
+
+def test_a_call_that_a_cancellation_of_all_tasks_lets_be_sent_again_has_no_more_time_for_it(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer that the server keeps is as old as the first time that it was sent."""
+    monkeypatch.setattr(clients, "RETRYING_SECONDS", 1)
+
+    async def work(proxy: Proxy) -> None:
+        async with presence.ConnectionManager.from_url(proxy.url) as manager:
+            await manager.update_heartbeat("sid")
+            proxy.fates = [Fate.HOLD_REPLY, Fate.LOSE_REPLY]
+            call = asyncio.create_task(manager.update_heartbeat("sid"))
+            await until(proxy.is_holding.is_set)
+            await asyncio.sleep(0.8)
+            proxy.delay = 0.3
+            await cancel_all_after(0, but=call)
+            with pytest.raises(presence.ServerUnreachableError):
+                await call
+            assert proxy.fates == []
+
+    with Proxy(own_server.port) as proxy:
+        asyncio.run(work(proxy))
 
 
 async def cancel_all_after(turns: int, but: asyncio.Task[Any] | None = None) -> None:
@@ -701,6 +753,19 @@ def test_each_reply_has_the_whole_timeout_however_many_come_together(
     run(work())
 
 
+def test_nor_is_one_written_past_by_calls_that_come_one_by_one(own_server: LocalServer) -> None:
+    async def work() -> None:
+        async with warm_manager(own_server.url, 1, connection_class=CountingConnection) as manager:
+            await asyncio.sleep(0.05)
+            CountingConnection.sent.clear()
+            for _ in range(3):
+                assert await manager.update_heartbeat("sid-0")
+                await asyncio.sleep(0.05)  # Now nothing is under way, so the next begins everything anew.
+
+    run(work())
+    assert b"".join(CountingConnection.sent).count(b"EVALSHA") == 3
+
+
 class TestABrokenConnection:
     """Each of the calls that were in flight is answered as if it had been alone."""
 
@@ -857,3 +922,30 @@ def test_several_event_loops_on_one_manager_do_not_mix(own_server: LocalServer, 
     assert (len(left), len(displaced)) == (10, 390)
     assert left.isdisjoint(displaced)
     assert len(set(displaced)) == 390
+
+
+def test_a_call_in_the_turn_in_which_the_runner_ends_has_one_runner_too(own_server: LocalServer, admin: Any) -> None:
+    """It finds the runner done, and begins anew before that one's callback runs."""
+
+    async def work() -> None:
+        async with warm_manager(own_server.url, 1) as manager:
+            shared = manager._open_client().shared
+            assert shared is not None
+            await asyncio.sleep(0.05)  # The calls before are over, and so is their runner.
+            admin.config_resetstat()
+
+            async def call_when_it_ends() -> None:
+                while shared._runner is None or not shared._runner.done():  # noqa: ASYNC110  (it must see each turn)
+                    await asyncio.sleep(0)
+                admin.client_pause(300, all=False)  # Scripts only: a connection may be opened.
+                assert await manager.update_heartbeat("sid-0")
+
+            second = asyncio.create_task(call_when_it_ends())
+            await asyncio.sleep(0)
+            assert await manager.update_heartbeat("sid-0")
+            await asyncio.sleep(0.05)
+            assert await manager.update_heartbeat("sid-0")
+            await second
+            assert scripts_run(admin) == 3
+
+    run(work())

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
-from presence import HeartbeatStatus, UnexpectedReplyError
+from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, clients
 from presence.sync import ConnectionManager
+from tests.fault_proxy import Fate, Proxy
 from tests.server import LocalServer, free_port, program
 from tests.watching import wait_until
 
@@ -210,6 +213,47 @@ def raising_after(seconds: float, error: Exception) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handled_before)
+
+
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_a_call_that_is_interrupted_leaves_those_of_other_threads_alone(node: LocalServer, is_cluster: bool) -> None:
+    with redis.Redis.from_url(node.url) as other, ExitStack() as stack:
+        client: Any = stack.enter_context(
+            redis.RedisCluster(host="127.0.0.1", port=node.port) if is_cluster else Traced.from_url(node.url)
+        )
+        manager = ConnectionManager(client)
+        beat_one(manager)
+        plain = client.get_redis_connection(client.get_nodes()[0]) if is_cluster else client
+        # As in another thread's call, which has sent its command and waits for the reply.
+        in_use = plain.connection_pool.get_connection()
+        in_use.send_command("PING")
+        with interrupted(OutOfTimeError, is_slow=other):
+            beat_one(manager)
+
+        assert in_use.read_response() == b"PONG"
+        plain.connection_pool.release(in_use)
+
+
+def test_no_attempts_are_made_for_a_call_whose_time_is_over(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the policy would go on, and each of them meets a server that is not there."""
+    monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
+    retry = Retry(ConstantBackoff(0.05), 60)
+    with Proxy(own_server.port) as proxy, ConnectionManager.from_url(proxy.url, retry=retry) as manager:
+        manager.update_heartbeat("sid")
+        accepted = proxy.accepted
+        proxy.fates, proxy.server_port = [Fate.LOSE_REPLY], free_port()
+        with pytest.raises(ServerUnreachableError):
+            manager.update_heartbeat("sid")
+        assert proxy.accepted <= accepted + 10
+
+
+def test_a_client_of_a_single_connection_needs_no_other(server_url: str, namespace: str) -> None:
+    with redis.Redis.from_url(server_url, single_connection_client=True, max_connections=1) as client:
+        manager = ConnectionManager(client, namespace=namespace)
+        assert manager.update_heartbeats(["a", "b"]) == dict.fromkeys("ab", HeartbeatStatus.UNKNOWN)
+        assert not manager.update_heartbeat("a")
 
 
 CALLING_IN_A_HANDLER = """

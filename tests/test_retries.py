@@ -669,3 +669,24 @@ class TestTheAnswerOfARegister:
         after = manager.get_connection("sid")
         assert after
         assert (after.epoch > before.epoch) is runs_again
+
+
+@pytest.mark.parametrize("how", ["unregistered", "cleaned up"])
+def test_a_register_sent_again_answers_the_same_when_another_of_the_users_connections_has_gone_meanwhile(
+    make_manager: ManagerFactory, wait: Callable[[float], None], how: str
+) -> None:
+    manager = make_manager(connections_per_user=2)
+    for sid in ("a", "b"):
+        manager.register_connection(sid, "user")
+    register = manager.operations.register_connection("c", "user")
+    wait(91)
+    (first,) = manager.pipeline([register])
+    if how == "unregistered":
+        assert manager.unregister_connection("b")
+    else:
+        assert [gone.sid for gone in manager.cleanup_stale_connections().removed] == ["b"]
+
+    (again,) = manager.pipeline([register])
+
+    assert again == first
+    assert [gone.sid for gone in again.displaced] == ["a"]

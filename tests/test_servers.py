@@ -226,6 +226,34 @@ class TestADeadServer:
         assert sids(other.cleanup_stale_connections()) == expected
         assert (keys().servers, keys().known_servers) == ({}, {})
 
+    def test_of_many_dead_servers_a_script_takes_ten(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
+    ) -> None:
+        """It asks for the connections of each, so a bound on them bounds its time."""
+        for number in range(25):
+            make_manager(server_id=f"dead {number}").start_server()
+        other = make_manager()
+        wait(91)
+        for left in (15, 5, 0):
+            (batch,) = other.pipeline([other.operations.cleanup_batch()])
+            assert (batch.is_last, len(keys().known_servers)) == (left == 0, left)
+
+    @pytest.mark.parametrize("sid", ["a", "b"])
+    def test_one_of_several_that_comes_again_through_another_is_not_taken_with_it(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys, sid: str
+    ) -> None:
+        before, after = (make_manager(server_id=name, connections_per_user=2) for name in ("before", "after"))
+        for registered in ("a", "b"):
+            before.register_connection(registered, "user")
+        left = {"a": "b", "b": "a"}[sid]
+
+        assert not after.register_connection(sid, "user").displaced
+
+        assert {server.partition(":")[2]: set(listed) for server, listed in keys().servers.items()} == {
+            "before": {left},
+            "after": {sid},
+        }
+
     def test_one_taken_for_dead_that_still_registers_is_known_again(
         self, make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
     ) -> None:
