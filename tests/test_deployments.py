@@ -9,6 +9,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from threading import Timer
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -373,6 +374,39 @@ class TestSentinel:
                     assert manager.get_connection_count() == 0
                     assert sentinel.accepted > before
                     manager.close()
+
+
+    @pytest.mark.parametrize("is_traced", [False, True])
+    def test_a_call_that_is_under_way_when_its_primary_dies_asks_for_the_new_one(
+        self, make_manager: ManagerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_traced: bool
+    ) -> None:
+        """Where something wraps it, redis-py sends it again, and otherwise the manager."""
+        if is_traced:
+            execute_command: Any = redis.Redis.execute_command
+
+            @wraps(execute_command)
+            def traced(*args: Any, **options: Any) -> Any:
+                return execute_command(*args, **options)
+
+            monkeypatch.setattr(redis.Redis, "execute_command", traced)
+        config = tmp_path / "sentinel.conf"
+        with LocalServer(program()) as before, LocalServer(program()) as after:
+            config.write_text(f"sentinel monitor game 127.0.0.1 {before.port} 1\n")
+            with LocalServer(program(), "--sentinel", config=config) as server, admin(server) as sentinel:
+
+                def fail_over() -> None:
+                    sentinel.execute_command("SENTINEL", "REMOVE", "game")
+                    sentinel.execute_command("SENTINEL", "MONITOR", "game", "127.0.0.1", after.port, 1)
+                    before.kill()
+
+                manager = make_manager(f"redis+sentinel://127.0.0.1:{server.port}/game")
+                assert manager.get_connection_count() == 0
+                with admin(before) as primary:
+                    primary.client_pause(60_000)
+                timer = Timer(0.2, fail_over)
+                timer.start()
+                assert manager.get_connection_count() == 0
+                timer.join()
 
 
 def ask_at_once(url: str, kinds: tuple[str, ...] = ("asyncio", "blocking")) -> None:
