@@ -375,7 +375,6 @@ class TestSentinel:
                     assert sentinel.accepted > before
                     manager.close()
 
-
     @pytest.mark.parametrize("is_traced", [False, True])
     def test_a_call_that_is_under_way_when_its_primary_dies_asks_for_the_new_one(
         self, make_manager: ManagerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_traced: bool
