@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
-from weakref import WeakSet
 
 from hiredis import pack_command
 from redis.exceptions import NoScriptError
 
 from presence import arguments, scripts
 from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain, unreadable
+from presence.forks import call_in_child
 from presence.replies import (
     CleanupBatch,
     EventsBatch,
@@ -231,19 +231,6 @@ class ServerNotStartedError(ValueError):
         super().__init__("the game server has no boot epoch yet: start_server() of the manager gives it one")
 
 
-_of_servers: WeakSet[Operations] = WeakSet()
-"""Those of the game servers in this process."""
-
-
-def _start_anew_in_child() -> None:
-    for operations in tuple(_of_servers):
-        operations._start_anew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew_in_child)
-
-
 class Operations:
     """The operations of one namespace, each method checking its arguments and describing one call.
 
@@ -319,19 +306,19 @@ class Operations:
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
         self._start: Operation[int] | None = None
-        if self.server_id is not None:
-            self._start_anew()
-            _of_servers.add(self)
+        self._start_anew()
+        call_in_child(self, Operations._start_anew)
 
     def _start_anew(self) -> None:
-        """Make this a start of the game server of its own, as in a process that was forked from another one."""
+        """Make this another start of its game server, as a forked process is one."""
         self.boot_epoch = None
-        self._start = Operation(
-            START_SERVER,
-            (self.last_seen_key, self._servers_key, self._reply()),
-            ((self.server_id or "").encode(), self._key_lifetime),
-            self._started,
-        )
+        if self.server_id is not None:
+            self._start = Operation(
+                START_SERVER,
+                (self.last_seen_key, self._servers_key, self._reply()),
+                (self.server_id.encode(), self._key_lifetime),
+                self._started,
+            )
 
     def _started(self, reply: int) -> int:
         self.boot_epoch = int(reply)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
-from weakref import WeakSet
 
 import redis
 from redis import Redis, RedisCluster
 
 from presence import arguments, clients, pooling
 from presence.errors import FAULTS, PresenceError, explain
+from presence.forks import call_in_child
 from presence.operations import (
     AS_BYTES,
     CLEANUP_FAILED,
@@ -64,18 +63,6 @@ class _OpenClient:
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
         self.callers: list[int] = []
-
-
-_managers: WeakSet[ConnectionManager] = WeakSet()
-
-
-def _go_on_in_child() -> None:
-    for manager in tuple(_managers):
-        manager._forget_other_threads()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_go_on_in_child)
 
 
 class ConnectionManager:
@@ -157,7 +144,7 @@ class ConnectionManager:
         # A signal handler may close the manager in the midst of what its thread does here.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        _managers.add(self)
+        call_in_child(self, ConnectionManager._forget_other_threads)
 
     @classmethod
     def from_url(
