@@ -24,6 +24,7 @@ from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from multiprocessing.synchronize import Event as Flag
 
     from presence import Event
     from presence.operations import EventsMode
@@ -1072,11 +1073,13 @@ def test_a_server_that_falls_silent_is_told(
             os.kill(own_server.pid, signal.SIGCONT)
 
 
-def play_at_full_speed(url: str, namespace: str, writer: int) -> None:
+def play_at_full_speed(url: str, namespace: str, writer: int, enough: Flag) -> None:
     """Join, leave, drop and come back at random, in a process of its own."""
     chance = random.Random(writer)
     with presence.sync.ConnectionManager.from_url(url, namespace=namespace, events="stream") as manager:
-        for _ in range(400):
+        for _ in range(20_000):
+            if enough.is_set():
+                break
             number = chance.randrange(6)
             sid, user = f"sid-{number}-{chance.randrange(2)}", f"user-{number}"
             match chance.randrange(7):
@@ -1111,8 +1114,9 @@ def seats_of(snapshot: presence.GameSnapshot) -> dict[str, presence.ConnectionIn
 
 def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_url: str, namespace: str) -> None:
     """However fast others write: a snapshot, folded with the events up to a later one, equals that."""
+    enough = spawn.Event()
     writers = [
-        spawn.Process(target=play_at_full_speed, args=(server_url, namespace, number), daemon=True)
+        spawn.Process(target=play_at_full_speed, args=(server_url, namespace, number, enough), daemon=True)
         for number in range(2)
     ]
 
@@ -1121,13 +1125,16 @@ def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_u
             for writer in writers:
                 writer.start()
             snapshots = [await manager.get_game_snapshot("game")]
-            while any(writer.is_alive() for writer in writers):
+            while len({snapshot.position for snapshot in snapshots}) <= 40:
+                assert any(writer.is_alive() for writer in writers)
                 snapshots.append(await manager.get_game_snapshot("game"))
                 await asyncio.sleep(random.random() / 100)
+            enough.set()
+            for writer in writers:
+                await asyncio.to_thread(writer.join)
             await manager.register_connection(END, END)
             await manager.join_game(END, "game")
             snapshots.append(await manager.get_game_snapshot("game"))
-            assert len({snapshot.position for snapshot in snapshots}) > 10, "they were taken while others wrote"
 
             async def check(start: int) -> int:
                 """Fold from one snapshot on, and compare with each later one."""
