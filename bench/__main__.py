@@ -28,7 +28,7 @@ CORE = (
 LONGER = (
     Plan("Memory per connection, UUIDs", "", memory.measure_memory_with_uuids),
     Plan("Latency at the client, one call at a time", client.HOW, client.measure_client),
-    Plan("The storm: four ways to keep presence", contest.HOW_STORM, contest.measure_storms),
+    Plan("The storm: four ways to keep presence", contest.HOW_STORM, contest.measure_storms, is_side_by_side=True),
     Plan("Throughput of registers by contender", contest.HOW_REGISTERS, contest.measure_registers),
     Plan("Throughput by tasks and threads", concurrency.HOW, concurrency.measure_concurrency),
     Plan("Cost by size, beside plain", growth.HOW, growth.measure_growth),

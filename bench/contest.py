@@ -82,9 +82,9 @@ def measure_storms(server: Server, scale: Scale) -> Findings:
         race = explore(contender, PAIRS[RACE], url=server.url, limit=SCHEDULES)
         rows += [
             Row(
-                f"{contender}: orders of {RACE}{how} that end wrong, of {tally.schedules}",
+                f"{contender}: orders of {RACE}{how} that end wrong",
                 Spread.exactly(tally.wrong),
-                "",
+                f"of {tally.schedules}",
                 target=0 if contender == PRESENCE else None,
                 is_promise=contender == PRESENCE,
             )
@@ -98,24 +98,26 @@ def storm_rows(result: StormResult) -> list[Row]:
     name, must = result.contender, 0 if result.contender == PRESENCE else None
     at_all = result.latencies[ALL]
     counts = {
-        "violations per 10,000 operations": result.violations_per_10_000,
-        "connections reported twice": result.reported_twice,
-        "connections reported never": result.reported_never,
-        "connections reported and still there": result.reported_though_there,
-        "calls that raised": sum(result.errors.values()),
+        "violations per 10,000 operations": (result.violations_per_10_000, ""),
+        "connections reported twice": (result.reported_twice, ""),
+        "connections reported never": (result.reported_never, ""),
+        "connections reported and still there": (result.reported_though_there, ""),
+        "calls that raised": (sum(result.errors.values()), ""),
     }
     if not result.history and must == 0:
         raise MeasurementError("the history of presence's storm was not checked")
     if result.history:
-        of = f"of {result.history.users:,}, {result.history.calls:,} calls"
-        counts[f"users whose history is wrong, {of}"] = len(result.history.wrong)
-        counts["users whose history is undecided"] = len(result.history.undecided)
+        of_users = f"of {result.history.users:,}"
+        counts["users whose history is wrong"] = (len(result.history.wrong), of_users)
+        counts["users whose history is undecided"] = (len(result.history.undecided), of_users)
     rows = [
-        Row(f"{name}: {what}", Spread.exactly(count), "", target=must, is_promise=must is not None)
-        for what, count in counts.items()
+        Row(f"{name}: {what}", Spread.exactly(count), unit, target=must, is_promise=must is not None)
+        for what, (count, unit) in counts.items()
     ]
+    rows += [Row(f"{name}: calls in the history", Spread.exactly(result.history.calls), "")] if result.history else []
     rows += [
-        Row(f"{name}: operations, {result.operations:,}", Spread.exactly(result.operations_per_second), "/s"),
+        Row(f"{name}: operations", Spread.exactly(result.operations), ""),
+        Row(f"{name}: operations per second", Spread.exactly(result.operations_per_second), ""),
         Row(f"{name}: reads of the server per operation", Spread.exactly(result.server_reads_per_operation), ""),
     ]
     rows += [

@@ -119,6 +119,8 @@ class Section:
     rows: list[Row] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     failure: str = ""
+    is_side_by_side: bool = False
+    """Whether the rows are named ``<column>: <row>``, for a table of as many columns."""
 
     def add(self, findings: Findings) -> None:
         """Take in what was found."""
@@ -131,6 +133,7 @@ class Section:
             "title": self.title,
             "how": self.how,
             "failure": self.failure or None,
+            "is_side_by_side": self.is_side_by_side,
             "rows": [row.as_json() for row in self.rows],
             "figures": [asdict(figure) for figure in self.figures],
         }
@@ -144,6 +147,7 @@ class Section:
             [Row.from_json(row) for row in plain["rows"]],
             [Figure(**figure) for figure in plain["figures"]],
             plain["failure"] or "",
+            plain.get("is_side_by_side", False),
         )
 
 
@@ -166,7 +170,7 @@ class ServerReport:
 
 
 def _text(spread: Spread, unit: str) -> str:
-    is_count = not unit and spread.median.is_integer()
+    is_count = (not unit or spread.low == spread.high) and spread.median.is_integer()
     digits = 0 if is_count or spread.high >= 1000 else 1 if spread.high >= 100 else 2
     median = f"{spread.median:,.{digits}f} {unit}".rstrip()
     if spread.low == spread.high:

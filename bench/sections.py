@@ -41,6 +41,8 @@ class Plan(NamedTuple):
     title: str
     how: str
     run: Callable[[Server, Scale], Findings]
+    is_side_by_side: bool = False
+    """See :class:`report.Section`."""
 
 
 def measure(place: Place, scale: Scale, plans: Sequence[Plan]) -> report.ServerReport:
@@ -54,7 +56,7 @@ def measure(place: Place, scale: Scale, plans: Sequence[Plan]) -> report.ServerR
         return result
     for number, plan in enumerate(plans, 1):
         print(f"\n[{number}/{len(plans)}] {plan.title}, on {result.name}", flush=True)
-        section = report.Section(plan.title, plan.how)
+        section = report.Section(plan.title, plan.how, is_side_by_side=plan.is_side_by_side)
         start = time.monotonic()
         try:
             with place.server() as server:

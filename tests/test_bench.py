@@ -110,12 +110,40 @@ def test_bars_are_drawn_with_zeros_on_a_logarithmic_axis(tmp_path: Path) -> None
 
 def test_publishing_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
     docs = tmp_path / "benchmarks.md"
-    docs.write_text(f"old figures\n{page.BY_HAND}\nWhy it is so.\n", encoding="utf-8")
-    page.publish(RUN, None, tmp_path)
-    text = docs.read_text(encoding="utf-8")
-    assert text.endswith(f"{page.BY_HAND}\nWhy it is so.\n")
-    assert "old figures" not in text
-    assert "too seldom" in text
+    docs.write_text(f"old\n{page.BY_HAND}\nWhy it is so.\n{page.MEASURED}\nold\n", encoding="utf-8")
+    for _ in range(2):
+        page.publish(RUN, None, tmp_path)
+        text = docs.read_text(encoding="utf-8")
+        assert f"\n{page.BY_HAND}\n\nWhy it is so.\n\n{page.MEASURED}\n" in text
+        assert "old" not in text
+        # In short before it, all rows after it.
+        assert text.index("2 of 4 targets met") < text.index("Why it is so.") < text.index("| too seldom |")
+
+
+def test_of_a_long_table_the_page_shows_the_rows_with_a_target_and_folds_up_the_rest(tmp_path: Path) -> None:
+    rows = [*ROWS, *[Row(f"row {number}", Spread.exactly(number), "") for number in range(page.MOST_ROWS)]]
+    run = replace(RUN, servers=[report.ServerReport("Redis 7", [report.Section("Long", rows=rows)])])
+    page.write(run, None, tmp_path / "page.md", tmp_path)
+    shown, _, folded = (tmp_path / "page.md").read_text(encoding="utf-8").partition("<details>")
+    assert [row.what for row in ROWS if f"\n| {row.what} |" in shown] == [row.what for row in ROWS if row.verdict]
+    assert [row.what for row in rows if f"\n| {row.what} |" in folded] == [row.what for row in rows]
+
+
+def test_the_page_puts_rows_of_several_contenders_side_by_side(tmp_path: Path) -> None:
+    rows = [
+        Row("plain: orders that end wrong", Spread.exactly(240), "of 260"),
+        Row("plain: seconds", Spread.exactly(1.5), "s"),
+        Row("presence: orders that end wrong", Spread.exactly(1), "of 2", target=0),
+    ]
+    section = report.Section("A contest", rows=rows, is_side_by_side=True)
+    run = replace(RUN, servers=[report.ServerReport("Redis 7", [section])])
+    page.write(run, None, tmp_path / "page.md", tmp_path)
+    lines = (tmp_path / "page.md").read_text(encoding="utf-8").splitlines()
+    first = lines.index("| measured | plain | presence | target |")
+    assert lines[first + 2 : first + 4] == [
+        "| orders that end wrong | 240 of 260 | 1 of 2 **MISS** | presence <= 0 of 2 |",
+        "| seconds | 1.50 s |  |  |",
+    ]
 
 
 @pytest.mark.usefixtures("local_place")
