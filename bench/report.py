@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from bench.measure import Spread
-from presence.scripts import lua_folder, splice
+from presence.scripts import lua_folder, splice, without_comments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -218,8 +217,7 @@ def scripts() -> str:
     """Tell which Lua scripts are measured, so that two runs can be told to be of the same ones."""
     folder = lua_folder()
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".lua"))
-    sources = "".join(splice(folder, name.removesuffix(".lua")) for name in names)
-    code = re.sub(r"^--\[\[.*?^\]\]\n|^ *--[^\n]*\n|^\n", "", sources, flags=re.DOTALL | re.MULTILINE)
+    code = "".join(without_comments(splice(folder, name.removesuffix(".lua"))) for name in names)
     digest = hashlib.sha1(code.encode(), usedforsecurity=False).hexdigest()
     return f"{len(names)}, the SHA1 of all without comments is {digest[:12]}"
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 _INCLUDE = re.compile(r"^(?P<indent> *)-- @include (?P<name>\w+)$")
+_COMMENT = re.compile(r"^--\[\[.*?^\]\]\n|^ *--[^\n]*\n|^\n", re.DOTALL | re.MULTILINE)
+"""A block of comment, a line of it, or an empty line."""
 
 
 class ScriptError(Exception):
@@ -80,6 +82,11 @@ def splice(folder: Traversable, name: str) -> str:
     return "\n".join(read(folder / f"{name}.lua", (name,), "")) + "\n"
 
 
+def without_comments(source: str) -> str:
+    """Leave out what the server does not run: half of the text, which some pipelines send along."""
+    return _COMMENT.sub("", source)
+
+
 @dataclass(frozen=True, slots=True)
 class Script:
     """One Lua script and the slots that its header declares; a test holds them against the header and the callers."""
@@ -99,5 +106,5 @@ class Script:
 @cache
 def load(name: str, keys: tuple[str, ...], arguments: tuple[str, ...]) -> Script:
     """Load a script by name; its SHA1 is computed here, so no round trip is spent on asking for it."""
-    source = splice(lua_folder(), name)
+    source = without_comments(splice(lua_folder(), name))
     return Script(name, keys, arguments, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())

@@ -789,7 +789,9 @@ class ConnectionManager:
         With a ``server_id``, to describe a registration or a heartbeat of the server before ``start_server`` raises
         ``ValueError`` there already, where it is described (the manager's own methods see to the start).
 
-        Cost: one round trip; the sum of the operations in the server.
+        Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
+        and, where they are not all of one script, a microsecond for each KB of their sources, which are sent along: 22
+        KB for a register, mostly 1 to 5.
 
         """
         return self._run(perform_each(check_operations(operations)))

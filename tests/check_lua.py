@@ -1,4 +1,4 @@
-"""Check every script as it is sent to the server, includes spliced in: it parses, and luacheck finds nothing in it.
+"""Check every script with its includes spliced in: it parses, and luacheck finds nothing in it.
 
 luacheck is not on PyPI: it is used where it is installed (Debian: lua-check); the parser is always used.
 """

@@ -826,6 +826,19 @@ class TestOneRoundTrip:
         with self.one_round_trip(admin, calls=10):
             assert warm_manager.pipeline([operations.update_heartbeat("sid-1")] * 10) == [True] * 10
 
+    def test_is_all_that_a_pipeline_of_different_operations_takes(
+        self, warm_manager: ConnectionManager, admin: Any
+    ) -> None:
+        operations = warm_manager.operations
+        described: list[presence.Operation[Any]] = [
+            operations.update_heartbeat("sid-1"),
+            operations.leave_game("sid-1"),
+            operations.get_game_connection_count("game"),
+            operations.get_connection_count(),
+        ]
+        with self.one_round_trip(admin, calls=4):
+            assert warm_manager.pipeline(described) == [True, "game", 1, 2]
+
     def test_an_empty_pipeline_takes_none(self, make_manager: ManagerFactory) -> None:
         assert make_manager("redis://nowhere.invalid").pipeline([]) == []
 

@@ -1027,7 +1027,7 @@ class TestCluster:
         for client in cluster.clients:
             client.execute_command("ACL", "SETUSER", "game-server", "on", ">password", *granted)
         for namespace in cluster.namespaces():
-            play(make_manager(cluster.url.replace("127", "game-server:password@127"), namespace=namespace))
+            play(make_manager(cluster.url.replace("//", "//game-server:password@", 1), namespace=namespace))
 
 
 class TestEventsOfASlotThatMovesWithItsKeys:
@@ -1101,7 +1101,7 @@ class TestAClusterThatCannotServe:
         assert isinstance(raised.value.__cause__, redis.exceptions.RedisClusterException)
 
     def test_a_wrong_password_is_named(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
-        manager = make_manager(cluster.url.replace("127", "user:wrong@127"))
+        manager = make_manager(cluster.url.replace("//", "//user:wrong@", 1))
         with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
             manager.get_connection_count()
 

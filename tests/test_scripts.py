@@ -213,10 +213,10 @@ class TestHeader:
         keys = [(f"{key}_key", "KEYS", number) for number, key in enumerate(SCRIPTS[name].keys, 1) if key != "absent"]
         arguments = [(argument, "ARGV", number) for number, argument in enumerate(SCRIPTS[name].arguments, 1)]
         assert header.bindings() == keys + arguments
-        assert len(re.findall(r"\b(?:KEYS|ARGV)\b", SCRIPTS[name].source.partition("]]")[2])) == len(keys + arguments)
+        assert len(re.findall(r"\b(?:KEYS|ARGV)\b", SCRIPTS[name].source)) == len(keys + arguments)
 
     def test_it_carries_no_writes_if_and_only_if_it_writes_nothing(self, name: str, client: redis.Redis) -> None:
-        code = re.sub(r"--.*", "", SCRIPTS[name].source.partition("]]")[2]).replace("local call = redis.call", "")
+        code = re.sub(r"--.*", "", SCRIPTS[name].source).replace("local call = redis.call", "")
         calls = re.findall(r"\bcall\(\s*'(\w+)'", code)
         assert len(re.findall(r"\bp?call\b", code)) == len(calls)
         commands = set(calls)
@@ -224,6 +224,14 @@ class TestHeader:
         writes = {command for command in commands if "write" in known[command.lower()]["flags"]}
         assert commands
         assert ("no-writes" in Header(name).flags) is (not writes)
+
+
+@every_script
+def test_the_server_gets_the_code_without_the_comments(name: str) -> None:
+    spliced = splice(LUA, name).splitlines()
+    header_end = spliced.index("]]")
+    code = [line for line in spliced[header_end + 1 :] if line and not line.lstrip().startswith("--")]
+    assert SCRIPTS[name].source.splitlines() == [spliced[0], *code]
 
 
 @every_script
