@@ -57,10 +57,10 @@ class EventsLostError(PresenceError):
 
 
 class PipelineError(PresenceError):
-    """Some operations of a pipeline failed.
+    """Some operations of a pipeline failed, or some scripts of a bulk call.
 
-    ``results`` has an item for each operation, in order: its result, or its ``PresenceError``. The first of these is
-    the cause, and redis-py's error is the cause of that.
+    ``results`` has an item for each operation, of a bulk call for each different id, in their order: its result, or its
+    ``PresenceError``. The first of these is the cause, and redis-py's error is the cause of that.
     """
 
     def __init__(self, results: list[Any]) -> None:

@@ -444,7 +444,7 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed, and the others took effect; its ``results`` has an item for each
-                script. A fault that all of them met is raised as by any other call.
+                different sid, in order. A fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
         than 30), N = connections in the namespace.
@@ -581,7 +581,7 @@ class ConnectionManager:
             user id, as text -> whether the user is online.
 
         Raises:
-            PipelineError: some of the scripts failed.
+            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order.
 
         Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
         where ``connections_per_user`` is more than ten).
@@ -599,7 +599,7 @@ class ConnectionManager:
             user id, as text -> the connection, or None.
 
         Raises:
-            PipelineError: some of the scripts failed.
+            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order.
 
         Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
         where ``connections_per_user`` is more than ten).
@@ -617,7 +617,7 @@ class ConnectionManager:
             game id -> the connections by their epoch.
 
         Raises:
-            PipelineError: some of the scripts failed.
+            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order.
 
         Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 10 games.
 

@@ -748,21 +748,31 @@ class Batches(Generic[Key, Result_co]):
         self, different: list[Key], size: int, describe: Callable[[list[Key]], Operation[list[Result_co]]]
     ) -> None:
         self.ids = different
-        self.operations = [describe(different[start : start + size]) for start in range(0, len(different), size)]
+        self._parts = [different[start : start + size] for start in range(0, len(different), size)]
+        self.operations = [describe(part) for part in self._parts]
+
+    def answers(self, results: Sequence[list[Result_co] | PresenceError]) -> list[Result_co | PresenceError]:
+        """Give the answer for each id, or the error that its script met."""
+        answers: list[Result_co | PresenceError] = []
+        for part, result in zip(self._parts, results, strict=True):
+            answers += [result] * len(part) if isinstance(result, PresenceError) else result
+        return answers
 
 
 def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:
     """Converse with the server to run the scripts together, and give what was answered for each id.
 
-    A fault that all of them met is raised as it is: one call is one script or many, by the number of ids.
+    Raises ``PipelineError`` when some failed, its ``results`` by ids. A fault that all of them met is raised as it is:
+    one call is one script or many, by the number of ids.
     """
-    try:
-        answers = yield from perform_each(batches.operations)
-    except PipelineError as error:
-        if all(isinstance(result, PresenceError) for result in error.results):
-            raise error.results[0] from error.results[0].__cause__
-        raise
-    return dict(zip(batches.ids, (answer for batch in answers for answer in batch), strict=True))
+    results: list[Any] = (yield from perform_all(batches.operations)) if batches.operations else []
+    faults = [result for result in results if isinstance(result, PresenceError)]
+    if faults and len(faults) == len(results):
+        raise faults[0]
+    answers: list[Any] = batches.answers(results)
+    if faults:
+        raise PipelineError(answers)
+    return dict(zip(batches.ids, answers, strict=True))
 
 
 def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[CleanupResult]:

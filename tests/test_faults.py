@@ -869,6 +869,23 @@ class TestAPipelineWithAFault:
         assert raised.value.__cause__ is failed
         assert_cause(failed, redis.ResponseError)
 
+    def test_of_a_bulk_call_tells_what_was_answered_for_each_id(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str
+    ) -> None:
+        set_the_scene(hasty_manager)
+        own_client.set(f"{{{namespace}}}:game_conns:12", "what another program wrote")
+        games = ["game", *(str(number) for number in range(24)), "game"]
+        with pytest.raises(
+            presence.PipelineError, match=r"10 of 25 operations failed.*use another namespace"
+        ) as raised:
+            hasty_manager.get_games_connections(games)
+        first, *others = raised.value.results
+        assert [connection.sid for connection in first] == ["sid-1", "sid-2"]
+        failed = [error for error in others if isinstance(error, presence.UnexpectedReplyError)]
+        assert others == [[]] * 9 + failed + [[]] * 5
+        assert len(failed) == 10
+        assert_cause(failed[0], redis.ResponseError)
+
     def test_names_an_unreachable_server_for_each(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
         manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **at_once)
         operations = manager.operations
