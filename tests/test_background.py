@@ -111,6 +111,19 @@ def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
         yield client
 
 
+@pytest.fixture
+def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let seconds pass by the clock of the process that a repeated cleanup goes by, without waiting."""
+    skipped = 0.0
+    monkeypatch.setattr("presence.operations.monotonic", lambda: time.monotonic() + skipped)
+
+    def skip(seconds: float) -> None:
+        nonlocal skipped
+        skipped += seconds
+
+    return skip
+
+
 def test_a_cleanup_with_a_threshold_of_few_heartbeats_does_not_wait_for_one_between_its_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -172,20 +185,22 @@ class TestRunCleanup:
                 may_go_on.set()
 
     def test_after_a_long_outage_lets_the_heartbeats_come_first(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str, skip: Callable[[float], None]
     ) -> None:
         reported: list[str] = []
         with (
-            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager,
+            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=2) as manager,
             Proxy(own_server.port) as proxy,
         ):
             manager.register_connection("there", "user-1")
             manager.register_connection("gone", "user-2")
-            background = Background(kind, proxy.url, heartbeat_seconds=1, **one_attempt(kind))
+            background = Background(kind, proxy.url, heartbeat_seconds=2, **one_attempt(kind))
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 3)
                 proxy.fates = [Fate.LOSE_REQUEST] * 1000
-                time.sleep(3.1)
+                wait_until(lambda: len(proxy.fates) < 1000)
+                skip(6.1)
+                let_time_pass(own_client, "presence", 6.1)
                 own_client.config_resetstat()
                 proxy.fates.clear()
                 wait_until(lambda: scripts_run(own_client) == 1)  # It has seen that the server answers again.
@@ -194,26 +209,34 @@ class TestRunCleanup:
         assert reported == ["gone"]
 
     def test_after_a_pause_that_hides_an_outage_lets_the_heartbeats_come_first(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str, skip: Callable[[float], None]
     ) -> None:
         reported: list[str] = []
-        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager:
-            background = Background(kind, own_server.url, heartbeat_seconds=1)
-            with repeating(background, "run_cleanup", 3.5, lambda result: reported.extend(sids_of(result))):
+        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=2) as manager:
+            background = Background(kind, own_server.url, heartbeat_seconds=2)
+            with repeating(background, "run_cleanup", 1, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 1)
                 manager.register_connection("there", "user-1")
                 manager.register_connection("gone", "user-2")
-                let_time_pass(own_client, "presence", 1)
                 own_client.config_resetstat()
-                wait_until(lambda: scripts_run(own_client) == 1)  # It sees that the server is there.
+                skip(6.1)
+                let_time_pass(own_client, "presence", 6.1)
+                wait_until(lambda: scripts_run(own_client) >= 1)  # It sees that the server is there.
                 assert manager.update_heartbeat("there")
                 wait_until(lambda: reported)
         assert reported == ["gone"]
 
     @pytest.mark.parametrize(("fate", "interval"), [(Fate.LOSE_REQUEST, 0.05), (Fate.LOSE_REPLY, HOUR)])
     def test_reports_after_a_fault_what_a_batch_removed_or_would_have(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str, fate: Fate, interval: float
+        self,
+        own_server: LocalServer,
+        own_client: redis.Redis,
+        kind: str,
+        fate: Fate,
+        interval: float,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr("presence.operations.RESENDING_SECONDS", 0.1)
         reported: list[str] = []
         with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
             manager.register_connection("sid", "user")
