@@ -34,7 +34,7 @@ check: $(READY)  ## Lint, types, and the Lua scripts
 	@$(VENV)/bin/mypy
 	@$(RUN) -m tests.check_lua
 
-format: $(READY)  ## Format the Python code and mend what ruff can mend
+format: $(READY)  ## Format the Python code and fix what ruff can fix
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 

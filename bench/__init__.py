@@ -1,1 +1,1 @@
-"""What ``make bench`` runs: the cost of the operations, measured against the server's own commands in the same run."""
+"""What ``make bench`` and ``make prove`` run: contenders side by side, every interleaving, storms, costs and scale."""

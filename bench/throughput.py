@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from bench.scale import Scale
     from bench.servers import Server
 
-HOW = """
-64 tasks on one event loop through the manager, against the same EVALSHA through a plain `redis.asyncio` client with its
-own pool, round by round in turns. A register is held by the server long before the client, so it has no target.
-"""
+HOW = """64 tasks on one event loop through the manager, against the same EVALSHA through a plain `redis.asyncio` client
+with its own pool, round by round in turns. A register is held by the server long before the client, so it has no
+target."""
 
 TASKS = 64
 CONNECTIONS = 20_000

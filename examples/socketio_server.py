@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A Socket.IO game server on presence.")
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
-    manager = ConnectionManager.from_url(
-        os.environ.get("PRESENCE_REDIS_URL", "redis://localhost:6379/0"),
+    manager = ConnectionManager(
         server_id=f"{socket.gethostname()}:{port}",
         server_grace_seconds=30,
         displacement="newest_resumes",

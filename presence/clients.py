@@ -315,18 +315,18 @@ def cluster_pauses() -> Iterator[float]:
     return map(backoff.compute, failures)
 
 
-def passing_faults(replies: Sequence[Any]) -> list[int]:
+def transient_faults(replies: Sequence[Any]) -> list[int]:
     """Give the places of a cluster's replies that are faults which may pass: nodes that are away, slots that move."""
-    return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _may_pass(reply)]
+    return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _is_transient(reply)]
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, redis.exceptions.RedisClusterException) and error.__cause__:
-        return _may_pass(error.__cause__)  # It could not read the layout.
-    return isinstance(error, _PASSING) and not isinstance(error, _LASTING)
+        return _is_transient(error.__cause__)  # It could not read the layout.
+    return isinstance(error, _TRANSIENT) and not isinstance(error, _PERMANENT)
 
 
-_PASSING = (
+_TRANSIENT = (
     OSError,
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
@@ -335,7 +335,7 @@ _PASSING = (
     redis.exceptions.AskError,
     redis.exceptions.TryAgainError,
 )
-_LASTING = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
+_PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
 
 
 def cluster_replies(replies: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What goes on in another way in a process that was forked from this one."""
+"""Hooks that reset an instance in a process that was forked from this one."""
 
 from __future__ import annotations
 

@@ -745,6 +745,10 @@ class ConnectionManager:
             on_removed: awaited with each batch that removed or detached something. What it raises is logged, and what
                 it had not dealt with is not reported again: catch errors for each connection inside.
 
+        Raises:
+            TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.
+            ValueError: an interval or threshold is out of its bounds.
+
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
         """
@@ -967,7 +971,7 @@ class ConnectionManager:
         pauses = clients.cluster_pauses()
         replies = await self._send_once(own, request)
         for pause in pauses:
-            failed = clients.passing_faults(replies)
+            failed = clients.transient_faults(replies)
             if not failed:
                 break
             await asyncio.sleep(pause)
@@ -1007,6 +1011,6 @@ class ConnectionManager:
             replies = [error] * len(request)
         if own.is_cluster:
             replies = clients.cluster_replies(replies)
-            if clients.passing_faults(replies) and own.layout is not None and own.layout.done():
+            if clients.transient_faults(replies) and own.layout is not None and own.layout.done():
                 own.layout = None
         return replies

@@ -81,12 +81,6 @@ class _Unfrozen(_Times):
     __slots__ = ConnectionInfo.__slots__
 
 
-class _UnfrozenRegistration:
-    """The same for a ``Registration``."""
-
-    __slots__ = Registration.__slots__
-
-
 def _connection(
     sid: str,
     user_id: str,
@@ -193,17 +187,13 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
             resumed_from = told
         else:
             return Registration(told, refused=True)
-    registration: Any = _UnfrozenRegistration()
-    registration.connection = connection or _connection(
-        sid, user_id, None, now, now, now, epoch, None, server_id, metadata
+    return Registration(
+        connection or _connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
+        tuple(displaced),
+        resumed_from is not None,
+        replaced,
+        resumed_from,
     )
-    registration.displaced = tuple(displaced)
-    registration.resumed = resumed_from is not None
-    registration.replaced = replaced
-    registration.resumed_from = resumed_from
-    registration.refused = False
-    registration.__class__ = Registration
-    return registration  # type: ignore[no-any-return]
 
 
 def parse_join(reply: bytes | int) -> JoinResult:

@@ -691,6 +691,10 @@ class ConnectionManager:
             on_removed: called with each batch that removed or detached something. What it raises is logged, and what
                 it had not dealt with is not reported again: catch errors for each connection inside.
 
+        Raises:
+            TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.
+            ValueError: an interval or threshold is out of its bounds.
+
         Cost: as :meth:`cleanup_stale_connections`, each time.
 
         """
@@ -898,7 +902,7 @@ class ConnectionManager:
                 return clients.connect_blocking(address, self._client_options), tries_again
             except FAULTS as error:
                 pause = next(pauses, None)
-                if pause is None or not clients.passing_faults([error]):
+                if pause is None or not clients.transient_faults([error]):
                     raise
                 time.sleep(pause)
 
@@ -955,7 +959,7 @@ class ConnectionManager:
         pauses = clients.cluster_pauses()
         replies = self._send_once(own.client, request)
         for pause in pauses:
-            failed = clients.passing_faults(replies)
+            failed = clients.transient_faults(replies)
             if not failed:
                 break
             time.sleep(pause)

@@ -1,4 +1,4 @@
-"""The fourteen operations as a table: what each is called with in one fixed scene, and what it must answer there."""
+"""The core's operations as a table: what each is called with in one fixed scene, and what it must answer there."""
 
 from __future__ import annotations
 

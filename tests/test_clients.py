@@ -652,7 +652,7 @@ def test_on_a_cluster_no_call_is_sent_again_after_a_fault_that_lasts() -> None:
         redis.exceptions.AuthorizationError(),
         redis.exceptions.TryAgainError(),
     ]
-    assert clients.passing_faults(replies) == [0, 4]
+    assert clients.transient_faults(replies) == [0, 4]
 
 
 def test_options_reach_redis_py_from_the_url_and_from_the_call(

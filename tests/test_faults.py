@@ -680,7 +680,7 @@ class TestAServerThatRefusesToWrite:
         own_client.bgsave()
         info: Any = own_client.info
         wait_until(lambda: info("persistence")["rdb_last_bgsave_status"] == "err")
-        with pytest.raises(presence.ReadOnlyServerError, match="mend its disk"):
+        with pytest.raises(presence.ReadOnlyServerError, match="free its disk"):
             hasty_manager.register_connection("sid", "user")
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.contenders import CONTENDERS, kind_of, violations
 from bench.explorer.gate import readable
@@ -79,19 +79,6 @@ class Tally:
             self.turns = turns
             self.example = "\n".join(_tell(pair, run, broken, kinds))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give what a report keeps, ready for JSON."""
-        return {
-            "schedules": self.schedules,
-            "of": self.of,
-            "is_complete": self.is_complete,
-            "wrong": self.wrong,
-            "with_violations": self.with_violations,
-            "with_wrong_answers": self.with_wrong_answers,
-            "kinds": dict(self.kinds),
-            "example": self.example,
-        }
-
     def __add__(self, other: Tally) -> Tally:
         first = min(self, other, key=lambda tally: tally.turns)
         return Tally(
@@ -120,15 +107,6 @@ class Result:
     def wrong(self) -> int:
         """Schedules with anything wrong."""
         return self.alive.wrong + self.crashed.wrong
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give what a report keeps, ready for JSON."""
-        return {
-            "contender": self.contender,
-            "pair": self.pair,
-            "alive": self.alive.as_dict(),
-            "crashed": self.crashed.as_dict(),
-        }
 
 
 def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str]) -> Iterator[str]:
