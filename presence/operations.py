@@ -5,11 +5,13 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 
 from __future__ import annotations
 
+import logging
 import os
 from binascii import b2a_base64
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
@@ -70,6 +72,13 @@ SCRIPT_LOADS = 2
 """Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
 
 HEARTBEATS_UNTIL_STALE = 3
+SERVER_HEARTBEATS_UNTIL_WARNING = 2
+
+logger = logging.getLogger("presence")
+SERVER_IS_SILENT = (
+    "the game server %r has sent no heartbeat for %.0f s: after three are missing, cleanups take all of its players, "
+    "whether these beat or not; keep run_server_heartbeat() running in the background"
+)
 
 # What both managers log of what they run in the background. An error that is none of presence's, such as one of a
 # credential provider, is logged with its traceback.
@@ -305,6 +314,8 @@ class Operations:
         self.events_key = self._prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
+        self._beaten_at = inf
+        """When the game server was started or beat; for ever once it was warned of."""
         self._start: Operation[int] | None = None
         self._start_anew()
         call_in_child(self, Operations._start_anew)
@@ -322,6 +333,7 @@ class Operations:
 
     def _started(self, reply: int) -> int:
         self.boot_epoch = int(reply)
+        self._beaten_at = monotonic()
         return self.boot_epoch
 
     def _grace_ms(self, name: str, seconds: float) -> int:
@@ -337,6 +349,10 @@ class Operations:
             return b""
         if self.boot_epoch is None:
             raise ServerNotStartedError
+        silence = monotonic() - self._beaten_at
+        if silence > SERVER_HEARTBEATS_UNTIL_WARNING * self.heartbeat_seconds:
+            logger.warning(SERVER_IS_SILENT, self.server_id, silence)
+            self._beaten_at = inf
         return f"{self.boot_epoch}:{self.server_id}".encode()
 
     def _conn(self, sid: bytes) -> bytes:
@@ -738,6 +754,7 @@ class Operations:
     def update_server_heartbeat(self) -> Operation[bool]:
         """Describe a heartbeat of this game server."""
         self.start_server()
+        self._beaten_at = monotonic()
         return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime), bool)
 
 

@@ -578,6 +578,26 @@ class TestCleanupServer:
             getattr(manager, method)()
 
 
+def test_a_manager_whose_server_does_not_beat_says_once_that_its_players_will_be_taken(
+    make_manager: ManagerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
+    manager = make_manager(server_id="server", heartbeat_seconds=10)
+    manager.register_connection("sid-1", "user-1")
+    now = 19
+    manager.update_server_heartbeat()
+    now = 38
+    manager.register_connection("sid-2", "user-2")
+    assert caplog.messages == []
+    now = 40
+    manager.register_connection("sid-3", "user-3")
+    manager.register_connection("sid-4", "user-4")
+    (message,) = caplog.messages
+    assert message.startswith("the game server 'server' has sent no heartbeat for 21 s")
+    assert "run_server_heartbeat()" in message
+
+
 class TestRunServerHeartbeat:
     """It beats at once and then again and again, and ends with its manager or when it was replaced."""
 
