@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 
-from bench import cleanup, client, concurrency, contest, growth, memory, page, report, speed, throughput
+from bench import cleanup, client, concurrency, contest, growth, memory, page, report, round_trips, speed, throughput
 from bench.scale import FULL, QUICK
 from bench.sections import Plan, measure
 from bench.servers import places
@@ -28,6 +28,7 @@ CORE = (
 LONGER = (
     Plan("Memory per connection, UUIDs", "", memory.measure_memory_with_uuids),
     Plan("Latency at the client, one call at a time", client.HOW, client.measure_client),
+    Plan("Round trips of each operation", round_trips.HOW, round_trips.measure_round_trips, is_side_by_side=True),
     Plan("The storm: four ways to keep presence", contest.HOW_STORM, contest.measure_storms, is_side_by_side=True),
     Plan("Throughput of registers by contender", contest.HOW_REGISTERS, contest.measure_registers),
     Plan("Throughput by tasks and threads", concurrency.HOW, concurrency.measure_concurrency),

@@ -17,6 +17,7 @@ from bench.crowd import PLAIN, PRESENCE, Crowd
 from bench.fill import NAMESPACE, load_scripts
 from bench.measure import MeasurementError, Spread
 from bench.report import Figure, Row
+from bench.round_trips import measure_round_trips
 from bench.scale import QUICK
 from bench.sections import Plan
 from bench.servers import Place, Server
@@ -212,3 +213,20 @@ def test_a_crowd_is_what_the_contender_itself_would_have_made(own_server: LocalS
             await keeper.aclose()
 
     asyncio.run(look())
+
+
+def test_each_operation_takes_as_many_round_trips_as_its_contender_has_steps(own_server: LocalServer) -> None:
+    with redis.Redis.from_url(own_server.url) as client:
+        rows = [row for row in measure_round_trips(Server(client, own_server.url), QUICK) if isinstance(row, Row)]
+    trips = {row.what: row.value.median for row in rows}
+    assert {count for what, count in trips.items() if what.startswith("presence: ")} == {1}
+    assert {row.verdict for row in rows if row.what.startswith("presence: ")} == {"PASS"}
+    assert [trips[f"plain: {operation}"] for operation in ("heartbeat", "register, the first of its user", "join")] == [
+        len(["EXISTS", "HSET", "EXPIRE", "HGET", "EXPIRE"]),
+        len(["GET", "HSET", "EXPIRE", "SET", "EXPIRE"]),
+        len(["HGET", "HSET", "SADD", "EXPIRE"]),
+    ]
+    displacing = "GET HGETALL SREM GET DEL DEL HSET EXPIRE SET EXPIRE"
+    assert trips["plain: register, displacing one in a game"] == len(displacing.split())
+    for name in CONTENDERS:
+        assert sum(what.startswith(f"{name}: ") for what in trips) == len(trips) / len(CONTENDERS)
