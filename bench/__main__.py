@@ -30,7 +30,9 @@ LONGER = (
     Plan("Latency at the client, one call at a time", client.HOW, client.measure_client),
     Plan("Round trips of each operation", round_trips.HOW, round_trips.measure_round_trips, is_side_by_side=True),
     Plan("The storm: four ways to keep presence", contest.HOW_STORM, contest.measure_storms, is_side_by_side=True),
-    Plan("Throughput of registers by contender", contest.HOW_REGISTERS, contest.measure_registers),
+    Plan(
+        "Throughput of registers by contender", contest.HOW_REGISTERS, contest.measure_registers, is_side_by_side=True
+    ),
     Plan("Throughput by tasks and threads", concurrency.HOW, concurrency.measure_concurrency),
     Plan("Cost by size, beside plain", growth.HOW, growth.measure_growth),
 )

@@ -169,15 +169,13 @@ def measure_registers(server: Server, scale: Scale) -> Findings:
     for processes, tasks in REGISTERING:
         each = f"{processes} process{'es' * (processes > 1)} of {tasks} task{'s' * (tasks > 1)}"
         ours = rates[PRESENCE, processes, tasks]
-        rows += [Row(f"{other}, {each}", Spread.of(rates[other, processes, tasks]), "/s") for other in WANTED]
+        rows += [Row(f"{name}: {each}", Spread.of(rates[name, processes, tasks]), "/s") for name in CONTENDERS]
         rows += [
             Row(
-                f"presence, {each}",
-                Spread.of(ours),
-                "/s",
+                f"presence to {other}: {each}",
                 ratios(ours, rates[other, processes, tasks]),
-                other,
-                wanted if tasks == COMPARED_TASKS else None,
+                "x",
+                target=wanted if tasks == COMPARED_TASKS else None,
                 at_least=True,
             )
             for other, wanted in WANTED.items()
