@@ -31,8 +31,8 @@ not there, a partial record, …). Every connection that ended must have been re
 linearizable, and no cleanup may have taken a connection that was registered, or whose heartbeat was answered with yes,
 by a call which began less than the cleanup's threshold before the cleanup ended. Latency is the caller's, with two
 cores for the server and all four processes. Reads of the server are what it took from its sockets
-(`total_reads_processed`) by operation, the cleaners' among them: those of *presence* share them, as what is asked for in
-one turn of the event loop is sent together. The last rows run two registers of one user through every order of their
+(`total_reads_processed`) by operation, the cleaners' among them; callers of *presence* share them, as what is asked for
+in one turn of the event loop is sent together. The last rows run two registers of one user through every order of their
 commands, and once more with one of the callers dying after each of them, such as while it holds the *lock* (500 drawn
 by chance where there are more; `make prove` does it for every pair of operations, and a storm of a million)."""
 

@@ -157,3 +157,10 @@ def own_server() -> Iterator[LocalServer]:
     """A server process that the test may stop, restart, fill and reconfigure."""
     with LocalServer(program()) as server:
         yield server
+
+
+@pytest.fixture
+def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
+    """A plain client of the test's own server, to look into it and to reconfigure it."""
+    with redis.Redis.from_url(own_server.url) as client:
+        yield client

@@ -20,7 +20,7 @@ from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.server import free_port
 from tests.test_cleanup import register_many
-from tests.watching import wait_until
+from tests.watching import scripts_run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -93,22 +93,8 @@ def repeating(
     assert background.has_ended.wait(BOUND_SECONDS), "the close did not end it"
 
 
-def scripts_run(client: redis.Redis) -> int:
-    """How many scripts the server has run to their end since it was last asked to forget."""
-    stats: Any = client.info("commandstats")
-    evalsha = stats.get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
-    return int(evalsha["calls"]) - int(evalsha["failed_calls"])
-
-
 def sids_of(result: CleanupResult) -> list[str]:
     return [connection.sid for connection in result.removed]
-
-
-@pytest.fixture
-def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
-    """A plain client of the test's own server, to count what that runs."""
-    with redis.Redis.from_url(own_server.url) as client:
-        yield client
 
 
 @pytest.fixture

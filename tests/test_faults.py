@@ -41,13 +41,6 @@ every_operation = pytest.mark.parametrize("name", CALLS)
 
 
 @pytest.fixture
-def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
-    """A plain client of the test's own server, to reconfigure it."""
-    with redis.Redis.from_url(own_server.url, decode_responses=True) as client:
-        yield client
-
-
-@pytest.fixture
 def own_manager(make_manager: ManagerFactory, own_server: LocalServer) -> ConnectionManager:
     """A manager, on the test's own server, that tries again as managers do."""
     return make_manager(own_server.url)

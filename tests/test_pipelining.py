@@ -23,7 +23,7 @@ from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port
 from tests.test_retries import CuttingProxy
-from tests.watching import is_held, wait_until
+from tests.watching import is_held, scripts_run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -50,12 +50,6 @@ async def warm_manager(url: str, players: int, **options: Any) -> AsyncIterator[
         for number in range(players):
             await manager.register_connection(f"sid-{number}", f"user-{number}")
         yield manager
-
-
-def scripts_run(admin: Any) -> int:
-    """How many scripts the server has run to their end since it was last asked to forget."""
-    stats = admin.info("commandstats").get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
-    return int(stats["calls"]) - int(stats["failed_calls"])
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -110,13 +110,6 @@ def proxy(own_server: LocalServer) -> Iterator[CuttingProxy]:
 
 
 @pytest.fixture
-def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
-    """A plain client of the test's own server."""
-    with redis.Redis.from_url(own_server.url) as client:
-        yield client
-
-
-@pytest.fixture
 def without_backoff(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The client options of a manager that tries again as often as managers do, but does not wait before it."""
     is_asyncio = request.node.callspec.params["make_manager"] == "asyncio"

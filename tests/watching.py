@@ -48,3 +48,10 @@ def evalsha_calls(client: redis.Redis) -> int:
     """How many scripts the server was asked to run since it was last asked to forget."""
     stats: Any = client.info("commandstats")
     return int(stats.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+def scripts_run(client: redis.Redis) -> int:
+    """How many scripts the server has run to their end since it was last asked to forget."""
+    stats: Any = client.info("commandstats")
+    evalsha = stats.get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
+    return int(evalsha["calls"]) - int(evalsha["failed_calls"])
