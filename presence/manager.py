@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -13,19 +12,12 @@ import redis.asyncio
 from redis.asyncio import Redis, RedisCluster
 
 from presence import arguments, clients
-from presence.errors import FAULTS, PresenceError
-from presence.operations import (
+from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
+from presence.errors import FAULTS
+from presence.exchanges import (
     AS_BYTES,
-    CLEANUP_FAILED,
-    ON_REMOVED_FAILED,
     SCRIPT_LOAD,
-    SERVER_HEARTBEAT_FAILED,
-    SERVER_REPLACED,
-    Command,
     Exchange,
-    Operation,
-    Operations,
-    RepeatedCleanup,
     check_operations,
     clean_up,
     for_server,
@@ -33,6 +25,7 @@ from presence.operations import (
     perform_each,
     recover,
 )
+from presence.operations import Command, Operation, Operations
 from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
 from presence.subscriptions import AsyncSubscription, Feed
@@ -44,8 +37,6 @@ if TYPE_CHECKING:
 
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
-
-logger = logging.getLogger("presence")
 
 Result = TypeVar("Result")
 
@@ -776,7 +767,8 @@ class ConnectionManager:
         self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
         seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
         interval = arguments.milliseconds("interval_seconds", seconds) / 1000
-        return self._repeat(lambda: self._beat_for_server(interval), self._closes, to_its_end=False)
+        heartbeat = RepeatedServerHeartbeat(self.operations, interval)
+        return self._repeat(lambda: self._beat_for_server(heartbeat), self._closes, to_its_end=False)
 
     async def _repeat(
         self, step: Callable[[], Coroutine[Any, Any, float | None]], closes: int, *, to_its_end: bool
@@ -803,17 +795,13 @@ class ConnectionManager:
             self._repetitions.discard(running)
             running.ended.set()
 
-    async def _beat_for_server(self, interval: float) -> float | None:
+    async def _beat_for_server(self, heartbeat: RepeatedServerHeartbeat) -> float | None:
         """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""
         try:
             is_known = await self.update_server_heartbeat()
         except Exception as error:
-            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error, exc_info=not isinstance(error, PresenceError))
-            return interval
-        if not is_known:
-            logger.error(SERVER_REPLACED, self.operations.server_id)
-            return None
-        return interval
+            return heartbeat.fail(error)
+        return heartbeat.succeed(is_known)
 
     async def _clean_up_batch(
         self,
@@ -824,9 +812,7 @@ class ConnectionManager:
         try:
             done = await self._run(cleanup.next())
         except Exception as error:
-            pause = cleanup.fail()
-            logger.warning(CLEANUP_FAILED, pause, error, exc_info=not isinstance(error, PresenceError))
-            return pause
+            return cleanup.fail(error)
         pause = cleanup.succeed(done)
         if on_removed is not None and (done.removed or done.detached):
             try:
@@ -834,7 +820,7 @@ class ConnectionManager:
                 if inspect.isawaitable(handled):  # A plain function will do.
                     await handled
             except Exception:
-                logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
+                cleanup.fail_to_report(done)
         return pause
 
     async def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:

@@ -8,18 +8,14 @@ from __future__ import annotations
 import logging
 import os
 from binascii import b2a_base64
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
-from hiredis import pack_command
-from redis.exceptions import NoScriptError
-
 from presence import arguments, scripts
-from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain, unreadable
+from presence.errors import PresenceError, unreadable
 from presence.forks import call_in_child
 from presence.replies import (
     CleanupBatch,
@@ -37,7 +33,6 @@ from presence.replies import (
     text_or_none,
 )
 from presence.results import (
-    CleanupResult,
     ConnectionInfo,
     GameSnapshot,
     HeartbeatStatus,
@@ -46,7 +41,7 @@ from presence.results import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from uuid import UUID
 
 Result = TypeVar("Result")
@@ -56,20 +51,12 @@ Key = TypeVar("Key")
 Command: TypeAlias = "tuple[str | bytes, ...]"
 """A command's name, and its arguments in bytes: redis-py encodes texts as its client was told to, and hiredis 3.5 can
 crash where a signal's handler raises while it makes a text of an int."""
-Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
-"""A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
 
 Displacement: TypeAlias = Literal["newest_wins", "newest_resumes", "reject_while_alive"]
 """Which connection gives way when a user has as many as are allowed."""
 
 EventsMode: TypeAlias = Literal["off", "pubsub", "stream"]
 """Whether and how changes are published."""
-
-SCRIPT_LOAD = "SCRIPT LOAD"
-AS_BYTES = {"NEVER_DECODE": True}
-"""redis-py's option for replies that stay bytes, however the client decodes."""
-SCRIPT_LOADS = 2
-"""Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
 
 HEARTBEATS_UNTIL_STALE = 3
 SERVER_HEARTBEATS_UNTIL_WARNING = 2
@@ -78,17 +65,6 @@ logger = logging.getLogger("presence")
 SERVER_IS_SILENT = (
     "the game server %r has sent no heartbeat for %.0f s: after three are missing, cleanups take all of its players, "
     "whether these beat or not; keep run_server_heartbeat() running in the background"
-)
-
-# What both managers log of what they run in the background. An error that is none of presence's, such as one of a
-# credential provider, is logged with its traceback.
-CLEANUP_FAILED = "cleanup failed, next attempt in %g s: %s"
-ON_REMOVED_FAILED = "on_removed failed for some of %d connections that were removed or detached"
-SERVER_HEARTBEAT_FAILED = "the server's heartbeat failed, next attempt in %g s: %s"
-SERVER_REPLACED = "a later start of the game server %r has replaced this one: its heartbeat ends"
-
-CLOSED_BEFORE = (
-    "the manager was closed before, so what was to run until then ends at once: use `with manager:` around it"
 )
 
 CLEANUP_BATCH_SIZE = 20
@@ -109,6 +85,8 @@ MAX_CONNECTIONS_PER_USER = 100
 
 RETENTION_MS = 27 * 60 * 60 * 1000
 """How much longer than its connections a key lives: see lua/include/retention_ms.lua, which says the same."""
+KEPT_SECONDS = 60
+"""How long the scripts keep the answer of a call for when it is sent again, see lua/include/kept_ms.lua."""
 
 REGISTER = scripts.load(
     "register",
@@ -188,11 +166,6 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
     "get_game_connection_count", keys=("game_conns", "last_seen"), arguments=("conn_ttl_ms",)
 )
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit", "again"))
-
-KEPT_SECONDS = 60
-"""How long the scripts keep the answer of a call for when it is sent again, see lua/include/kept_ms.lua."""
-RESENDING_SECONDS = 5
-"""The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
 
 NEWEST_RESUMES = "newest_resumes"
 REJECT_WHILE_ALIVE = "reject_while_alive"
@@ -774,221 +747,3 @@ class Batches(Generic[Key, Result_co]):
         for part, result in zip(self._parts, results, strict=True):
             answers += [result] * len(part) if isinstance(result, PresenceError) else result
         return answers
-
-
-def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:
-    """Converse with the server to run the scripts together, and give what was answered for each id.
-
-    Raises ``PipelineError`` when some failed, its ``results`` by ids. A fault that all of them met is raised as it is:
-    one call is one script or many, by the number of ids.
-    """
-    results: list[Any] = (yield from perform_all(batches.operations)) if batches.operations else []
-    faults = [result for result in results if isinstance(result, PresenceError)]
-    if faults and len(faults) == len(results):
-        raise faults[0]
-    answers: list[Any] = batches.answers(results)
-    if faults:
-        raise PipelineError(answers)
-    return dict(zip(batches.ids, answers, strict=True))
-
-
-def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[CleanupResult]:
-    """Converse with the server batch by batch until nothing stale is left.
-
-    What was removed before a fault is still reported: nobody else could report it.
-    """
-    removed: list[ConnectionInfo] = []
-    detached: list[ConnectionInfo] = []
-    while True:
-        try:
-            done = yield from perform(describe_batch())
-        except PresenceError as error:
-            if not removed and not detached:
-                raise
-            return CleanupResult(tuple(removed), error, tuple(detached))
-        removed += done.removed
-        detached += done.detached
-        if done.is_last:
-            return CleanupResult(tuple(removed), None, tuple(detached))
-
-
-class RepeatedCleanup:
-    """What a ``run_cleanup`` sends next, and how many seconds it pauses after the answer or the fault.
-
-    A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before while
-    the answer is kept, and what it removed is still reported. While no batch comes through, no heartbeat may either:
-    when that has lasted so long that all may look stale, the next one waits until the server answers, and then for a
-    heartbeat of everyone. So it does after a pause that may hide such a time.
-    """
-
-    def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
-        self._operations = operations
-        self._interval = interval
-        self._threshold_seconds = threshold_seconds
-        self._batch = operations.cleanup_batch(threshold_seconds)
-        self._sent_at: float | None = None
-        """When this batch was sent first."""
-        self._cleaned_at = monotonic()
-        self._has_failed = self._only_asks = self._has_waited = False
-        # Game servers look dead after three heartbeats, whatever the threshold.
-        heartbeats = HEARTBEATS_UNTIL_STALE * operations.heartbeat_seconds
-        shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
-        self._harmless_seconds = shortest - operations.heartbeat_seconds
-
-    def next(self) -> Operation[CleanupBatch]:
-        """Give the operation to send."""
-        now = monotonic()
-        seconds = now - self._cleaned_at
-        # With a threshold below a heartbeat, cleanup does not go by heartbeats.
-        may_look_stale = 0 < self._harmless_seconds <= seconds
-        may_be_outage = self._has_failed or seconds > self._operations.heartbeat_seconds
-        self._only_asks = may_look_stale and may_be_outage and not self._has_waited
-        if self._only_asks:
-            count = self._operations.get_connection_count()
-            return Operation(count.script, count.keys, count.arguments, lambda _: CleanupBatch((), is_last=True))
-        self._sent_at = self._sent_at or now
-        return self._batch
-
-    def fail(self) -> float:
-        """Give the seconds to pause after a fault."""
-        self._has_failed, self._has_waited = True, False
-        # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
-        is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
-        return min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
-
-    def succeed(self, done: CleanupBatch) -> float:
-        """Give the seconds to pause after an answer, none when there is more to remove."""
-        if self._only_asks:
-            self._has_waited = True
-            return self._operations.heartbeat_seconds
-        self._batch = self._operations.cleanup_batch(self._threshold_seconds)
-        self._sent_at, self._has_failed, self._has_waited = None, False, False
-        self._cleaned_at = monotonic()
-        return self._interval if done.is_last else 0
-
-
-def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
-    """Converse with the server to run operations, together and in order.
-
-    A script that the server does not have is loaded and exactly the calls that missed it are repeated; nothing of them
-    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be there and
-    others not, and the calls would run out of order: so these are loaded in the same breath.
-
-    Returns:
-        An item for each operation: its result, or the ``PresenceError`` that it met.
-
-    """
-    different = list(dict.fromkeys(operation.script for operation in operations))
-    loads = [load_command(script) for script in different] if len(different) > 1 else []
-    replies = yield [*loads, *(operation.command() for operation in operations)]
-    return (yield from _settle(operations, replies[len(loads) :]))
-
-
-def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchange[list[Any]]:
-    """Do what the first replies ask for, and give the results."""
-    for _ in range(SCRIPT_LOADS):
-        missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if not missed:
-            break
-        failed: dict[scripts.Script, Exception] = {}
-        for script in dict.fromkeys(operations[index].script for index in missed):
-            (loaded,) = yield [load_command(script)]
-            if isinstance(loaded, Exception):
-                failed[script] = loaded
-        # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-        again = [index for index in missed if operations[index].script not in failed]
-        repeated = (yield [operations[index].command() for index in again]) if again else []
-        replies = [
-            failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
-            for operation, reply in zip(operations, replies, strict=True)
-        ]
-        for index, reply in zip(again, repeated, strict=True):
-            replies[index] = reply
-    results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
-    refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
-    if refused and len(operations) > 1:
-        # Nothing of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
-        first, *rest = refused
-        (results[first],) = yield from perform_all((operations[first],))
-        if rest and not isinstance(results[first], ReadOnlyServerError):
-            repeated = yield from perform_all([operations[index] for index in rest])
-            for index, result in zip(rest, repeated, strict=True):
-                results[index] = result
-    return results
-
-
-def _outcome(operation: Operation[Any], reply: Any) -> Any:
-    """Give the result of an operation, or the ``PresenceError`` that it met."""
-    if isinstance(reply, Exception):
-        return explain(reply)
-    try:
-        return operation.result(reply)
-    except PresenceError as error:
-        return error
-
-
-def check_operations(operations: object) -> tuple[Operation[Any], ...]:
-    """Check what is to go through a pipeline, before anything is sent."""
-    if not isinstance(operations, Iterable):
-        raise TypeError(f"operations must be a sequence of Operation, not {type(operations).__name__}")
-    checked = tuple(operations)
-    for operation in checked:
-        if not isinstance(operation, Operation):
-            raise TypeError(
-                f"operations must hold what manager.operations makes, not {type(operation).__name__}: "
-                "manager.operations.update_heartbeat(sid), not manager.update_heartbeat(sid)"
-            )
-    return checked
-
-
-def load_command(script: scripts.Script) -> Command:
-    """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
-    return (SCRIPT_LOAD, script.source.encode())
-
-
-def pack(command: Command) -> bytes:
-    """Give a command as it goes to the server, whatever encoding a client was made with."""
-    if command[0] == SCRIPT_LOAD:
-        command = (*SCRIPT_LOAD.split(), *command[1:])
-    # hiredis declares a tuple of one item, and takes any.
-    packed: bytes = pack_command(command)  # type: ignore[arg-type]
-    return packed
-
-
-def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:
-    """Converse with the server to run operations together; raises ``PipelineError`` when some failed."""
-    if not operations:
-        return []
-    results = yield from perform_all(operations)
-    if any(isinstance(result, PresenceError) for result in results):
-        raise PipelineError(results)
-    return results
-
-
-def for_server(
-    operations: Operations, describe: Callable[[], Operation[Result]]
-) -> Operation[Result] | Exchange[Result]:
-    """Describe an operation that needs the boot epoch; the first one asks for that before."""
-    try:
-        return describe()
-    except ServerNotStartedError:
-        return _start_before(operations, describe)
-
-
-def _start_before(operations: Operations, describe: Callable[[], Operation[Result]]) -> Exchange[Result]:
-    yield from perform(operations.start_server())
-    return (yield from perform(describe()))
-
-
-def perform(operation: Operation[Result]) -> Exchange[Result]:
-    """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
-    (reply,) = yield [operation.command()]
-    return (yield from recover(operation, reply)) if isinstance(reply, Exception) else operation.result(reply)
-
-
-def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:
-    """Go on with an operation whose first reply is an error; raises the ``PresenceError`` that it met in the end."""
-    (result,) = yield from _settle((operation,), [reply])
-    if isinstance(result, PresenceError):
-        raise result
-    return result  # type: ignore[no-any-return]

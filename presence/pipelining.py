@@ -1,7 +1,7 @@
 """How the calls that one event loop awaits at the same time share a connection instead of taking one each.
 
 What is asked for within one turn of the loop goes out in one write, and the replies are handed out as they come. An
-exchange (:mod:`presence.operations`) sees nothing of it: it gets the replies to its own commands, in their order.
+exchange (:mod:`presence.exchanges`) sees nothing of it: it gets the replies to its own commands, in their order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients
 from presence.errors import FAULTS
-from presence.operations import pack
+from presence.exchanges import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,7 @@ from redis.sentinel import SentinelConnectionPool
 
 from presence import clients
 from presence.errors import FAULTS
-from presence.operations import pack
+from presence.exchanges import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,7 @@ import redis.asyncio
 from presence import arguments
 from presence.clients import heeding_cancellation
 from presence.errors import FAULTS, EventsLostError, explain, unreadable
-from presence.operations import perform
+from presence.exchanges import perform
 from presence.replies import Position, parse_message
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
-    from presence.operations import Exchange, Operations
+    from presence.exchanges import Exchange
+    from presence.operations import Operations
     from presence.results import Event
 
 MAX_BLOCK_MS = 1000

@@ -12,21 +12,12 @@ import redis
 from redis import Redis, RedisCluster
 
 from presence import arguments, clients, pooling
-from presence.errors import FAULTS, PresenceError, explain
-from presence.forks import call_in_child
-from presence.operations import (
+from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
+from presence.errors import FAULTS, explain
+from presence.exchanges import (
     AS_BYTES,
-    CLEANUP_FAILED,
-    CLOSED_BEFORE,
-    ON_REMOVED_FAILED,
     SCRIPT_LOAD,
-    SERVER_HEARTBEAT_FAILED,
-    SERVER_REPLACED,
-    Command,
     Exchange,
-    Operation,
-    Operations,
-    RepeatedCleanup,
     check_operations,
     clean_up,
     for_server,
@@ -34,6 +25,8 @@ from presence.operations import (
     perform_each,
     recover,
 )
+from presence.forks import call_in_child
+from presence.operations import Command, Operation, Operations
 from presence.results import CleanupResult
 from presence.subscriptions import Feed, Subscription
 
@@ -722,14 +715,18 @@ class ConnectionManager:
         self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
         seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
         interval = arguments.milliseconds("interval_seconds", seconds) / 1000
-        self._repeat(lambda: self._beat_for_server(interval))
+        heartbeat = RepeatedServerHeartbeat(self.operations, interval)
+        self._repeat(lambda: self._beat_for_server(heartbeat))
 
     def _repeat(self, step: Callable[[], float | None]) -> None:
         """Do the step until the manager is closed; it answers how many seconds to pause, or None to end."""
         stop = threading.Event()
         with self._lock:
             if self._is_closed:
-                logger.error(CLOSED_BEFORE)
+                logger.error(
+                    "the manager was closed before, so what was to run until then ends at once: use `with manager:` "
+                    "around it"
+                )
                 return
             self._repetitions[stop] = threading.current_thread()
         try:
@@ -743,17 +740,13 @@ class ConnectionManager:
                 self._repetitions.pop(stop, None)
                 self._changed.notify_all()
 
-    def _beat_for_server(self, interval: float) -> float | None:
+    def _beat_for_server(self, heartbeat: RepeatedServerHeartbeat) -> float | None:
         """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""
         try:
             is_known = self.update_server_heartbeat()
         except Exception as error:
-            logger.warning(SERVER_HEARTBEAT_FAILED, interval, error, exc_info=not isinstance(error, PresenceError))
-            return interval
-        if not is_known:
-            logger.error(SERVER_REPLACED, self.operations.server_id)
-            return None
-        return interval
+            return heartbeat.fail(error)
+        return heartbeat.succeed(is_known)
 
     def _clean_up_batch(
         self,
@@ -764,15 +757,13 @@ class ConnectionManager:
         try:
             done = self._run(cleanup.next())
         except Exception as error:
-            pause = cleanup.fail()
-            logger.warning(CLEANUP_FAILED, pause, error, exc_info=not isinstance(error, PresenceError))
-            return pause
+            return cleanup.fail(error)
         pause = cleanup.succeed(done)
         if on_removed is not None and (done.removed or done.detached):
             try:
                 on_removed(CleanupResult(done.removed, None, done.detached))
             except Exception:
-                logger.exception(ON_REMOVED_FAILED, len(done.removed) + len(done.detached))
+                cleanup.fail_to_report(done)
         return pause
 
     def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:

@@ -13,7 +13,8 @@ import redis
 
 import presence
 import presence.sync
-from presence.operations import CLEANUP, CLEANUP_BATCH_SIZE, Operations, RepeatedCleanup
+from presence.background import RepeatedCleanup
+from presence.operations import CLEANUP, CLEANUP_BATCH_SIZE, Operations
 from presence.replies import CleanupBatch
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
@@ -101,7 +102,7 @@ def sids_of(result: CleanupResult) -> list[str]:
 def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let seconds pass by the clock of the process that a repeated cleanup goes by, without waiting."""
     skipped = 0.0
-    monkeypatch.setattr("presence.operations.monotonic", lambda: time.monotonic() + skipped)
+    monkeypatch.setattr("presence.background.monotonic", lambda: time.monotonic() + skipped)
 
     def skip(seconds: float) -> None:
         nonlocal skipped
@@ -114,7 +115,7 @@ def test_a_cleanup_with_a_threshold_of_few_heartbeats_does_not_wait_for_one_betw
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
+    monkeypatch.setattr("presence.background.monotonic", lambda: now)
     cleanup = RepeatedCleanup(Operations(heartbeat_seconds=30), 20, 45)
     for _ in range(3):
         assert cleanup.next().script is CLEANUP
@@ -222,7 +223,7 @@ class TestRunCleanup:
         interval: float,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("presence.operations.RESENDING_SECONDS", 0.1)
+        monkeypatch.setattr("presence.background.RESENDING_SECONDS", 0.1)
         reported: list[str] = []
         with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
             manager.register_connection("sid", "user")

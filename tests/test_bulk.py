@@ -11,7 +11,8 @@ import pytest
 
 import presence
 from presence import HeartbeatStatus, Operations
-from presence.operations import HEARTBEAT_BATCH_SIZE, perform_batches
+from presence.exchanges import perform_batches
+from presence.operations import HEARTBEAT_BATCH_SIZE
 from tests.fault_calls import one_attempt
 from tests.server import free_port
 from tests.watching import evalsha_calls

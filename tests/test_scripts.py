@@ -12,6 +12,7 @@ import pytest
 import presence
 import presence.sync
 from presence import operations, replies, scripts
+from presence.exchanges import clean_up
 from presence.operations import CLEANUP_BATCH_SIZE, RETENTION_MS, Operation, Operations
 from presence.scripts import Script, ScriptError, splice
 
@@ -416,7 +417,7 @@ def test_every_script_is_used_by_an_operation() -> None:
 
 def test_cleanup_sends_its_batches_and_nothing_else() -> None:
     batches = [Operations("ns").cleanup_batch(), Operations("ns").cleanup_batch()]
-    exchange = operations.clean_up(iter(batches).__next__)
+    exchange = clean_up(iter(batches).__next__)
     assert next(exchange) == [batches[0].command()]
     assert exchange.send([[1, CLEANUP_BATCH_SIZE]]) == [batches[1].command()]
     with pytest.raises(StopIteration):

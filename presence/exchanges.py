@@ -1,0 +1,200 @@
+"""What is said to the server to run operations, and in which order; no I/O.
+
+An exchange yields commands to send together and is sent their replies. So a conversation is written once, and the two
+managers repeat only how it is carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from hiredis import pack_command
+from redis.exceptions import NoScriptError
+
+from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
+from presence.operations import Operation, ServerNotStartedError
+from presence.results import CleanupResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from presence import scripts
+    from presence.operations import Batches, Command, Operations
+    from presence.replies import CleanupBatch
+    from presence.results import ConnectionInfo
+
+Result = TypeVar("Result")
+Key = TypeVar("Key")
+
+Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
+"""A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
+
+SCRIPT_LOAD = "SCRIPT LOAD"
+AS_BYTES = {"NEVER_DECODE": True}
+"""redis-py's option for replies that stay bytes, however the client decodes."""
+SCRIPT_LOADS = 2
+"""Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
+
+
+def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
+    """Converse with the server to run operations, together and in order.
+
+    A script that the server does not have is loaded and exactly the calls that missed it are repeated; nothing of them
+    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be there and
+    others not, and the calls would run out of order: so these are loaded in the same breath.
+
+    Returns:
+        An item for each operation: its result, or the ``PresenceError`` that it met.
+
+    """
+    different = list(dict.fromkeys(operation.script for operation in operations))
+    loads = [load_command(script) for script in different] if len(different) > 1 else []
+    replies = yield [*loads, *(operation.command() for operation in operations)]
+    return (yield from _settle(operations, replies[len(loads) :]))
+
+
+def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchange[list[Any]]:
+    """Do what the first replies ask for, and give the results."""
+    for _ in range(SCRIPT_LOADS):
+        missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if not missed:
+            break
+        failed: dict[scripts.Script, Exception] = {}
+        for script in dict.fromkeys(operations[index].script for index in missed):
+            (loaded,) = yield [load_command(script)]
+            if isinstance(loaded, Exception):
+                failed[script] = loaded
+        # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
+        again = [index for index in missed if operations[index].script not in failed]
+        repeated = (yield [operations[index].command() for index in again]) if again else []
+        replies = [
+            failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
+            for operation, reply in zip(operations, replies, strict=True)
+        ]
+        for index, reply in zip(again, repeated, strict=True):
+            replies[index] = reply
+    results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
+    refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
+    if refused and len(operations) > 1:
+        # Nothing of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
+        first, *rest = refused
+        (results[first],) = yield from perform_all((operations[first],))
+        if rest and not isinstance(results[first], ReadOnlyServerError):
+            repeated = yield from perform_all([operations[index] for index in rest])
+            for index, result in zip(rest, repeated, strict=True):
+                results[index] = result
+    return results
+
+
+def _outcome(operation: Operation[Any], reply: Any) -> Any:
+    """Give the result of an operation, or the ``PresenceError`` that it met."""
+    if isinstance(reply, Exception):
+        return explain(reply)
+    try:
+        return operation.result(reply)
+    except PresenceError as error:
+        return error
+
+
+def check_operations(operations: object) -> tuple[Operation[Any], ...]:
+    """Check what is to go through a pipeline, before anything is sent."""
+    if not isinstance(operations, Iterable):
+        raise TypeError(f"operations must be a sequence of Operation, not {type(operations).__name__}")
+    checked = tuple(operations)
+    for operation in checked:
+        if not isinstance(operation, Operation):
+            raise TypeError(
+                f"operations must hold what manager.operations makes, not {type(operation).__name__}: "
+                "manager.operations.update_heartbeat(sid), not manager.update_heartbeat(sid)"
+            )
+    return checked
+
+
+def load_command(script: scripts.Script) -> Command:
+    """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
+    return (SCRIPT_LOAD, script.source.encode())
+
+
+def pack(command: Command) -> bytes:
+    """Give a command as it goes to the server, whatever encoding a client was made with."""
+    if command[0] == SCRIPT_LOAD:
+        command = (*SCRIPT_LOAD.split(), *command[1:])
+    # hiredis declares a tuple of one item, and takes any.
+    packed: bytes = pack_command(command)  # type: ignore[arg-type]
+    return packed
+
+
+def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:
+    """Converse with the server to run operations together; raises ``PipelineError`` when some failed."""
+    if not operations:
+        return []
+    results = yield from perform_all(operations)
+    if any(isinstance(result, PresenceError) for result in results):
+        raise PipelineError(results)
+    return results
+
+
+def for_server(
+    operations: Operations, describe: Callable[[], Operation[Result]]
+) -> Operation[Result] | Exchange[Result]:
+    """Describe an operation that needs the boot epoch; the first one asks for that before."""
+    try:
+        return describe()
+    except ServerNotStartedError:
+        return _start_before(operations, describe)
+
+
+def _start_before(operations: Operations, describe: Callable[[], Operation[Result]]) -> Exchange[Result]:
+    yield from perform(operations.start_server())
+    return (yield from perform(describe()))
+
+
+def perform(operation: Operation[Result]) -> Exchange[Result]:
+    """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
+    (reply,) = yield [operation.command()]
+    return (yield from recover(operation, reply)) if isinstance(reply, Exception) else operation.result(reply)
+
+
+def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:
+    """Go on with an operation whose first reply is an error; raises the ``PresenceError`` that it met in the end."""
+    (result,) = yield from _settle((operation,), [reply])
+    if isinstance(result, PresenceError):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:
+    """Converse with the server to run the scripts together, and give what was answered for each id.
+
+    Raises ``PipelineError`` when some failed, its ``results`` by ids. A fault that all of them met is raised as it is:
+    one call is one script or many, by the number of ids.
+    """
+    results: list[Any] = (yield from perform_all(batches.operations)) if batches.operations else []
+    faults = [result for result in results if isinstance(result, PresenceError)]
+    if faults and len(faults) == len(results):
+        raise faults[0]
+    answers: list[Any] = batches.answers(results)
+    if faults:
+        raise PipelineError(answers)
+    return dict(zip(batches.ids, answers, strict=True))
+
+
+def clean_up(describe_batch: Callable[[], Operation[CleanupBatch]]) -> Exchange[CleanupResult]:
+    """Converse with the server batch by batch until nothing stale is left.
+
+    What was removed before a fault is still reported: nobody else could report it.
+    """
+    removed: list[ConnectionInfo] = []
+    detached: list[ConnectionInfo] = []
+    while True:
+        try:
+            done = yield from perform(describe_batch())
+        except PresenceError as error:
+            if not removed and not detached:
+                raise
+            return CleanupResult(tuple(removed), error, tuple(detached))
+        removed += done.removed
+        detached += done.detached
+        if done.is_last:
+            return CleanupResult(tuple(removed), None, tuple(detached))
