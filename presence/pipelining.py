@@ -262,6 +262,10 @@ class SharedConnection:
                         reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
                     except ResponseError as error:
                         reply = error
+                    if reply is None:
+                        # No script answers so. redis-py does for a TimeoutError, even the socket's own (ETIMEDOUT), and
+                        # would again for each reply: the connection stays broken.
+                        raise TimeoutError
                     if seconds is not None and (now := self._loop.time()) > since + seconds / 10:
                         limit.reschedule(now + seconds)  # The next one has as much time, to a tenth.
                         since = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import sys
 import threading
@@ -851,6 +852,33 @@ class TestABrokenConnection:
                     assert all(await asyncio.gather(*calls))
                     proxy.release()
             assert unhandled == []
+
+        run(work())
+
+    @pytest.mark.parametrize("is_under_way", [False, True], ids=["between calls", "under a call"])
+    def test_by_the_timeout_of_the_socket_itself_is_not_noticed(
+        self, own_server: LocalServer, is_under_way: bool
+    ) -> None:
+        """Its error, ETIMEDOUT, is a TimeoutError to Python, and redis-py makes None of that instead of a reply."""
+
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with (
+                    redis.asyncio.Redis.from_url(proxy.url, retry=Retry(NoBackoff(), 1)) as client,
+                    presence.ConnectionManager(client) as manager,
+                ):
+                    await manager.register_connection("sid", "user")
+                    connection: Any = await client.connection_pool.get_connection()
+                    await client.connection_pool.release(connection)
+                    proxy.fates = [Fate.HOLD_REPLY] if is_under_way else []
+                    call = asyncio.create_task(manager.update_heartbeat("sid"))
+                    if is_under_way:
+                        await is_held(proxy)
+                    # What it does where the kernel has sent keepalives, or data, for too long in vain.
+                    connection._writer.transport._fatal_error(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+                    assert await call
+                    assert await manager.update_heartbeat("sid")
+                    proxy.release()
 
         run(work())
 
