@@ -457,10 +457,12 @@ class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.as
     """Like a plain server's pool, it lets operations wait; it closes the connections to the sentinels with its own."""
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
-        await super().disconnect(inuse_connections)
-        if inuse_connections:  # Otherwise the primary has changed, and the sentinels are still asked.
-            for sentinel in self.sentinel_manager.sentinels:
-                await sentinel.aclose()
+        try:
+            await super().disconnect(inuse_connections)
+        finally:
+            if inuse_connections:  # Otherwise the primary has changed, and the sentinels are still asked.
+                for sentinel in self.sentinel_manager.sentinels:
+                    await sentinel.aclose()
 
 
 def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:

@@ -288,7 +288,8 @@ class ConnectionManager:
             own.layout.cancel()
             await asyncio.wait([own.layout])
         if self._given_client is None:
-            await own.client.aclose()
+            with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come. It is closed all the same.
+                await own.client.aclose()
 
     def _forget(self, loop: asyncio.AbstractEventLoop, own: _OpenClient, closing: asyncio.Future[None]) -> None:
         if closing.cancelled():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -325,10 +326,12 @@ class SharedConnection:
 
 async def _close_free(pool: ConnectionPool) -> None:
     """Close the connections of a pool that are not in use, and those to the sentinels that it asks."""
-    await pool.disconnect(inuse_connections=False)
+    pools = [pool]
     if isinstance(pool, SentinelConnectionPool):
-        for sentinel in pool.sentinel_manager.sentinels:
-            await sentinel.connection_pool.disconnect(inuse_connections=False)
+        pools += [sentinel.connection_pool for sentinel in pool.sentinel_manager.sentinels]
+    for each in pools:
+        with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come. It is closed all the same.
+            await each.disconnect(inuse_connections=False)
 
 
 def _is_to_be_retried(connection: AbstractConnection, error: ResponseError) -> bool:

@@ -32,7 +32,8 @@ class Proxy:
 
     The EVALSHA requests meet the ``fates`` in their order; when these are used up, they pass. (What the tests send at
     once is small enough to arrive at once.) ``server_port`` may change: connections that are opened later lead there.
-    ``accepted`` counts the connections, and each waits for ``delay`` seconds before it leads to the server.
+    ``accepted`` counts the connections, and each waits for ``delay`` seconds before it leads to the server. While it
+    ``is_silent``, what comes from either side goes nowhere.
     """
 
     def __init__(self, server_port: int, *, tls: ssl.SSLContext | None = None) -> None:
@@ -41,6 +42,7 @@ class Proxy:
         self.port = 0
         self.accepted = 0
         self.delay = 0.0
+        self.is_silent = False
         self.is_holding = threading.Event()
         self._tls = tls
         self._ready = threading.Event()
@@ -121,6 +123,8 @@ class _Connection:
 
     async def pass_requests(self, from_client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
         while chunk := await from_client.read(CHUNK):
+            if self._proxy.is_silent:
+                continue
             if b"EVALSHA" in chunk:
                 self._fate = self._proxy.fates.pop(0) if self._proxy.fates else Fate.PASS
             if self._fate is Fate.LOSE_REQUEST:
@@ -130,6 +134,8 @@ class _Connection:
 
     async def pass_replies(self, from_server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         while chunk := await from_server.read(CHUNK):
+            if self._proxy.is_silent:
+                continue
             if self._fate is Fate.LOSE_REPLY:
                 return
             if self._fate is Fate.HOLD_REPLY:

@@ -213,6 +213,21 @@ class TestTLS:
             assert secured.accepted == before, "no connection was opened anew"
         manager.close()
 
+    def test_ends_without_an_error_where_the_other_end_is_gone(
+        self, make_manager: ManagerFactory, secured: Proxy, tmp_path: Path
+    ) -> None:
+        """redis-py's asyncio client waits for the other end's farewell, and raises when none comes."""
+        certificate = write_certificate(tmp_path)
+        with Proxy(secured.port) as network:
+            url = f"rediss://127.0.0.1:{network.port}/0?ssl_ca_certs={certificate}"
+            manager = make_manager(url, socket_connect_timeout=0.3)
+            manager.register_connection("sid", "user")
+            network.is_silent = True
+            manager.close()
+            network.is_silent = False
+            assert manager.update_heartbeat("sid")
+            manager.close()
+
     def test_refuses_a_certificate_that_nobody_vouches_for(
         self, make_manager: ManagerFactory, secured: Proxy, at_once: dict[str, Any]
     ) -> None:
