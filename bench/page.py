@@ -105,8 +105,9 @@ def _side_by_side(rows: Sequence[report.Row]) -> list[str]:
     lines = [_line(["measured", *columns, "target"]), _line(["---"] * (len(columns) + 2))]
     for what, of in cells.items():
         values = [_value(of[column]) if column in of else "" for column in columns]
-        targets = dict.fromkeys(f"{row.what.partition(':')[0]} {row.cells()[4]}" for row in of.values() if row.verdict)
-        lines.append(_line([what, *values, ", ".join(targets)]))
+        judged = [of[column] for column in columns if column in of and of[column].verdict]
+        targets = [row.cells()[4].partition(" of ")[0] for row in judged]
+        lines.append(_line([what, *values, ", ".join(targets if len(set(targets)) > 1 else targets[:1])]))
     return [*lines, ""]
 
 
