@@ -50,16 +50,17 @@ _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelCo
 class _Request:
     """Commands that are sent together, and who waits for their replies."""
 
-    __slots__ = ("answer", "count", "packed", "replies", "size", "taken_at")
+    __slots__ = ("answer", "asked_at", "count", "packed", "replies", "size", "taken_at")
 
-    def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]]) -> None:
+    def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]], now: float) -> None:
         self.packed = b"".join(map(pack, commands))
         self.size = len(self.packed)
         self.count = len(commands)
         self.replies: list[Any] = []
         self.answer = answer
+        self.asked_at = now
         self.taken_at = 0.0
-        """When it was first to be sent, by the loop's clock."""
+        """When it was first to be sent, by the loop's clock, as the time before."""
 
 
 class SharedConnection:
@@ -68,7 +69,8 @@ class SharedConnection:
     When the connection fails, or the server refuses a call because it became a replica, or with an error that the
     client's ``retry_on_error`` names, what is not answered is sent again as the client's retry policy says, on a new
     connection: every script may run twice. What is asked for meanwhile waits until that has succeeded or failed, so
-    each request gets as many attempts as it would alone.
+    each request gets as many attempts as it would alone. What was asked for before and had no place on the wire has
+    waited for all of them, and fails with the rest.
     """
 
     def __init__(self, client: Redis) -> None:
@@ -80,7 +82,7 @@ class SharedConnection:
         self._commands_sent = 0
         self._bytes_sent = 0
         self._runner: asyncio.Task[None] | None = None
-        self._session_end = 0.0
+        self._session_start = self._session_end = 0.0
         self._fault: Exception | None = None
         """Of the attempt before this one."""
         # The connection, while whoever comes must see to it that what waits is written: the runner is busy reading.
@@ -93,7 +95,7 @@ class SharedConnection:
         When it is cancelled before they are sent, they are not; after that they take effect and nobody gets the reply.
         """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
-        self._waiting.append(_Request(commands, answer))
+        self._waiting.append(_Request(commands, answer, self._loop.time()))
         # Both run after everything that is ready now, so they find what the others of this turn have asked for.
         if self._runner is None or self._runner.done():
             self._start()
@@ -127,6 +129,7 @@ class SharedConnection:
     async def _run(self) -> None:
         try:
             while self._take():
+                self._session_start = self._loop.time()
                 try:
                     connection = await self._pool.get_connection()
                 except BaseException as error:
@@ -199,6 +202,10 @@ class SharedConnection:
         for request in self._refused:
             _answer(request, request.replies)
         for request in self._sent:
+            _answer(request, [error] * request.count)
+        # What there was no room for has waited for as many attempts: otherwise the queue would grow in an outage.
+        while self._waiting and self._waiting[0].asked_at <= self._session_start:
+            request = self._waiting.popleft()
             _answer(request, [error] * request.count)
         self._refused.clear()
         self._sent.clear()

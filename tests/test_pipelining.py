@@ -900,6 +900,28 @@ class TestABrokenConnection:
 
         run(work())
 
+    def test_that_stays_broken_ends_what_there_was_no_room_for_as_well(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each that has to wait for a place on the wire would have its attempts after all those of the others."""
+        monkeypatch.setattr(pipelining, "MAX_COMMANDS", 10)
+
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                options = {"socket_timeout": 0.2, **one_attempt("asyncio")}
+                async with warm_manager(proxy.url, 1, **options) as manager:
+                    proxy.fates = [Fate.LOSE_REPLY] * 100
+                    calls = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(100)]
+                    with pytest.raises(presence.ServerUnreachableError):
+                        await calls[0]
+                    later = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    proxy.fates = []
+                    errors = await asyncio.gather(*calls, return_exceptions=True)
+                    assert {type(error) for error in errors} == {presence.ServerUnreachableError}
+                    assert await later
+
+        run(work())
+
     def test_by_a_server_that_does_not_answer_ends_all_in_time(self, own_server: LocalServer) -> None:
         async def work() -> None:
             with Proxy(own_server.port) as proxy:
