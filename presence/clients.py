@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from functools import cache
 from inspect import signature
 from itertools import takewhile
 from queue import LifoQueue
-from threading import Condition, RLock
+from threading import Condition, RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -483,6 +484,43 @@ def _cluster_options(options: dict[str, Any], address: Address, given: dict[str,
     return options
 
 
+class _LayoutLearner:
+    """Lets a blocking cluster's client ask the nodes who serves what: once for all threads that wait for it.
+
+    redis-py lets each ask for itself, one after the other, and each waits for every node that does not answer.
+    """
+
+    def __init__(self, learn: Callable[..., None]) -> None:
+        self._learn = learn
+        # A signal's handler may make a call in the midst of this.
+        self._lock = RLock()
+        self._learner = 0
+        self._outcome: Future[None] | None = None
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        own_thread = get_ident()
+        with self._lock:
+            others = self._outcome if self._learner != own_thread else None
+            if others is None:
+                self._learner = own_thread
+                own = self._outcome = Future()
+        if others is not None:
+            others.result()
+            return
+        try:
+            self._learn(*arguments, **named)
+        except BaseException as error:
+            is_fault = isinstance(error, Exception)
+            own.set_exception(error if is_fault else redis.exceptions.ConnectionError("it was interrupted"))
+            raise
+        else:
+            own.set_result(None)
+        finally:
+            with self._lock:
+                if self._outcome is own:
+                    self._learner, self._outcome = 0, None
+
+
 def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | redis.RedisCluster:
     """Make the blocking client of an address; ``given`` are options for redis-py."""
     if address.deployment == "server":
@@ -505,7 +543,9 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
                 url = "rediss://{}:{}" if options.pop("ssl", False) else "redis://{}:{}"
                 host, port = address.hosts[0]
                 options["url"] = url.format(f"[{host}]" if ":" in host else host, port)
-            return redis.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
+            cluster = redis.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
+            cluster.nodes_manager.initialize = _LayoutLearner(cluster.nodes_manager.initialize)  # type: ignore[method-assign]
+            return cluster
     return redis.Redis.from_pool(_Pool(**options))
 
 

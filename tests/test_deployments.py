@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import socket
 import tempfile
 import time
@@ -638,6 +640,17 @@ class Cluster:
             migration(source.cluster("GETKEYSINSLOT", slot, 1000))
             self.move(slot, node)
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let no node answer."""
+        for node in self.nodes:
+            os.kill(node.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for node in self.nodes:
+                os.kill(node.pid, signal.SIGCONT)
+
     def forget_everything(self) -> None:
         for client in self.clients:
             client.flushall()
@@ -998,6 +1011,21 @@ class TestCluster:
             answers = asyncio.run(ask()) if kind == "asyncio" else ask_in_threads()
             assert [type(answer) for answer in answers] == [presence.ServerUnreachableError] * 8
             assert time.monotonic() - start < 4 * 0.5
+
+    def test_tells_all_threads_at_once_when_no_node_answers_any_more(self) -> None:
+        options: dict[str, Any] = {"namespace": "one", "socket_timeout": 0.5, **one_attempt("blocking")}
+        with (
+            Cluster().running() as cluster,
+            presence.sync.ConnectionManager.from_url(cluster.url, **options) as manager,
+        ):
+            manager.get_connection_count()
+            start = time.monotonic()
+            with cluster.frozen(), ThreadPoolExecutor(8) as threads:
+                calls = [threads.submit(manager.get_connection_count) for _ in range(8)]
+                answers = [call.exception() for call in calls]
+            took = time.monotonic() - start
+        assert [type(answer) for answer in answers] == [presence.ServerUnreachableError] * 8
+        assert took < 8 * 0.5, "each by itself waits for both nodes, and the next one after it"
 
     def test_a_slot_that_moves_to_a_node_without_any_is_a_clear_error(
         self, make_manager: ManagerFactory, at_once: dict[str, Any]
