@@ -33,8 +33,6 @@ Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 SCRIPT_LOAD = "SCRIPT LOAD"
 AS_BYTES = {"NEVER_DECODE": True}
 """redis-py's option for replies that stay bytes, however the client decodes."""
-SCRIPT_LOADS = 2
-"""Times that a missing script is loaded for a call: the second is for a failover between the first and the call."""
 
 
 def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
@@ -56,13 +54,13 @@ def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
 
 def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
-    for _ in range(SCRIPT_LOADS):
+    for load in (load_command, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
             break
         failed: dict[scripts.Script, Exception] = {}
         for script in dict.fromkeys(operations[index].script for index in missed):
-            (loaded,) = yield [load_command(script)]
+            (loaded,) = yield [load(script)]
             if isinstance(loaded, Exception):
                 failed[script] = loaded
         # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
@@ -114,6 +112,19 @@ def check_operations(operations: object) -> tuple[Operation[Any], ...]:
 def load_command(script: scripts.Script) -> Command:
     """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
     return (SCRIPT_LOAD, script.source.encode())
+
+
+class SecondLoad(tuple[str | bytes, ...]):
+    """The command that loads a script once more, since the call has missed it nevertheless.
+
+    There was a failover between the first and the call; or the slot is on its way to a node that does not have the
+    script, so on a cluster every primary gets it.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, script: scripts.Script) -> SecondLoad:  # noqa: D102
+        return super().__new__(cls, load_command(script))
 
 
 def pack(command: Command) -> bytes:

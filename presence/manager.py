@@ -18,6 +18,7 @@ from presence.exchanges import (
     AS_BYTES,
     SCRIPT_LOAD,
     Exchange,
+    SecondLoad,
     check_operations,
     clean_up,
     for_server,
@@ -981,6 +982,10 @@ class ConnectionManager:
                 node = client.get_node_from_key(self.operations.last_seen_key.decode())
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
+                if isinstance(request[0], SecondLoad):
+                    for other in client.get_primaries():
+                        with suppress(*FAULTS):
+                            await client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (await self._exchange(own, rest) if rest else [])
             if len(request) == 1:

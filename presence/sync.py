@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -18,6 +19,7 @@ from presence.exchanges import (
     AS_BYTES,
     SCRIPT_LOAD,
     Exchange,
+    SecondLoad,
     check_operations,
     clean_up,
     for_server,
@@ -969,6 +971,10 @@ class ConnectionManager:
                 node = client.get_node_from_key(self.operations.last_seen_key.decode())
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
+                if isinstance(request[0], SecondLoad):
+                    for other in client.get_primaries():
+                        with suppress(*FAULTS):
+                            client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (self._send_once(client, rest) if rest else [])
             if len(request) == 1:

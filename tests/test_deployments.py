@@ -1012,6 +1012,21 @@ class TestCluster:
             assert [type(answer) for answer in answers] == [presence.ServerUnreachableError] * 8
             assert time.monotonic() - start < 4 * 0.5
 
+    def test_a_slot_that_moves_to_a_node_without_the_scripts_is_served_there(
+        self, make_manager: ManagerFactory
+    ) -> None:
+        with Cluster().running() as cluster:
+            manager = make_manager(cluster.url, namespace="one")
+            set_the_scene(manager)
+            with cluster.migrating(cluster.slot("one"), node=1) as move:
+                move(move.keys)
+                # What declares a key that is nowhere, as most that write do, waits until the slot has moved.
+                found = manager.get_connection("sid-1")
+                assert found is not None
+                assert found.game_id == "game"
+                assert manager.update_heartbeat("sid-2")
+            manager.close()
+
     def test_tells_all_threads_at_once_when_no_node_answers_any_more(self) -> None:
         options: dict[str, Any] = {"namespace": "one", "socket_timeout": 0.5, **one_attempt("blocking")}
         with (
