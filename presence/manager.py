@@ -6,6 +6,8 @@ import asyncio
 import inspect
 from contextlib import suppress
 from functools import partial
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import redis.asyncio
@@ -956,27 +958,29 @@ class ConnectionManager:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
         if not own.tries_again:
             return await self._send_once(own, request)
-        pauses = clients.cluster_pauses()
+        pauses, end = clients.cluster_pauses(), monotonic() + clients.RETRYING_SECONDS
         replies = await self._send_once(own, request)
         for pause in pauses:
             failed = clients.transient_faults(replies)
             if not failed:
                 break
             await asyncio.sleep(pause)
-            again = await self._send_once(own, [request[index] for index in failed])
+            again = await self._send_once(own, [request[index] for index in failed], end)
             for index, reply in zip(failed, again, strict=True):
                 replies[index] = reply
         return replies
 
-    async def _send_once(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
+    async def _send_once(self, own: _OpenClient, request: Sequence[Command], end: float = inf) -> list[Any]:
         with clients.heeding_cancellation():
-            return await self._exchange(own, request)
+            return await self._exchange(own, request, end)
 
-    async def _exchange(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
+    async def _exchange(self, own: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
         client = own.client
         try:
             if own.is_cluster:
                 await own.learn_layout()
+                if monotonic() > end:
+                    raise redis.exceptions.TimeoutError("the nodes did not tell in time who serves what")
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
                 node = client.get_node_from_key(self.operations.last_seen_key.decode())
@@ -987,7 +991,7 @@ class ConnectionManager:
                         with suppress(*FAULTS):
                             await client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
-                return replies + (await self._exchange(own, rest) if rest else [])
+                return replies + (await self._exchange(own, rest, end) if rest else [])
             if len(request) == 1:
                 replies = [await client.execute_command(*request[0], **AS_BYTES)]
             else:

@@ -38,7 +38,7 @@ from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
 from tests.test_events import MODES, Subscribed, subscribed
-from tests.watching import admin, wait_until
+from tests.watching import admin, evalsha_calls, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -1026,6 +1026,28 @@ class TestCluster:
                 assert found.game_id == "game"
                 assert manager.update_heartbeat("sid-2")
             manager.close()
+
+    def test_sends_nothing_again_when_it_took_too_long_to_learn_the_layout(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its answer may have been forgotten by then."""
+        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.5)
+
+        async def register(cluster: Cluster) -> None:
+            options: dict[str, Any] = {"namespace": "one", "socket_timeout": 0.3}
+            async with presence.ConnectionManager.from_url(cluster.url, **options) as manager:
+                await manager.register_connection("sid-1", "user")
+                with cluster.frozen():
+                    call = asyncio.create_task(manager.register_connection("sid-2", "user"))
+                    await asyncio.sleep(0.85)  # The first attempt is over, and the nodes are asked for the layout.
+                await asyncio.gather(call, return_exceptions=True)
+
+        with Cluster().running() as cluster:
+            before = evalsha_calls(cluster.clients[0])
+            asyncio.run(register(cluster))
+            wait_until(lambda: cluster.clients[0].ping())
+            # The one for the script that was missing, both registrations, and none of the second again.
+            assert evalsha_calls(cluster.clients[0]) - before == 3
 
     def test_tells_all_threads_at_once_when_no_node_answers_any_more(self) -> None:
         options: dict[str, Any] = {"namespace": "one", "socket_timeout": 0.5, **one_attempt("blocking")}
