@@ -30,6 +30,8 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
 
+from presence.errors import as_fault
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -341,7 +343,7 @@ _PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.Authorizati
 
 def cluster_replies(replies: list[Any]) -> list[Any]:
     """Name what redis-py's cluster clients meet of a node that they do not know yet, or that is closed under a call."""
-    return [_fault(reply) if isinstance(reply, AttributeError) else reply for reply in replies]
+    return [_fault(reply) if isinstance(reply, AttributeError) else as_fault(reply) for reply in replies]
 
 
 def _fault(error: AttributeError) -> redis.exceptions.ClusterError:

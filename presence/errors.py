@@ -79,6 +79,16 @@ MAX_SHOWN = 200
 FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What redis-py raises for a fault; its cluster exception is no RedisError."""
 
+
+def as_fault(error: Any) -> Any:
+    """Give an error as redis-py would have named it: uvloop's, when it writes to what was closed, is a RuntimeError."""
+    if not isinstance(error, RuntimeError) or "handler is closed" not in str(error):
+        return error
+    fault = exceptions.ConnectionError("the connection was closed")
+    fault.__cause__ = error
+    return fault
+
+
 _Explanation: TypeAlias = "tuple[type[PresenceError], str]"
 """The presence error, and the message: what is wrong, and what to do."""
 

@@ -15,7 +15,7 @@ from redis.asyncio import Redis, RedisCluster
 
 from presence import arguments, clients
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
-from presence.errors import FAULTS
+from presence.errors import FAULTS, as_fault
 from presence.exchanges import (
     AS_BYTES,
     SCRIPT_LOAD,
@@ -1005,6 +1005,11 @@ class ConnectionManager:
             if not own.is_cluster:
                 raise
             replies = [error] * len(request)
+        except RuntimeError as error:
+            fault = as_fault(error)
+            if fault is error:
+                raise
+            replies = [fault] * len(request)
         if own.is_cluster:
             replies = clients.cluster_replies(replies)
             if clients.transient_faults(replies) and own.layout is not None and own.layout.done():

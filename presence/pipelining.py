@@ -19,7 +19,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients
-from presence.errors import FAULTS
+from presence.errors import FAULTS, as_fault
 from presence.exchanges import pack
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class SharedConnection:
                 self._session_start = self._loop.time()
                 try:
                     connection = await self._pool.get_connection()
-                except BaseException as error:
+                except BaseException as met:
+                    error = as_fault(met)
                     if not isinstance(error, RedisError):
                         # While one was greeted, perhaps, and then redis-py has put it back as if it were ready.
                         await _close_free(self._pool)
@@ -170,7 +171,7 @@ class SharedConnection:
         self._fault = None
         try:
             await connection.retry.call_with_retry(
-                partial(self._converse, connection), partial(self._disconnect, connection)
+                partial(self._attempt, connection), partial(self._disconnect, connection)
             )
         except BaseException as error:
             if self._sent:
@@ -220,6 +221,12 @@ class SharedConnection:
             request.replies = []
             self._commands_sent += request.count
             self._bytes_sent += request.size
+
+    async def _attempt(self, connection: AbstractConnection) -> None:
+        try:
+            await self._converse(connection)
+        except RuntimeError as error:
+            raise as_fault(error) from error.__cause__
 
     async def _converse(self, connection: AbstractConnection) -> None:
         """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""

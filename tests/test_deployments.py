@@ -38,7 +38,7 @@ from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.server import LocalServer, free_port, program
 from tests.test_events import MODES, Subscribed, subscribed
-from tests.watching import admin, evalsha_calls, wait_until
+from tests.watching import admin, evalsha_calls, refuse_next_write, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -1048,6 +1048,17 @@ class TestCluster:
             wait_until(lambda: cluster.clients[0].ping())
             # The one for the script that was missing, both registrations, and none of the second again.
             assert evalsha_calls(cluster.clients[0]) - before == 3
+
+    def test_does_not_notice_that_a_write_is_refused(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As uvloop refuses it on a connection that is closed."""
+
+        async def register() -> None:
+            async with presence.ConnectionManager.from_url(cluster.url, namespace="one") as manager:
+                await manager.register_connection("sid", "user")
+                refuse_next_write(monkeypatch)
+                assert await manager.update_heartbeat("sid")
+
+        asyncio.run(register())
 
     def test_tells_all_threads_at_once_when_no_node_answers_any_more(self) -> None:
         options: dict[str, Any] = {"namespace": "one", "socket_timeout": 0.5, **one_attempt("blocking")}

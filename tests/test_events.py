@@ -609,6 +609,27 @@ class TestTheStream:
         with subscribed(manager, after=positions[-1]) as events:
             assert until_the_end(manager, events) == []
 
+    def test_waits_on_where_the_server_is_a_replica_for_a_moment(
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis
+    ) -> None:
+        """A primary that becomes one ends all waits with an error."""
+        manager = make_manager(own_server.url, events="stream")
+
+        def fail_over() -> None:
+            own_client.replicaof("127.0.0.1", "1")
+            own_client.replicaof("NO", "ONE")
+            with presence.sync.ConnectionManager.from_url(
+                own_server.url, namespace=manager.operations.namespace, events="stream"
+            ) as other:
+                other.register_connection("sid", "user")
+
+        manager.register_connection("there", "other")
+        with subscribed(manager) as events:
+            timer = threading.Timer(0.3, fail_over)
+            timer.start()
+            assert [event.connection.sid for event in events.take(2)] == ["sid", "sid"]
+            timer.join()
+
     def test_tells_how_far_it_has_come(self, make_manager: ManagerFactory) -> None:
         manager = make_manager(events="stream")
         assert manager.subscribe().position is None

@@ -24,7 +24,7 @@ from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port
 from tests.test_retries import CuttingProxy
-from tests.watching import is_held, scripts_run, wait_until
+from tests.watching import is_held, refuse_next_write, scripts_run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -879,6 +879,48 @@ class TestABrokenConnection:
                     assert await call
                     assert await manager.update_heartbeat("sid")
                     proxy.release()
+
+        run(work())
+
+    def test_that_refuses_the_greeting_is_named(self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def work() -> None:
+            async with presence.ConnectionManager.from_url(own_server.url) as manager:
+                refuse_next_write(monkeypatch)
+                with pytest.raises(presence.ServerUnreachableError):
+                    await manager.get_connection_count()
+                assert await manager.get_connection_count() == 0
+
+        run(work())
+
+    def test_that_refuses_the_health_check_is_not_noticed(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def work() -> None:
+            async with presence.ConnectionManager.from_url(own_server.url, health_check_interval=0.01) as manager:
+                await manager.register_connection("sid", "user")
+                await asyncio.sleep(0.05)
+                refuse_next_write(monkeypatch)
+                assert await manager.update_heartbeat("sid")
+
+        run(work())
+
+    @pytest.mark.parametrize("mode", ["pubsub", "stream"])
+    def test_that_refuses_what_a_subscription_writes_is_named(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, mode: str
+    ) -> None:
+        async def work() -> None:
+            options = {"events": mode, **one_attempt("asyncio")}
+            async with presence.ConnectionManager.from_url(own_server.url, **options) as manager:
+                await manager.register_connection("sid", "user")
+                if mode == "pubsub":
+                    refuse_next_write(monkeypatch)
+                    with pytest.raises(presence.ServerUnreachableError):
+                        await anext(await manager.subscribe().__aenter__())
+                    return
+                async with manager.subscribe() as events:
+                    refuse_next_write(monkeypatch)
+                    with pytest.raises(presence.ServerUnreachableError):
+                        await anext(events)
 
         run(work())
 

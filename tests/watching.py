@@ -14,6 +14,8 @@ from tests.fault_proxy import BOUND_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import pytest
+
     from tests.fault_proxy import Proxy
     from tests.server import LocalServer
 
@@ -42,6 +44,17 @@ def admin(server: LocalServer) -> Iterator[Any]:
     """A plain client of the test's own server, to look into it and to reconfigure it."""
     with redis.Redis.from_url(server.url, decode_responses=True) as client:
         yield client
+
+
+def refuse_next_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let redis-py's next asyncio write meet what uvloop says of a connection that is closed."""
+
+    def refuse(writer: asyncio.StreamWriter, _: object) -> None:
+        monkeypatch.undo()
+        writer.transport.abort()
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    monkeypatch.setattr(asyncio.StreamWriter, "writelines", refuse)
 
 
 def evalsha_calls(client: redis.Redis) -> int:
