@@ -24,6 +24,8 @@ NAMESPACE = "presence"
 """The default one: it stands in every key, so its length counts."""
 OTHER_NAMESPACE = "presence-few"
 CHUNK = 5_000
+TOKEN_LENGTH, TIME_LENGTH = 16, 16
+"""Characters that a kept answer begins with: the token of its call, and the time in microseconds."""
 HEARTBEAT_MS = 30_000
 
 _random = random.Random(20_260_101)
@@ -64,9 +66,19 @@ def run_and_forget(client: redis.Redis, calls: Sequence[Operation[Any]]) -> None
 
     Otherwise its tables would be sized for the answers of a fill that no fleet of servers does in a minute.
     """
+    forget(client, run(client, calls))
+
+
+def run(client: redis.Redis, calls: Sequence[Operation[Any]]) -> list[bytes]:
+    """Run calls in pipelines, and name the keys in which the server may keep their answers for a minute."""
     send(client, [call.command() for call in calls])
-    replies = [call.keys[call.script.keys.index("reply")] for call in calls]
-    send(client, [("DEL", *replies[start : start + PIPELINE_SIZE]) for start in range(0, len(replies), PIPELINE_SIZE)])
+    return [call.keys[call.script.keys.index("reply")] for call in calls]
+
+
+def forget(client: redis.Redis, replies: Sequence[bytes]) -> int:
+    """Drop kept answers, and count those that were there."""
+    chunks = [replies[start : start + PIPELINE_SIZE] for start in range(0, len(replies), PIPELINE_SIZE)]
+    return sum(send(client, [("DEL", *chunk) for chunk in chunks]))
 
 
 class Population:
@@ -100,14 +112,23 @@ class Population:
         return self.operations.join_game(self.sids[index], self.game_id(index))
 
     def fill(self) -> None:
-        """Register all connections, then let each join its game."""
+        """Register all connections, then let each join its game; the answers are not kept."""
+        self._fill(run_and_forget)
+
+    def fill_and_keep(self) -> list[bytes]:
+        """Fill, and give the keys of the answers that are kept for a minute."""
+        replies: list[bytes] = []
+        self._fill(lambda client, calls: replies.extend(run(client, calls)))
+        return replies
+
+    def _fill(self, run_calls: Callable[[redis.Redis, Sequence[Operation[Any]]], None]) -> None:
         load_scripts(self.client)
         size = len(self.sids)
         for work, describe in (("connections registered", self.register), ("of them in a game", self.join)):
             progress = Progress(work, size)
             for start in range(0, size, CHUNK):
                 chunk = range(start, min(start + CHUNK, size))
-                run_and_forget(self.client, [describe(index) for index in chunk])
+                run_calls(self.client, [describe(index) for index in chunk])
                 progress.advance(len(chunk))
         count = self.client.zcount(self.last_seen_key, 0, "+inf")
         if count != size:
@@ -124,14 +145,32 @@ class Population:
         now = server_ms(self.client)
         self.set_last_seen({index: now - _random.randrange(HEARTBEAT_MS) for index in range(len(self.sids))})
 
-    def forget_answers(self, indexes: Iterable[int]) -> None:
-        """Let registrations be older than a minute: until then their answers are kept in the users' lists.
+    def age_answers(self, indexes: Iterable[int], seconds: float) -> None:
+        """Let the answers of registrations, which are kept in the users' lists, be older by so many seconds.
 
-        It writes the lists as a refresh of the TTLs leaves them, see lua/include/split_sids.lua.
+        Only the time that such an answer begins with is looked at, see lua/include/is_recent.lua. A list that keeps
+        none stays as it is.
         """
-        lists = [(self.user_ids[index], self.sids[index]) for index in indexes]
-        prefix = f"{{{self.operations.namespace}}}:user_conns:"
-        send(self.client, [("SET", f"{prefix}{user}", f"{len(sid)}:{sid}", "KEEPTTL") for user, sid in lists])
+        keys = [self._list_key(index) for index in indexes]
+        aged = []
+        for key, users_list in zip(keys, send(self.client, [("GET", key) for key in keys]), strict=True):
+            sids, _, kept = users_list.partition(b"=")
+            if kept:
+                token, answer = kept[:TOKEN_LENGTH], kept[TOKEN_LENGTH:]
+                time_us = b"%d" % (int(answer[:TIME_LENGTH]) - round(seconds * 1e6))
+                aged.append(("SET", key, b"%b=%b%b%b" % (sids, token, time_us, answer[TIME_LENGTH:]), "KEEPTTL"))
+        send(self.client, aged)
+
+    def forget_answers(self, indexes: Iterable[int]) -> None:
+        """Let the TTLs be refreshed since the registrations: the users' lists keep no answers any more.
+
+        It writes the lists as a refresh leaves them, see lua/include/split_sids.lua.
+        """
+        lists = [(self._list_key(index), self.sids[index]) for index in indexes]
+        send(self.client, [("SET", key, f"{len(sid)}:{sid}", "KEEPTTL") for key, sid in lists])
+
+    def _list_key(self, index: int) -> str:
+        return f"{{{self.operations.namespace}}}:user_conns:{self.user_ids[index]}"
 
     def set_last_seen(self, times: dict[int, int]) -> None:
         """Move connections in last_seen to other times, in milliseconds."""
