@@ -27,16 +27,18 @@ if TYPE_CHECKING:
     from presence.operations import Operation
 
 HOW = """Every operation acts on connections chosen at random among 200,000 that are each in a two-player game (QUICK:
-20,000) and, if not said otherwise, were registered more than a minute ago (who joins a game has come back a moment
-before). Times are the server's own (`INFO
-commandstats`), so they hold neither the network nor the client. One call per round trip, never pipelined: a pipeline of
-one command keeps a tiny script's code and data in the CPU's caches, which the traffic of game servers does not. The
-commands take turns in short rounds; a ratio compares within a round. The rows *the commands within* give the time of
-the native commands that a script issued, in the very same calls: the server counts them in `commandstats` one by one,
-as if they came from outside, so they meet the same data in the same caches; the ratio is the whole script to them, and
-what is above 1 is Lua's and the answer's. A heartbeat is one that comes soon after the one before; of those that come
-every 30 seconds, one in 30 refreshes the TTLs as well. What events cost where they are off is a register beside the
-same script without its part for events."""
+20,000) and, if not said otherwise, were registered more than a minute ago and less than about 15, in which time the
+TTLs are refreshed (who joins a game has come back a moment before). So the user's list still holds the answer of the
+last register, which is too old to be given again: that is the usual state of a player who comes back, and a register
+that displaces a connection is held against its target in it. Times are the server's own (`INFO commandstats`), so they
+hold neither the network nor the client. One call per round trip, never pipelined: a pipeline of one command keeps a
+tiny script's code and data in the CPU's caches, which the traffic of game servers does not. The commands take turns in
+short rounds; a ratio compares within a round. The rows *the commands within* give the time of the native commands that
+a script issued, in the very same calls: the server counts them in `commandstats` one by one, as if they came from
+outside, so they meet the same data in the same caches; the ratio is the whole script to them, and what is above 1 is
+Lua's and the answer's. A heartbeat is one that comes soon after the one before; of those that come every 30 seconds,
+one in 30 refreshes the TTLs as well. What events cost where they are off is a register beside the same script without
+its part for events."""
 
 Result = TypeVar("Result")
 
@@ -51,6 +53,7 @@ REGISTER = "register, first of its user"
 REGISTER_PUBSUB = "the same with events in pub/sub, no subscriber"
 REGISTER_STREAM = "the same with events in the stream"
 DISPLACING = "register, displacing one in a game"
+DISPLACING_LATE = "register, displacing one in a game, more than 15 minutes after the last register"
 DISPLACING_NO_GAME = "register, displacing one in no game"
 DISPLACING_SOON = "register, displacing one in a game within a minute"
 DISPLACING_RESUMES = "register, displacing one in a game, whose seat it takes"
@@ -73,6 +76,7 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
     (REGISTER_PUBSUB, REGISTER, 1.25),
     (REGISTER_STREAM, REGISTER, None),
     (DISPLACING, HSET, 13),
+    (DISPLACING_LATE, HSET, None),
     (DISPLACING_NO_GAME, HSET, None),
     (DISPLACING_SOON, HSET, None),
     (DISPLACING_RESUMES, HSET, None),
@@ -100,6 +104,8 @@ COMPARED: tuple[tuple[str, str, float | None], ...] = (
 
 DUE_SILENCE_MS = 15 * 60 * 1000
 """After so long a silence a heartbeat refreshes the TTLs in any case."""
+ANSWERED_SECONDS = 5 * 60
+"""How long ago the last register of most was: its answer is too old to be given again, and is still in the list."""
 SHORT_TTL_MS = 3_600_000
 """Less than any record is left with."""
 
@@ -107,7 +113,7 @@ SHORT_TTL_MS = 3_600_000
 class Rounds:
     """The measured rounds: for each name the server time per call, in microseconds, round by round."""
 
-    def __init__(self, population: Population, calls: int) -> None:
+    def __init__(self, population: Population, calls: int, late: list[int]) -> None:
         self.costs: defaultdict[str, list[float]] = defaultdict(list)
         self.commands: defaultdict[str, list[Mapping[str, CommandTime]]] = defaultdict(list)
         """The same for the commands that each script issued."""
@@ -116,6 +122,8 @@ class Rounds:
         self._client = population.client
         self._calls = calls
         self._registered: list[int] = []
+        self._late = late
+        """Those whose TTLs were refreshed since they were registered, and more than all rounds need."""
         self._nothing = str(self._client.script_load("return 1"))
         events = r"\nif events ~= '' then\n.*(?=\nreturn answer\n)"
         source, count = re.subn(events, "", REGISTER_SCRIPT.source, flags=re.DOTALL)
@@ -128,13 +136,15 @@ class Rounds:
 
     def run_one(self) -> None:
         """Measure everything once; a native command comes right before the operations that are held against it."""
-        self._population.forget_answers(self._registered)
+        self._population.age_answers(self._registered, ANSWERED_SECONDS)
         self._measure_heartbeats()
         self._measure_reads()
         self._measure_registrations()
         self._measure_joins_and_removals()
         self._measure_servers()
         self._measure_bulk()
+        registered = set(self._registered)
+        self._late = [index for index in self._late if index not in registered]
 
     def run_refreshing_heartbeats(self, rounds: int) -> None:
         """Measure heartbeats of connections that were silent for long; each connection can be measured once."""
@@ -254,17 +264,18 @@ class Rounds:
         )
         self._client.delete(self._operations.events_key)
 
-        returning = self._sample()
-        for name in (DISPLACING, DISPLACING_SOON):
-            for index in returning:
+        returning = self._sample(without=self._late)
+        late, self._late = self._late[: self._calls], self._late[self._calls :]
+        for name, indexes in ((DISPLACING, returning), (DISPLACING_SOON, returning), (DISPLACING_LATE, late)):
+            for index in indexes:
                 self._population.sids[index] = new_sid()
             self._time(
                 name,
-                [self._population.register(index) for index in returning],
+                [self._population.register(index) for index in indexes],
                 lambda registration: len(registration.displaced) == 1 and registration.displaced[0].game_id is not None,
             )
-            send(self._client, [self._population.join(index).command() for index in returning])
-        self._registered = returning
+            send(self._client, [self._population.join(index).command() for index in indexes])
+        self._registered = [*returning, *late]
 
     def _measure_joins_and_removals(self) -> None:
         sids = self._population.sids
@@ -380,9 +391,11 @@ def measure_speed(server: Server, scale: Scale) -> list[Row]:
     """Measure the server time of each operation."""
     population = Population(server.client, scale.connections)
     population.fill()
-    population.forget_answers(range(scale.connections))
+    population.age_answers(range(scale.connections), ANSWERED_SECONDS)
+    late = sample(population, 2 * scale.rounds * scale.calls)
+    population.forget_answers(late)
     population.shuffle_last_seen()
-    rounds = Rounds(population, scale.calls)
+    rounds = Rounds(population, scale.calls, late)
     progress = Progress(f"rounds of {scale.calls:,} calls of each operation", scale.rounds)
     for _ in range(scale.rounds):
         rounds.run_one()
