@@ -38,6 +38,7 @@ from bench.storm_worker import Outcome, Plan, connect, run_process, user_name
 if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
 
     from bench.contenders import State
 
@@ -46,7 +47,8 @@ TASKS = 16
 USERS = 100
 GAMES = 20
 OPERATIONS = 100_000
-REGISTERING_USERS = 1_200
+REGISTERING_USERS = 20_000
+PREPARING_PROCESSES, PREPARING_TASKS = 2, 64
 SEED = 4
 LIMIT_SECONDS = 1_800.0
 CHECKERS = 2
@@ -180,25 +182,65 @@ def run_storm(
     return result
 
 
-def register_throughput(
-    contender: str, url: str, *, processes: int, tasks: int, seconds: float, users: int = REGISTERING_USERS
-) -> float:
-    """Measure registers per second, each of which displaces an earlier connection; nobody else disturbs them."""
-    namespace = f"registers-{uuid.uuid4()}"
-    plan = Plan(
-        contender, url, namespace, 0, processes, tasks, users, 0, SEED, seconds, only_registers=True, cleaners=0
-    )
-    with redis.Redis.from_url(url) as client:
+class Registering:
+    """Users of one contender, who are all there while this is entered, so that each register displaces a connection."""
+
+    def __init__(self, contender: str, url: str, *, users: int = REGISTERING_USERS) -> None:
+        self._plan = Plan(
+            contender,
+            url,
+            namespace=f"registers-{uuid.uuid4()}",
+            operations=0,
+            processes=PREPARING_PROCESSES,
+            tasks=PREPARING_TASKS,
+            users=users,
+            games=0,
+            seed=SEED,
+            limit_seconds=LIMIT_SECONDS,
+            cleaners=0,
+        )
+        self._measurements = 0
+
+    def __enter__(self) -> Self:
         try:
-            outcomes = _run_processes(plan, lambda _: None)
-        finally:
-            _remove_keys(client, namespace)
-    errors = sum((outcome.errors for outcome in outcomes), Counter[str]())
-    lost = sum(len(outcome.registered) - len(outcome.displaced) for outcome in outcomes)
-    # The others may lose some to their races, which is for the storm to show.
-    if contender == PRESENCE and (errors or lost):
-        raise StormError(f"registers of {contender} raised {dict(errors)}, and {lost} displaced nobody")
-    return sum(len(outcome.registered) for outcome in outcomes) / _seconds(outcomes)
+            self._run(replace(self._plan, registers_everyone=True, sid_prefix="first-"), displaced=0)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def throughput(self, *, processes: int, tasks: int, seconds: float) -> float:
+        """Measure registers per second, each of which displaces an earlier connection; nobody else disturbs them."""
+        self._measurements += 1
+        plan = replace(
+            self._plan,
+            processes=processes,
+            tasks=tasks,
+            limit_seconds=seconds,
+            only_registers=True,
+            sid_prefix=f"{self._measurements}-",
+        )
+        outcomes = self._run(plan, displaced=1)
+        return sum(len(outcome.registered) for outcome in outcomes) / _seconds(outcomes)
+
+    def _run(self, plan: Plan, displaced: int) -> list[Outcome]:
+        """Run registers, each of which displaces so many."""
+        outcomes = _run_processes(plan, lambda _: None)
+        errors = sum((outcome.errors for outcome in outcomes), Counter[str]())
+        lost = sum(displaced * len(outcome.registered) - len(outcome.displaced) for outcome in outcomes)
+        # The others may lose some to their races, which is for the storm to show.
+        if plan.contender == PRESENCE and (errors or lost):
+            raise StormError(f"registers of {plan.contender} raised {dict(errors)}, and {lost} displaced nobody")
+        return outcomes
+
+    def _remove(self) -> None:
+        with redis.Redis.from_url(self._plan.url) as client:
+            _remove_keys(client, self._plan.namespace)
 
 
 def _run_processes(plan: Plan, progress: Callable[[int], object]) -> list[Outcome]:

@@ -75,6 +75,10 @@ class Plan:
     """No operation begins after this time."""
     only_registers: bool = False
     """Whether it does nothing else, for all of that time."""
+    registers_everyone: bool = False
+    """Whether it does nothing but register every user once."""
+    sid_prefix: str = ""
+    """What makes the sids others than those of another plan in the same namespace."""
     cleaners: int = CLEANERS
     record: Path | None = None
 
@@ -140,7 +144,6 @@ class Worker:
         """Let all users be there, so that each register that is measured displaces a connection."""
         users = range(self._process, self._plan.users, self._plan.processes)
         await self._register_in_tasks(map(user_name, users))
-        self.outcome = Outcome()
 
     async def run_registers(self) -> None:
         """Register users chosen at random until the time is over."""
@@ -150,7 +153,7 @@ class Worker:
 
     def _random_users(self) -> Iterator[str]:
         users = [user_name(number) for number in range(self._plan.users)]
-        choice = random.Random(f"{self._plan.seed} {self._process}")
+        choice = random.Random(f"{self._plan.seed} {self._plan.sid_prefix} {self._process}")
         end_ns = self.outcome.start_ns + self._plan.limit_seconds * 1e9
         while time.monotonic_ns() < end_ns:
             yield users[int(choice.random() * len(users))]
@@ -161,7 +164,7 @@ class Worker:
         async def work() -> None:
             for user_id in users:
                 self._sids += 1
-                sid = f"{self._process}-{self._sids}"
+                sid = f"{self._plan.sid_prefix}{self._process}-{self._sids}"
                 try:
                     self.outcome.displaced += await self._contender.register(sid, user_id)
                 except (RedisError, PresenceError, TimeoutError) as error:
@@ -320,10 +323,11 @@ def run_process(plan: Plan, process: int, start: Barrier, done: Any, outcome: Co
             contender = CONTENDERS[plan.contender](client, plan.namespace)
             with recording as recorder:
                 worker = Worker(plan, process, contender, recorder, done)
-                if plan.only_registers:
-                    await worker.register_everyone()
                 await asyncio.to_thread(start.wait, START_SECONDS)
-                await (worker.run_registers() if plan.only_registers else worker.run())
+                if plan.registers_everyone:
+                    await worker.register_everyone()
+                else:
+                    await (worker.run_registers() if plan.only_registers else worker.run())
             await contender.aclose()
         return worker.outcome
 

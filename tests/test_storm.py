@@ -18,7 +18,7 @@ import redis
 
 from bench import storm
 from bench.history import REGISTER, Call, check_history
-from bench.storm import StormError, StormResult, register_throughput, run_storm
+from bench.storm import Registering, StormError, StormResult, run_storm
 from bench.storm_worker import Outcome
 
 if TYPE_CHECKING:
@@ -218,7 +218,9 @@ def test_a_storm_ends_at_its_time_limit(server_url: str) -> None:
 
 def test_register_throughput_counts_the_registers_of_all_processes(server_url: str, client: redis.Redis) -> None:
     before = client.dbsize()
-    assert register_throughput("presence", server_url, processes=2, tasks=4, seconds=0.2, users=50) > 0
+    with Registering("presence", server_url, users=50) as registering:
+        for processes in (1, 2):
+            assert registering.throughput(processes=processes, tasks=4, seconds=0.2) > 0
     assert client.dbsize() == before
 
 
@@ -232,9 +234,10 @@ def test_register_throughput_counts_the_registers_of_all_processes(server_url: s
 def test_registers_that_displace_nobody_or_raise_are_no_measurement(
     server_url: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, told: str
 ) -> None:
-    monkeypatch.setattr(storm, "_run_processes", lambda *_: [outcome])
-    with pytest.raises(StormError, match=told):
-        register_throughput("presence", server_url, processes=2, tasks=4, seconds=0.2, users=50)
+    with Registering("presence", server_url, users=50) as registering:
+        monkeypatch.setattr(storm, "_run_processes", lambda *_: [outcome])
+        with pytest.raises(StormError, match=told):
+            registering.throughput(processes=2, tasks=4, seconds=0.2)
 
 
 def test_the_command_prints_a_table_and_ends_with_0_where_presence_breaks_nothing(own_server: LocalServer) -> None:
