@@ -14,14 +14,14 @@ from bench import __main__ as bench
 from bench import page, prove, report
 from bench.contenders import CONTENDERS, violations
 from bench.crowd import PLAIN, PRESENCE, Crowd
-from bench.fill import NAMESPACE, load_scripts
-from bench.measure import MeasurementError, Spread
+from bench.fill import NAMESPACE, TIME_LENGTH, Population, load_scripts
+from bench.measure import MeasurementError, Spread, send
 from bench.report import Figure, Row
 from bench.round_trips import measure_round_trips
 from bench.scale import QUICK
 from bench.sections import Plan
 from bench.servers import Place, Server
-from bench.speed import measure_speed
+from bench.speed import DISPLACING, DISPLACING_SOON, measure_speed
 from tests.server import LocalServer, program
 
 if TYPE_CHECKING:
@@ -186,11 +186,30 @@ def test_a_missed_target_fails_the_proof_and_a_broken_promise_the_benchmark_too(
 def test_server_time_is_measured_beside_the_commands_of_each_script(own_server: LocalServer) -> None:
     with redis.Redis.from_url(own_server.url) as client:
         rows = {row.what: row for row in measure_speed(Server(client, own_server.url), TINY) if isinstance(row, Row)}
+    displacing = {name: rows[f"the commands within: {name}"].baseline for name in (DISPLACING, DISPLACING_SOON)}
+    assert [commands.startswith("GET, GETDEL, ") for commands in displacing.values()] == [True, False]
     heartbeat, within = rows["heartbeat"], rows["the commands within: heartbeat"]
     assert {"TIME", "ZADD", "ZSCORE"} <= {*within.baseline.split(", ")}
     assert within.ratio
     assert 0 < within.value.median < heartbeat.value.median
     assert within.ratio.median == pytest.approx(heartbeat.value.median / within.value.median)
+
+
+def test_answers_that_are_kept_with_the_lists_can_be_made_too_old_to_be_given_again(own_server: LocalServer) -> None:
+    with redis.Redis.from_url(own_server.url) as client:
+        population = Population(client, 4)
+        population.fill()
+        registers = [population.register(index) for index in range(4)]
+        first = send(client, [register.command() for register in registers])
+        population.age_answers([0, 1], 30)
+        population.age_answers([2, 3], 90)
+        again = send(client, [register.command() for register in registers])
+        is_same = [one[TIME_LENGTH:] == other[TIME_LENGTH:] for one, other in zip(first, again, strict=True)]
+        assert is_same == [True, True, False, False]
+        population.forget_answers([0])
+        population.age_answers([0], 90)
+        users_list = client.get(f"{{{NAMESPACE}}}:user_conns:{population.user_ids[0]}")
+        assert users_list == f"20:{population.sids[0]}".encode()
 
 
 @pytest.mark.parametrize("contender", [PLAIN, PRESENCE])
