@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from bench.measure import Spread
@@ -12,13 +13,15 @@ from presence import operations
 from presence.scripts import Script
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     import redis
 
 LONGEST_SCRIPT_MS = 5
 """What no script may exceed."""
-SETTINGS = {"slowlog-log-slower-than": 200, "slowlog-max-len": 20_000}
+LIMIT = "slowlog-log-slower-than"
+SETTINGS = {LIMIT: 200, "slowlog-max-len": 20_000}
 """Microseconds, and entries: enough for all that is run between two looks."""
 LISTED = 5
 COUNTING = "for _ = 1, 100000 do end"
@@ -53,6 +56,15 @@ class SlowScripts:
     ) -> None:
         for name, value in self._settings_before.items():
             self._client.config_set(name, value)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let nothing be logged: of calls that are not measured, in pipelines that keep the CPUs of both sides busy."""
+        self._client.config_set(LIMIT, -1)
+        try:
+            yield
+        finally:
+            self._client.config_set(LIMIT, SETTINGS[LIMIT])
 
     def count(self) -> None:
         """Run the script that only counts, between the others, so that it meets what they meet of the machine."""
