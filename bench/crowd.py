@@ -26,7 +26,7 @@ from bench.progress import Progress
 from presence import Operations
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from bench.measure import Command
 
@@ -114,6 +114,28 @@ class Crowd:
             ("SADD", game_conns, sid),
             ("EXPIRE", game_conns, CONN_TTL_SECONDS),
         ]
+
+    def touch(self, client: redis.Redis, numbers: Sequence[int], beating: Sequence[int], games: Sequence[str]) -> None:
+        """Read some connections, their users and some rooms, and let those beat that are to; in mixed pipelines."""
+        sids, users = [self.sid(number) for number in numbers], [self.user_id(number) for number in numbers]
+        commands: list[Command]
+        if self.contender == PLAIN:
+            commands = [
+                *(("HGETALL", f"{NAMESPACE}:conn:{sid}") for sid in sids),
+                *(("GET", f"{NAMESPACE}:user_conn:{user}") for user in users),
+                *(("SMEMBERS", f"{NAMESPACE}:game_conns:{game}") for game in games),
+            ]
+        else:
+            operations = Operations(NAMESPACE, conn_ttl_seconds=CONN_TTL_SECONDS)
+            heartbeats = operations.heartbeat_batches(self.sid(number) for number in beating)
+            commands = [
+                *(batch.command() for batch in heartbeats.operations),
+                *(batch.command() for batch in operations.users_connections_batches(users).operations),
+                *(operations.get_game_connections(game).command() for game in games),
+            ]
+        # Else the caches of the CPU would hold what came last.
+        random.shuffle(commands)
+        send(client, commands)
 
     def leave_behind(self, stale: Iterable[int], client: redis.Redis, seconds: float) -> None:
         """Let some connections fall silent: *plain*'s get an older time, of *presence* all others send a heartbeat."""

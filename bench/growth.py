@@ -1,7 +1,8 @@
 """What the operations cost among ten thousand, a hundred thousand and a million connections, here and in *plain*.
 
 Every crowd has a database of its own on one server. They take turns, operation by operation, so that a noisy moment
-meets all of them; a ratio compares measurements that were made within a few seconds.
+meets all of them; a ratio compares measurements that were made within a few seconds. Before each turn the crowd's own
+data takes the place of the others' in the caches, as on a server of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bench.report import Figure, Row
 from bench.slowlog import SlowScripts
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from bench.report import Findings
     from bench.scale import Scale
@@ -36,20 +37,30 @@ HOW = """Crowds of *plain* and of *presence* (40 % of each in two-player games, 
 100, 40 % in rooms of 1,000), each in a database of its own on one server, written by pipelines and then measured
 through the contenders' own asyncio methods: one call at a time, one command or script per round trip (but for the
 snapshots by 64 tasks, of which each has a connection of its own in *plain*, and for those that are said to be in
-pipelines), on connections and rooms chosen at random, in short rounds in which all crowds take turns operation by
-operation. So the caches are as cold as the crowd is large.
-*Server time* is the server's own account (`INFO commandstats`): of the script, or of all commands that *plain* needed;
-it leaves out what the server spends on reading and answering each command, so it flatters *plain*. *Time at the client*
-is what the caller waits for. Memory is the difference in `used_memory` before and after a crowd was written, without
-the answers that are kept for a minute. For a cleanup, 1 % of a crowd chosen at random fell silent; *plain*'s runs once,
-since it takes minutes. The growth of every operation is held against the smallest crowd, within one round. The longest
-script is found in `SLOWLOG`, over everything that this section ran after the crowds were written; its strict maximum
-holds the time for which the server waited for a CPU, or a virtual machine for its host: so beside it stand the longest
-call of a script that only counts, run all along, and the usual maximum of a round."""
+pipelines), on connections and rooms chosen at random, in rounds in which all crowds take turns operation by operation.
+Before each turn 10,000 connections of the crowd, chosen at random, and rooms of as many are read and (in *presence*)
+50,000 send a heartbeat, many calls in one write and not measured: so the caches are as warm for each crowd as they
+would be if it had the server for itself, and what is measured finds all of a small crowd there and little of a large
+one. What an operation needs is prepared at least a turn before (who joins was displaced, who is unregistered in no game
+left it, who resumes was detached), so that it, too, finds caches in that state; nobody who comes back has done so
+within the last minute, but for the quick run. *Server time* is the server's own account (`INFO commandstats`): of the
+script, or of all commands that *plain* needed; it leaves out what the server spends on reading and answering each
+command, so it flatters *plain*. *Time at the client* is what the caller waits for. Memory is the difference in
+`used_memory` before and after a crowd was written, without the answers that are kept for a minute, and with tables that
+never held them. For a cleanup, 1 % of a crowd chosen at random fell silent; *plain*'s runs once, since it takes
+minutes. The growth of every operation is held against the smallest crowd, within one round. The longest script is found
+in `SLOWLOG`, over everything that this section ran after the crowds were written, but for what was not measured before
+each turn; its strict maximum holds the time for which the server waited for a CPU, or a virtual machine for its host:
+so beside it stand the longest call of a script that only counts, run all along, and the usual maximum of a round."""
 
 GROWTH_RATIO = 1.6
 PLAIN_RATIO = 20
-CALLS = {2: 100, 10: 40, 100: 10, 1_000: 2}
+JUDGED = 10_000, 1_000_000
+"""The smallest crowd and the largest for which the targets are meant."""
+READ, BEATING = 10_000, 50_000
+"""Connections that are read before each turn, and those that send a heartbeat: all of the smallest crowd, and of the
+others so many that what all heartbeats share, the upper levels of the skip list, is in the caches as far as it fits."""
+CALLS = {2: 200, 10: 80, 100: 20, 1_000: 4}
 """Snapshots in a round, by the members of the room."""
 STALE_SHARE = 0.01
 SILENT_SECONDS = 3.0
@@ -57,10 +68,10 @@ SILENT_SECONDS = 3.0
 PLAIN_SILENT_SECONDS, PLAIN_THRESHOLD_SECONDS = 20_000, 10_000
 """*plain*'s silent ones get an older time: older than a whole run takes."""
 GRACE_SECONDS = 60
-MANY, GAMES, BATCHES = 100, 10, 3
+MANY, GAMES, BATCHES = 100, 10, 6
 """How many ids a call takes that takes many, how many games, and how many such calls there are in a round."""
 COMPARED_ROOM = 100
-TASKS, CALLS_BY_TASKS = 64, 128
+TASKS, CALLS_BY_TASKS = 64, 256
 """Snapshots of the compared room are also asked for by so many tasks at once, and so many of them in a round."""
 
 COUNT = "count of all connections"
@@ -95,6 +106,13 @@ class Measured:
         self.bytes_per_connection = 0.0
         self._server = server
         self._calls = calls
+        self._unused: list[int] = []
+        """Those in two-player games that have not come back since the crowd was made, in random order."""
+        self._seatless: list[int] = []
+        self._idle: list[int] = []
+        self._going: list[int] = []
+        self._detached: list[int] = []
+        """Those of a round that were displaced, left, are to go or were detached, until their next turn."""
         self._blocking = crowd.connect()
         self._client: Any = redis.asyncio.Redis.from_url(
             crowd.url, decode_responses=True, socket_timeout=PATIENCE_SECONDS
@@ -114,6 +132,31 @@ class Measured:
         before = used_memory(self._server.client)
         self.crowd.fill()
         self.bytes_per_connection = (used_memory(self._server.client) - before) / self.crowd.size
+
+    def warm(self, silent: Collection[int] = ()) -> None:
+        """Let the caches hold of the crowd what they would if no other crowd were there; the silent send nothing."""
+        numbers = self.crowd.sample(READ)
+        beating = self.crowd.sample(BEATING) if self.crowd.contender == PRESENCE else []
+        beating = [number for number in beating if number not in silent]
+        # As many rooms of each kind as so many connections are in.
+        share = len(numbers) / self.crowd.size
+        rooms = [
+            self.crowd.game_id(first)
+            for members, of_kind in self.crowd.rooms.items()
+            for first in random.sample(of_kind[::members], max(1, round(share * len(of_kind) / members)))
+        ]
+        self.crowd.touch(self._blocking, numbers, beating, rooms)
+
+    def _draw(self, parts: int) -> list[list[int]]:
+        """Choose different connections in two-player games for several operations, each of them once in a run.
+
+        A small crowd may run out of them; then it begins anew.
+        """
+        players = self.crowd.rooms[2]
+        calls = min(self._calls, len(players) // parts)
+        if len(self._unused) < parts * calls:
+            self._unused = random.sample(players, len(players))
+        return [[self._unused.pop() for _ in range(calls)] for _ in range(parts)]
 
     async def _time(
         self,
@@ -148,36 +191,45 @@ class Measured:
         newcomers = [f"{random.getrandbits(90):030x}" for _ in range(self._calls)]
         calls = [self.contender.register(sid, f"guest-{sid}") for sid in newcomers]
         await self._time(FIRST, calls, lambda displaced: not displaced)
-        await self._time("unregister one in no game", [self.contender.unregister(sid) for sid in newcomers], bool)
+        for sid in newcomers:
+            await self.contender.unregister(sid)
 
     async def displace(self) -> None:
-        """Measure registers of users who are there, and how they join their game again."""
-        returning = self.crowd.sample(self._calls, members=2)
-        earlier = [self.crowd.sid(number) for number in returning]
+        """Measure registers of users who are there, and are then in no game."""
+        self._seatless, self._idle, self._going, self._detached = self._draw(4)
+        earlier = [self.crowd.sid(number) for number in self._seatless]
         calls = [
-            self.contender.register(self.crowd.change_sid(number), self.crowd.user_id(number)) for number in returning
+            self.contender.register(self.crowd.change_sid(number), self.crowd.user_id(number))
+            for number in self._seatless
         ]
         expected = iter(earlier)
         await self._time(DISPLACING, calls, lambda displaced: displaced == [next(expected)])
-        await self._time("join a game", self._joins(returning), lambda answer: answer == (True, None))
-
-    def _joins(self, numbers: Sequence[int]) -> list[Awaitable[Any]]:
-        return [self.contender.join(self.crowd.sid(number), self.crowd.game_id(number)) for number in numbers]
 
     async def leave(self) -> None:
         """Measure leaves."""
-        leaving = self.crowd.sample(self._calls, members=2)
-        calls = [self.contender.leave(self.crowd.sid(number)) for number in leaving]
+        calls = [self.contender.leave(self.crowd.sid(number)) for number in self._idle]
         await self._time("leave a game", calls, bool)
-        for join in self._joins(leaving):
-            await join
+
+    async def detach(self) -> None:
+        """Measure how connections in a game are detached."""
+        if self.crowd.contender != PRESENCE:
+            return
+        calls = [
+            self._manager.unregister_connection(self.crowd.sid(number), grace_seconds=GRACE_SECONDS)
+            for number in self._detached
+        ]
+        await self._time("unregister one in a game with a grace", calls, lambda seat: seat.is_detached)
+
+    async def join(self) -> None:
+        """Measure how those that are in no game since they came back join theirs again."""
+        joins = [self.contender.join(self.crowd.sid(number), self.crowd.game_id(number)) for number in self._seatless]
+        await self._time("join a game", joins, lambda answer: answer == (True, None))
 
     async def unregister(self) -> None:
-        """Measure the removal of connections in a game, which come back."""
-        going = self.crowd.sample(self._calls, members=2)
-        calls = [self.contender.unregister(self.crowd.sid(number)) for number in going]
-        await self._time("unregister one in a game", calls, bool)
-        self.crowd.add(self._blocking, going)
+        """Measure the removal of connections in no game and in one, which come back."""
+        for name, numbers in (("unregister one in no game", self._idle), ("unregister one in a game", self._going)):
+            await self._time(name, [self.contender.unregister(self.crowd.sid(number)) for number in numbers], bool)
+            self.crowd.add(self._blocking, numbers)
 
     async def read(self) -> None:
         """Measure what both contenders can be asked."""
@@ -219,19 +271,19 @@ class Measured:
         await self.count(self._calls)
 
     async def resume(self) -> None:
-        """Measure how connections in a game are detached and come back, and their metadata."""
+        """Measure how detached connections come back, and the metadata of others."""
         if self.crowd.contender != PRESENCE:
             return
         manager, crowd = self._manager, self.crowd
-        going = crowd.sample(self._calls, members=2)
         calls: list[Awaitable[Any]]
-        calls = [manager.unregister_connection(crowd.sid(number), grace_seconds=GRACE_SECONDS) for number in going]
-        await self._time("unregister one in a game with a grace", calls, lambda seat: seat.is_detached)
-        calls = [manager.register_connection(crowd.change_sid(number), crowd.user_id(number)) for number in going]
+        calls = [
+            manager.register_connection(crowd.change_sid(number), crowd.user_id(number)) for number in self._detached
+        ]
         await self._time("register, resuming one in a game", calls, lambda registration: registration.resumed)
-        calls = [manager.update_metadata(crowd.sid(number), "metadata") for number in going]
+        numbers = crowd.sample(self._calls, members=2)
+        calls = [manager.update_metadata(crowd.sid(number), "metadata") for number in numbers]
         await self._time("update_metadata", calls, bool)
-        for number in going:
+        for number in numbers:
             await manager.update_metadata(crowd.sid(number), "")
 
     async def act_in_bulk(self) -> None:
@@ -293,7 +345,8 @@ async def _await_in_tasks(calls: Sequence[Awaitable[Any]], tasks: int) -> list[A
 
 def measure_growth(server: Server, scale: Scale) -> Findings:
     """Measure crowds of all sizes."""
-    kinds = itertools.product((PLAIN, PRESENCE), scale.sizes)
+    # presence's first: the answers of its registers are to be older than a minute when calls are measured.
+    kinds = itertools.product((PRESENCE, PLAIN), scale.sizes)
     crowds = [Crowd(contender, server.url, database, size) for database, (contender, size) in enumerate(kinds)]
     load_scripts(server.client)
     with SlowScripts(server.client) as slow_scripts:
@@ -314,15 +367,18 @@ async def _measure(server: Server, scale: Scale, crowds: Sequence[Crowd], slow_s
         for each in measured:
             each.fill()
         slow_scripts.skip()
+        await _clean_up_plain(measured)
         steps = (
             Measured.beat,
             Measured.register,
             Measured.displace,
             Measured.leave,
+            Measured.detach,
+            Measured.join,
+            Measured.resume,
             Measured.unregister,
             Measured.read,
             Measured.read_more,
-            Measured.resume,
             Measured.act_in_bulk,
         )
         progress = Progress(
@@ -331,6 +387,8 @@ async def _measure(server: Server, scale: Scale, crowds: Sequence[Crowd], slow_s
         for _ in range(scale.growth_rounds):
             for step in steps:
                 for each in measured:
+                    with slow_scripts.pause():
+                        each.warm()
                     await step(each)
                     slow_scripts.count()
             slow_scripts.look()
@@ -344,17 +402,25 @@ async def _measure(server: Server, scale: Scale, crowds: Sequence[Crowd], slow_s
 
 async def _clean_up(server: Server, scale: Scale, measured: Sequence[Measured], slow_scripts: SlowScripts) -> None:
     ours = [each for each in measured if each.crowd.contender == PRESENCE]
-    plain = [each for each in measured if each.crowd.contender == PLAIN]
-    progress = Progress("cleanups and counts of all crowds", scale.growth_cleanups + len(plain))
+    progress = Progress("cleanups of all crowds", scale.growth_cleanups)
     for _ in range(scale.growth_cleanups):
         silent_since_ms = server_ms(server.client)
         await asyncio.sleep(SILENT_SECONDS)
         silent = [each.fall_silent() for each in ours]
         for each, stale in zip(ours, silent, strict=True):
+            with slow_scripts.pause():
+                each.warm({*stale})
             await each.clean_up(stale, silent_since_ms)
         slow_scripts.look()
         progress.advance()
+
+
+async def _clean_up_plain(measured: Sequence[Measured]) -> None:
+    """Measure *plain*'s cleanups and counts first: meanwhile the answers of presence's registers get old."""
+    plain = [each for each in measured if each.crowd.contender == PLAIN]
+    progress = Progress("cleanups and counts of plain", len(plain))
     for each in plain:
+        each.warm()
         await each.count()
         await each.clean_up(each.fall_silent(), 0)
         progress.advance()
@@ -399,7 +465,7 @@ def _growth(ours: BySize) -> Findings:
         rows.append(Row(f"{name}, among {smallest:,}", Spread.of(base), "µs"))
         for size in larger:
             costs = _server(ours[size], name)
-            target = GROWTH_RATIO if size == larger[-1] else None
+            target = GROWTH_RATIO if (smallest, size) == JUDGED else None
             row = Row(f"{name}, among {size:,}", Spread.of(costs), "µs", ratios(costs, base), f"{smallest:,}", target)
             rows.append(row)
     points = {name: [(size, Spread.of(_server(each, name)).median) for size, each in ours.items()] for name in PLOTTED}
@@ -417,13 +483,13 @@ def _growth(ours: BySize) -> Findings:
 
 def _beside_plain(plain: BySize, ours: BySize) -> Findings:
     """Hold *plain* against *presence* at every size; the targets are for the largest."""
-    largest = max(ours)
+    smallest, largest = min(ours), max(ours)
     compared = (snapshot(COMPARED_ROOM), BY_TASKS, CLEANUP)
     rows = []
     for name in plain[largest].samples:
         for size in ours:
             if name in plain[size].samples:
-                target = PLAIN_RATIO if size == largest and name in compared else None
+                target = PLAIN_RATIO if (smallest, size) == JUDGED and name in compared else None
                 rows += _comparison(name, plain[size], ours[size], target)
     cleanups = {
         name: [
