@@ -116,7 +116,7 @@ class Crowd:
         ]
 
     def touch(self, client: redis.Redis, numbers: Sequence[int], beating: Sequence[int], games: Sequence[str]) -> None:
-        """Read some connections, their users and some rooms, and let those beat that are to; in mixed pipelines."""
+        """Read some connections, their users and some rooms, and let those beat that are to; in pipelines."""
         sids, users = [self.sid(number) for number in numbers], [self.user_id(number) for number in numbers]
         commands: list[Command]
         if self.contender == PLAIN:
@@ -129,12 +129,11 @@ class Crowd:
             operations = Operations(NAMESPACE, conn_ttl_seconds=CONN_TTL_SECONDS)
             heartbeats = operations.heartbeat_batches(self.sid(number) for number in beating)
             commands = [
-                *(batch.command() for batch in heartbeats.operations),
                 *(batch.command() for batch in operations.users_connections_batches(users).operations),
                 *(operations.get_game_connections(game).command() for game in games),
+                # Last, since they are most of what a server is asked for.
+                *(batch.command() for batch in heartbeats.operations),
             ]
-        # Else the caches of the CPU would hold what came last.
-        random.shuffle(commands)
         send(client, commands)
 
     def leave_behind(self, stale: Iterable[int], client: redis.Redis, seconds: float) -> None:

@@ -39,7 +39,7 @@ through the contenders' own asyncio methods: one call at a time, one command or 
 snapshots by 64 tasks, of which each has a connection of its own in *plain*, and for those that are said to be in
 pipelines), on connections and rooms chosen at random, in rounds in which all crowds take turns operation by operation.
 Before each turn 10,000 connections of the crowd, chosen at random, and rooms of as many are read and (in *presence*)
-50,000 send a heartbeat, many calls in one write and not measured: so the caches are as warm for each crowd as they
+20,000 send a heartbeat, many calls in one write and not measured: so the caches are as warm for each crowd as they
 would be if it had the server for itself, and what is measured finds all of a small crowd there and little of a large
 one. What an operation needs is prepared at least a turn before (who joins was displaced, who is unregistered in no game
 left it, who resumes was detached), so that it, too, finds caches in that state; nobody who comes back has done so
@@ -57,7 +57,7 @@ GROWTH_RATIO = 1.6
 PLAIN_RATIO = 20
 JUDGED = 10_000, 1_000_000
 """The smallest crowd and the largest for which the targets are meant."""
-READ, BEATING = 10_000, 50_000
+READ, BEATING = 10_000, 20_000
 """Connections that are read before each turn, and those that send a heartbeat: all of the smallest crowd, and of the
 others so many that what all heartbeats share, the upper levels of the skip list, is in the caches as far as it fits."""
 CALLS = {2: 200, 10: 80, 100: 20, 1_000: 4}
