@@ -39,19 +39,20 @@ through the contenders' own asyncio methods: one call at a time, one command or 
 snapshots by 64 tasks, of which each has a connection of its own in *plain*, and for those that are said to be in
 pipelines), on connections and rooms chosen at random, in rounds in which all crowds take turns operation by operation.
 Before each turn 10,000 connections of the crowd, chosen at random, and rooms of as many are read and (in *presence*)
-20,000 send a heartbeat, many calls in one write and not measured: so the caches are as warm for each crowd as they
-would be if it had the server for itself, and what is measured finds all of a small crowd there and little of a large
-one. What an operation needs is prepared at least a turn before (who joins was displaced, who is unregistered in no game
-left it, who resumes was detached), so that it, too, finds caches in that state; nobody who comes back has done so
-within the last minute, but for the quick run. *Server time* is the server's own account (`INFO commandstats`): of the
-script, or of all commands that *plain* needed; it leaves out what the server spends on reading and answering each
-command, so it flatters *plain*. *Time at the client* is what the caller waits for. Memory is the difference in
-`used_memory` before and after a crowd was written, without the answers that are kept for a minute, and with tables that
-never held them. For a cleanup, 1 % of a crowd chosen at random fell silent; *plain*'s runs once, since it takes
-minutes. The growth of every operation is held against the smallest crowd, within one round. The longest script is found
-in `SLOWLOG`, over everything that this section ran after the crowds were written, but for what was not measured before
-each turn; its strict maximum holds the time for which the server waited for a CPU, or a virtual machine for its host:
-so beside it stand the longest call of a script that only counts, run all along, and the usual maximum of a round."""
+20,000 send a heartbeat, many calls in one write and not measured: so what is measured finds the small crowd in the
+caches, as on a server of its own, and of a large one little more than what all calls share, or even less than on a
+server of its own. What an operation needs is prepared at least a turn before (who joins was displaced, who is
+unregistered in no game left it, who resumes was detached), so that it, too, finds caches in that state; nobody who
+comes back has done so within the last minute, but for the quick run. *Server time* is the server's own account (`INFO
+commandstats`): of the script, or of all commands that *plain* needed; it leaves out what the server spends on reading
+and answering each command, so it flatters *plain*. *Time at the client* is what the caller waits for. Memory is the
+difference in `used_memory` before and after a crowd was written, without the answers that are kept for a minute, and
+with tables that never held them. For a cleanup, 1 % of a crowd chosen at random fell silent; *plain*'s runs once, since
+it takes minutes. The growth of every operation is held against the smallest crowd, within one round. The longest script
+is found in `SLOWLOG`, over everything that this section ran after the crowds were written, but for what was not
+measured before each turn; its strict maximum holds the time for which the server waited for a CPU, or a virtual machine
+for its host: so beside it stand the longest call of a script that only counts, run all along, and the usual maximum of
+a round."""
 
 GROWTH_RATIO = 1.6
 PLAIN_RATIO = 20
