@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -30,7 +30,7 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
 
-from presence.errors import as_fault
+from presence.errors import FAULTS, as_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -465,7 +465,8 @@ class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.as
         finally:
             if inuse_connections:  # Otherwise the primary has changed, and the sentinels are still asked.
                 for sentinel in self.sentinel_manager.sentinels:
-                    await sentinel.aclose()
+                    with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come.
+                        await sentinel.aclose()
 
 
 def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:
@@ -500,16 +501,16 @@ class _LayoutLearner:
         self._outcome: Future[None] | None = None
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
-        own_thread = get_ident()
-        with self._lock:
-            others = self._outcome if self._learner != own_thread else None
-            if others is None:
-                self._learner = own_thread
-                own = self._outcome = Future()
-        if others is not None:
-            others.result()
-            return
+        own, own_thread = Future[None](), get_ident()
         try:
+            with self._lock:
+                others = self._outcome
+                # One that is over may stand here still, if a signal's handler raised at its end.
+                if others is None or others.done() or self._learner == own_thread:
+                    others, self._learner, self._outcome = None, own_thread, own
+            if others is not None:
+                others.result()
+                return
             self._learn(*arguments, **named)
         except BaseException as error:
             is_fault = isinstance(error, Exception)

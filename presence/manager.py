@@ -988,7 +988,7 @@ class ConnectionManager:
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
                 if isinstance(request[0], SecondLoad):
                     for other in client.get_primaries():
-                        with suppress(*FAULTS):
+                        with suppress(*FAULTS, AttributeError, RuntimeError):  # Another may come or go meanwhile.
                             await client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (await self._exchange(own, rest, end) if rest else [])

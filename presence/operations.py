@@ -63,8 +63,8 @@ SERVER_HEARTBEATS_UNTIL_WARNING = 2
 
 logger = logging.getLogger("presence")
 SERVER_IS_SILENT = (
-    "the game server %r has sent no heartbeat for %.0f s: after three are missing, cleanups take all of its players, "
-    "whether these beat or not; keep run_server_heartbeat() running in the background"
+    "the game server %r has sent no heartbeat for %.0f s, or none gets through: after three are missing, cleanups take "
+    "all of its players, whether these beat or not; keep run_server_heartbeat() running in the background"
 )
 
 CLEANUP_BATCH_SIZE = 20
@@ -288,7 +288,7 @@ class Operations:
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
         self._beaten_at = inf
-        """When the game server was started or beat; for ever once it was warned of."""
+        """When the game server was started or beat; infinite from a warning to the next heartbeat."""
         self._start: Operation[int] | None = None
         self._start_anew()
         call_in_child(self, Operations._start_anew)

@@ -204,10 +204,11 @@ class SharedConnection:
             _answer(request, request.replies)
         for request in self._sent:
             _answer(request, [error] * request.count)
-        # What there was no room for has waited for as many attempts: otherwise the queue would grow in an outage.
-        while self._waiting and self._waiting[0].asked_at <= self._session_start:
-            request = self._waiting.popleft()
-            _answer(request, [error] * request.count)
+        if self._sent:  # Otherwise it is only what the refused were answered.
+            # What there was no room for has waited for as many attempts: or the queue would grow in an outage.
+            while self._waiting and self._waiting[0].asked_at <= self._session_start:
+                request = self._waiting.popleft()
+                _answer(request, [error] * request.count)
         self._refused.clear()
         self._sent.clear()
         self._commands_sent = self._bytes_sent = 0
@@ -226,7 +227,10 @@ class SharedConnection:
         try:
             await self._converse(connection)
         except RuntimeError as error:
-            raise as_fault(error) from error.__cause__
+            fault = as_fault(error)
+            if fault is error:
+                raise
+            raise fault from error
 
     async def _converse(self, connection: AbstractConnection) -> None:
         """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""

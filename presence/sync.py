@@ -973,7 +973,7 @@ class ConnectionManager:
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
                 if isinstance(request[0], SecondLoad):
                     for other in client.get_primaries():
-                        with suppress(*FAULTS):
+                        with suppress(*FAULTS, AttributeError, RuntimeError):  # Another may come or go meanwhile.
                             client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (self._send_once(client, rest) if rest else [])

@@ -264,6 +264,24 @@ class TestAnErrorOfOne:
 
         run(work())
 
+    def test_that_stays_refused_is_not_that_of_those_there_was_no_room_for(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipelining, "MAX_COMMANDS", 10)
+
+        async def work() -> None:
+            options = {"retry": Retry(NoBackoff(), 1), "retry_on_error": [redis.exceptions.ResponseError]}
+            async with warm_manager(own_server.url, 1, **options) as manager:
+                await manager.get_game_connection_count("game")  # Its script is there now.
+                admin.set("{presence}:game_conns:foreign", "what another program wrote")
+                refused = manager.get_game_connection_count("foreign")
+                calls = [manager.update_heartbeat("sid-0") for _ in range(50)]
+                error, *answers = await asyncio.gather(refused, *calls, return_exceptions=True)
+                assert isinstance(error, presence.UnexpectedReplyError)
+                assert answers == [True] * 50
+
+        run(work())
+
     def test_whose_script_the_server_lost(self, own_server: LocalServer, admin: Any) -> None:
         """All others run once, and so does this one when its script is there again."""
 

@@ -216,7 +216,7 @@ def test_a_storm_ends_at_its_time_limit(server_url: str) -> None:
     assert result.faults() == []
 
 
-def test_register_throughput_counts_the_registers_of_all_processes(server_url: str, client: redis.Redis) -> None:
+def test_the_throughput_counts_the_registers_of_all_processes(server_url: str, client: redis.Redis) -> None:
     before = client.dbsize()
     with Registering("presence", server_url, users=50) as registering:
         for processes in (1, 2):
