@@ -14,7 +14,7 @@ from bench.measure import Spread
 from bench.report import Row
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Coroutine, Iterator
 
     from bench.contenders import Contender
     from bench.report import Findings
@@ -29,36 +29,23 @@ MEMBERS = 10
 """Of the room, and of what a cleanup finds stale."""
 
 
-async def _scenes(contender: Contender) -> AsyncIterator[str]:
-    """Run each operation once, and give its name right after it; a name is empty where the scene was set."""
+def _steps(contender: Contender) -> Iterator[tuple[str, Coroutine[Any, Any, object]]]:
+    """Give each operation once, by its name; without one, what only sets the scene for the next."""
     for number in range(MEMBERS):
-        await contender.register(f"sid-{number}", f"user-{number}")
-        await contender.join(f"sid-{number}", "room")
-    yield ""
-    await contender.register("first", "user")
-    yield "register, the first of its user"
-    await contender.join("first", "game")
-    yield "join"
-    await contender.register("second", "user")
-    yield "register, displacing one in a game"
-    await contender.unregister("first")
-    yield "late unregister of the one displaced"
-    await contender.heartbeat("second")
-    yield "heartbeat"
-    await contender.join("second", "game")
-    yield ""
-    await contender.leave("second")
-    yield "leave"
-    await contender.is_online("user")
-    yield "is online"
-    await contender.unregister("second")
-    yield "unregister"
-    await contender.get_game("room")
-    yield f"snapshot of a room of {MEMBERS}"
-    await contender.age(1000)
-    yield ""
-    await contender.cleanup(500)
-    yield f"cleanup of {MEMBERS}"
+        yield "", contender.register(f"sid-{number}", f"user-{number}")
+        yield "", contender.join(f"sid-{number}", "room")
+    yield "register, the first of its user", contender.register("first", "user")
+    yield "join", contender.join("first", "game")
+    yield "register, displacing one in a game", contender.register("second", "user")
+    yield "late unregister of the one displaced", contender.unregister("first")
+    yield "heartbeat", contender.heartbeat("second")
+    yield "", contender.join("second", "game")
+    yield "leave", contender.leave("second")
+    yield "is online", contender.is_online("user")
+    yield "unregister", contender.unregister("second")
+    yield f"snapshot of a room of {MEMBERS}", contender.get_game("room")
+    yield "", contender.age(1000)
+    yield f"cleanup of {MEMBERS}", contender.cleanup(500)
 
 
 async def _count(name: str, url: str) -> dict[str, int]:
@@ -73,12 +60,12 @@ async def _count(name: str, url: str) -> dict[str, int]:
         for _ in range(2):
             contender = CONTENDERS[name](client, f"round-trips-{uuid.uuid4()}")
             counts: dict[str, int] = {}
-            before = await reads()
-            async for operation in _scenes(contender):
+            for operation, call in _steps(contender):
+                before = await reads()
+                await call
                 after = await reads()
                 if operation:
                     counts[operation] = after - before - 1  # The watcher's own.
-                before = after
             await contender.aclose()
     return counts
 

@@ -146,7 +146,7 @@ _BY_CODE: dict[str, _Explanation] = {
     ),
     "MISCONF": (
         ReadOnlyServerError,
-        "the server cannot save its data and refuses to write; free its disk or set stop-writes-on-bgsave-error no",
+        "the server cannot save its data and refuses to write; fix its disk or set stop-writes-on-bgsave-error no",
     ),
     "NOREPLICAS": (
         ReadOnlyServerError,

@@ -673,7 +673,7 @@ class TestAServerThatRefusesToWrite:
         own_client.bgsave()
         info: Any = own_client.info
         wait_until(lambda: info("persistence")["rdb_last_bgsave_status"] == "err")
-        with pytest.raises(presence.ReadOnlyServerError, match="free its disk"):
+        with pytest.raises(presence.ReadOnlyServerError, match="fix its disk"):
             hasty_manager.register_connection("sid", "user")
 
 
