@@ -24,7 +24,7 @@ NAMESPACE = "presence"
 """The default one: it stands in every key, so its length counts."""
 OTHER_NAMESPACE = "presence-few"
 CHUNK = 5_000
-TOKEN_LENGTH, TIME_LENGTH = 16, 16
+TOKEN_LENGTH, TIME_LENGTH = 12, 16
 """Characters that a kept answer begins with: the token of its call, and the time in microseconds."""
 HEARTBEAT_MS = 30_000
 

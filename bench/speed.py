@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
@@ -266,7 +267,9 @@ class Rounds:
 
         returning = self._sample(without=self._late)
         late, self._late = self._late[: self._calls], self._late[self._calls :]
-        for name, indexes in ((DISPLACING, returning), (DISPLACING_SOON, returning), (DISPLACING_LATE, late)):
+        # In turns, for what is measured first finds colder caches.
+        both = [[(DISPLACING, returning), (DISPLACING_SOON, returning)], [(DISPLACING_LATE, late)]]
+        for name, indexes in chain(*(both if len(self.costs[DISPLACING]) % 2 else reversed(both))):
             for index in indexes:
                 self._population.sids[index] = new_sid()
             self._time(

@@ -38,8 +38,8 @@ local sid = conn_key:sub(prefix_length + #'conn:' + 1)
 local user_id = user_conns_key:sub(prefix_length + #'user_conns:' + 1)
 
 local now_ms = now_us:sub(1, -4)
--- The last 16 characters of the key are the token of this call.
-local token, answer = reply_key:sub(-16), now_us
+-- @include token_length
+local token, answer = reply_key:sub(-token_length), now_us
 
 -- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
 local list = call('GET', user_conns_key)
@@ -59,8 +59,8 @@ if list then
   if kept_at and kept_at <= #list then
     -- @include is_recent
     if is_recent(list, kept_at, now_ms) then
-      if list:sub(kept_at, kept_at + 15) == token then
-        return list:sub(kept_at + 16)
+      if list:sub(kept_at, kept_at + token_length - 1) == token then
+        return list:sub(kept_at + token_length)
       end
       kept = list:sub(kept_at)
     end

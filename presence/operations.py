@@ -338,8 +338,8 @@ class Operations:
         return self._game_conns_prefix + game_id
 
     def _reply(self) -> bytes:
-        """Name the key under which the answer of one call is kept, for when it is sent again."""
-        return self._reply_prefix + b2a_base64(os.urandom(12), newline=False)
+        """Name the key under which the answer of one call is kept, for when it is sent again: it ends with a token."""
+        return self._reply_prefix + b2a_base64(os.urandom(9), newline=False)
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None

@@ -30,10 +30,9 @@ for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
     -- Only the time that the kept answer begins with is looked at before it is given again.
     local list = redis.call('GET', key)
     local sids, kept_at = split_sids(list)
-    local kept = list:sub(kept_at)
-    if kept ~= '' then
-      kept = kept:sub(1, 16) .. earlier(kept:sub(17, 32), 1000) .. kept:sub(33)
-      redis.call('SET', key, make_sids(sids, kept), 'KEEPTTL')
+    local token, answered_at, rest = list:sub(kept_at):match('^(' .. ('.'):rep(token_length) .. ')(%d+)(.*)$')
+    if token then
+      redis.call('SET', key, make_sids(sids, token .. earlier(answered_at, 1000) .. rest), 'KEEPTTL')
     end
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)
@@ -57,7 +56,7 @@ end
 @cache
 def _script() -> str:
     """Put what the operations' own scripts know of the layout before it."""
-    includes = ("split_record", "body_of", "make_record", "make_body", "split_sids", "make_sids")
+    includes = ("token_length", "split_record", "body_of", "make_record", "make_body", "split_sids", "make_sids")
     texts = [(lua_folder() / "include" / f"{name}.lua").read_text(encoding="utf-8") for name in includes]
     return "".join(texts) + _AGE
 
