@@ -20,7 +20,7 @@ from bench.contenders.lock import Locked
 from bench.contenders.transaction import Transaction
 from bench.contest import PROCESSES, RACE, storm_rows
 from bench.crowd import PLAIN, PRESENCE
-from bench.explorer import PAIRS, PRESENCE_PAIRS, Exploration, Tally, measure_interleavings
+from bench.explorer import FLEET_GROUPS, FLEET_PAIRS, PAIRS, PRESENCE_PAIRS, Exploration, Tally, measure_interleavings
 from bench.measure import MeasurementError, Spread
 from bench.progress import Progress
 from bench.report import Row
@@ -60,9 +60,12 @@ Therefore each pair of *presence* is explored once more on a server that has los
 up to three commands and its caller dies between them (a seeded sample of 300 where there are more). At the end of each
 schedule the invariants are checked, and that answers and end state are those of some serial order. That is an order of
 atomic parts: an operation is one, but a cleanup is one for each batch of 20; of a dead caller's operation none, the
-first few or all of them. The table says how many schedules ended wrong, of how many. *plain* is the control. Cleanups
-of several batches, and sids that are registered again (guarantee 4), are *presence*'s alone: the others do not offer
-them, even to one caller at a time."""
+first few or all of them. Of *presence*, where no script is lost, they must be those of the very order in which the
+server ran the commands. The table says how many schedules ended wrong, of how many. *plain* is the control. What the
+others do not offer, even to one caller at a time, is *presence*'s alone: cleanups of several batches, sids that are
+registered again (guarantee 4), and in groups what a fleet of game servers needs: connections that are detached and
+resumed, policies, several connections of a user, capacity, epochs, the death of a server, metadata. There the whole
+answers are compared, and all that is stored of each connection, but for times."""
 HOW_OTHERS = """The same, for a few pairs of those who keep order in other ways (seeded samples of 500 schedules where
 there are more). What goes wrong there is shown and has no target."""
 HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded: no history may
@@ -95,9 +98,10 @@ def _tally_rows(contender: str, pair: str, alive: Tally, crashed: Tally) -> list
 
 def prove_interleavings(server: Server, _: Scale) -> Findings:
     """Explore every pair; *plain* must show its races."""
-    explorations = [Exploration(PRESENCE, pair) for pair in PRESENCE_PAIRS.values()]
+    explorations = [Exploration(PRESENCE, pair) for name, pair in PRESENCE_PAIRS.items() if name not in FLEET_PAIRS]
     explorations += [Exploration(PLAIN, pair) for pair in PAIRS.values()]
-    lost_scripts = lost_scripts_rows(server.url, tuple(PRESENCE_PAIRS.values()))
+    together = [row for group, pairs in FLEET_GROUPS.items() for row in group_rows(server.url, group, pairs)]
+    together += lost_scripts_rows(server.url, tuple(PRESENCE_PAIRS.values()))
     rows = []
     for result in _explore(server.url, explorations):
         rows += _tally_rows(result.contender, result.pair, result.alive, result.crashed)
@@ -105,16 +109,25 @@ def prove_interleavings(server: Server, _: Scale) -> Findings:
             orphans = Spread.exactly(result.alive.kinds["orphan"])
             what = f"plain, all alive: {RACE}, orphans left"
             rows.append(Row(what, orphans, "", target=LEAST_ORPHANS, at_least=True))
-    return [*rows, *lost_scripts]
+    return [*rows, *together]
+
+
+def group_rows(server_url: str, group: str, pairs: Sequence[Pair]) -> list[Row]:
+    """Explore pairs that only *presence* offers."""
+    explorations = [Exploration(PRESENCE, pair) for pair in pairs]
+    return _sum_rows(f"{len(pairs)} pairs of {group}", _explore(server_url, explorations))
 
 
 def lost_scripts_rows(server_url: str, pairs: Sequence[Pair]) -> list[Row]:
     """Explore pairs of *presence* on a server that has lost its scripts, one by one: all share them."""
     explorations = [Exploration(PRESENCE, pair.with_scripts_lost(), LOST_SCRIPTS_SAMPLE) for pair in pairs]
-    results = _explore(server_url, explorations, processes=1)
+    return _sum_rows(f"{len(pairs)} pairs with the scripts lost", _explore(server_url, explorations, processes=1))
+
+
+def _sum_rows(pairs: str, results: Sequence[Result]) -> list[Row]:
     alive = sum((result.alive for result in results), Tally())
     crashed = sum((result.crashed for result in results), Tally())
-    return _tally_rows(PRESENCE, f"{len(pairs)} pairs with the scripts lost", alive, crashed)
+    return _tally_rows(PRESENCE, pairs, alive, crashed)
 
 
 def prove_others(server: Server, _: Scale) -> Findings:

@@ -11,16 +11,17 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis.asyncio
 
 from bench import prove
 from bench.contenders import CONTENDERS, State, kind_of, violations
+from bench.contenders.library import Presence
 from bench.crowd import PLAIN, PRESENCE
-from bench.explorer import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair, explore
-from bench.explorer.explore import WRONG_ANSWERS, multinomial
+from bench.explorer import BATCH_PAIRS, FLEET_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair, explore
+from bench.explorer.explore import WRONG_ANSWERS, WRONG_END, multinomial
 from bench.explorer.pairs import Specification, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
@@ -31,7 +32,7 @@ from bench.servers import Server
 from tests.server import LocalServer, program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from bench.explorer.schedules import Schedule
     from bench.explorer.stage import Run
@@ -62,6 +63,54 @@ def test_nothing_goes_wrong_in_any_order_and_with_any_caller_dying(pair: Pair, u
     assert result.wrong == 0
 
 
+@each(FLEET_PAIRS)
+def test_nothing_goes_wrong_with_what_a_fleet_needs(pair: Pair, url: str) -> None:
+    result = explore("presence", pair, url=url)
+
+    orders = multinomial([1] * len(pair.calls))
+    assert result.alive.schedules >= orders
+    assert result.crashed.schedules >= len(pair.calls) * orders
+    assert result.alive.is_complete
+    assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "breaks"),
+    [
+        ("detach‖game's count", "get_game_count", lambda right: 2),
+        ("detach‖register", "register_and_tell", lambda right: (*right[:4], None)),
+        ("register again‖heartbeat of the same epoch", "heartbeat", lambda right: True),
+        ("update metadata‖join‖connection", "get_connection", lambda right: right._replace(metadata=b"old's")),
+    ],
+)
+def test_an_answer_that_another_order_would_explain_is_wrong(
+    name: str, method: str, breaks: Callable[[Any], object], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = getattr(Presence, method)
+
+    async def answer_wrongly(self: Presence, *arguments: Any, **options: Any) -> object:
+        return breaks(await call(self, *arguments, **options))
+
+    monkeypatch.setattr(Presence, method, answer_wrongly)
+    result = explore("presence", FLEET_PAIRS[name], url=url, crashes=False)
+
+    assert 0 < result.alive.kinds[WRONG_ANSWERS] < result.alive.schedules
+
+
+def test_a_connection_that_is_stored_otherwise_is_wrong(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_state = Presence.read_state
+
+    async def read_otherwise(self: Presence) -> State:
+        state = await read_state(self)
+        assert state.told is not None
+        return replace(state, told=[one._replace(metadata=b"") for one in state.told])
+
+    monkeypatch.setattr(Presence, "read_state", read_otherwise)
+    result = explore("presence", FLEET_PAIRS["update metadata‖join‖connection"], url=url, crashes=False)
+
+    assert result.alive.kinds == {WRONG_END: result.alive.schedules}
+
+
 @each(BATCH_PAIRS)
 def test_nothing_goes_wrong_between_the_batches_of_a_cleanup(pair: Pair, url: str) -> None:
     result = explore("presence", pair, url=url, limit=40, seed=SEED)
@@ -89,7 +138,7 @@ def test_the_explorer_sees_where_only_presence_keeps_its_word(name: str, url: st
     assert result.alive.wrong > 0
 
 
-@each(PAIRS)
+@each(PAIRS | FLEET_PAIRS)
 def test_nothing_goes_wrong_where_the_server_has_lost_the_scripts(pair: Pair, url: str) -> None:
     result = explore("presence", replace(pair, forget_scripts=True), url=url, limit=20, seed=SEED)
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 CONN_TTL_SECONDS = 3600
 STALE_SECONDS = 90
+
+
+class Told(NamedTuple):
+    """What *presence* tells of a connection, but for its times, which are not the same in any two schedules."""
+
+    sid: str
+    user_id: str
+    game_id: str | None
+    is_detached: bool
+    server_id: str | None
+    metadata: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,9 @@ class State:
     """Keys that never expire."""
     more_violations: list[str] = field(default_factory=list)
     """What is wrong in keys that only this contender has."""
+    told: list[Told] | None = None
+    """Every connection in the order of registration, where the contender keeps as much."""
+    connections_per_user: int = 1
 
 
 class Contender(Protocol):
@@ -86,8 +100,8 @@ class Contender(Protocol):
 def violations(state: State) -> list[str]:
     """Name everything that breaks the invariants of a presence: ``"<kind>: <what>"`` each.
 
-    Every record is whole, its user's entry names it, and its game lists it; a user has one connection; entries and
-    games name only connections that agree; every key has a TTL.
+    Every record is whole, its user's entry names it, and its game lists it; a user has one connection, or as many as
+    are allowed; entries and games name only connections that agree; every key has a TTL.
     """
     wrong = [f"partial record: {sid} has only {sorted(fields)}" for sid, fields in state.partial.items()]
     for sid, (user_id, game_id) in state.records.items():
@@ -96,7 +110,11 @@ def violations(state: State) -> list[str]:
         if game_id is not None and sid not in state.games.get(game_id, set()):
             wrong.append(f"unlisted member: connection {sid} says game {game_id}, which does not list it")
     connections = Counter(user_id for user_id, _ in state.records.values())
-    wrong += [f"two connections: user {user_id} has {count}" for user_id, count in connections.items() if count > 1]
+    wrong += [
+        f"two connections: user {user_id} has {count}"
+        for user_id, count in connections.items()
+        if count > state.connections_per_user
+    ]
     for user_id, sids in state.users.items():
         wrong += [
             f"dangling entry: user {user_id} names {sid}, which is no connection of that user"

@@ -3,53 +3,70 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import redis
 from redis.asyncio.connection import UnixDomainSocketConnection
 
 import presence
-from bench.contenders.interface import CONN_TTL_SECONDS, State
+from bench.contenders.interface import CONN_TTL_SECONDS, State, Told
 from tests.clock import let_time_pass
 from tests.invariants import read_keyspace, violations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from presence import ConnectionInfo
+
 Result = TypeVar("Result")
 
 
+def told(connection: ConnectionInfo) -> Told:
+    """Give what is told of a connection."""
+    is_detached, server_id, metadata = connection.is_detached, connection.server_id, connection.metadata
+    return Told(connection.sid, connection.user_id, connection.game_id, is_detached, server_id, metadata)
+
+
+def _told_if_any(connection: ConnectionInfo | None) -> Told | None:
+    return told(connection) if connection else None
+
+
 class Presence:
-    """A ``presence.ConnectionManager`` on the given client."""
+    """A ``presence.ConnectionManager`` on the given client, with these settings beside its namespace."""
 
     name: ClassVar[str] = "presence"
 
-    def __init__(self, client: redis.asyncio.Redis, namespace: str) -> None:
+    def __init__(self, client: redis.asyncio.Redis, namespace: str, **settings: Any) -> None:
         self._client: Any = client
         self._namespace = namespace
-        self._manager = presence.ConnectionManager(client, namespace=namespace, conn_ttl_seconds=CONN_TTL_SECONDS)
+        self._connections_per_user: int = settings.get("connections_per_user", 1)
+        self._make_manager = partial(
+            presence.ConnectionManager, client, namespace=namespace, conn_ttl_seconds=CONN_TTL_SECONDS, **settings
+        )
+        self._manager = self._make_manager()
 
     async def register(self, sid: str, user_id: str) -> list[str]:
         """``register_connection``."""
         registration = await self._manager.register_connection(sid, user_id)
         return [displaced.sid for displaced in registration.displaced]
 
-    async def unregister(self, sid: str) -> bool:
+    async def unregister(self, sid: str, *, epoch: int | None = None) -> bool:
         """``unregister_connection``."""
-        return await self._manager.unregister_connection(sid) is not None
+        return await self._manager.unregister_connection(sid, epoch=epoch) is not None
 
-    async def join(self, sid: str, game_id: str) -> tuple[bool, str | None]:
+    async def join(self, sid: str, game_id: str, *, epoch: int | None = None) -> tuple[bool, str | None]:
         """``join_game``."""
-        result = await self._manager.join_game(sid, game_id)
+        result = await self._manager.join_game(sid, game_id, epoch=epoch)
         return result.joined, result.left_game_id
 
-    async def leave(self, sid: str) -> str | None:
+    async def leave(self, sid: str, *, epoch: int | None = None) -> str | None:
         """``leave_game``."""
-        return await self._manager.leave_game(sid)
+        return await self._manager.leave_game(sid, epoch=epoch)
 
-    async def heartbeat(self, sid: str) -> bool:
+    async def heartbeat(self, sid: str, *, epoch: int | None = None) -> bool:
         """``update_heartbeat``."""
-        return await self._manager.update_heartbeat(sid)
+        return await self._manager.update_heartbeat(sid, epoch=epoch)
 
     async def cleanup(self, threshold_seconds: float) -> list[str]:
         """``cleanup_stale_connections``."""
@@ -66,6 +83,75 @@ class Presence:
     async def count(self) -> int:
         """``get_connection_count``."""
         return await self._manager.get_connection_count()
+
+    # What only this library offers, whose answers tell all but times.
+
+    async def register_and_tell(
+        self, sid: str, user_id: str, metadata: bytes = b""
+    ) -> tuple[bool, Told, list[Told], Told | None, Told | None]:
+        """``register_connection``: refused, the connection, displaced, replaced, resumed from."""
+        made = await self._manager.register_connection(sid, user_id, metadata=metadata)
+        displaced = [told(one) for one in made.displaced]
+        replaced, resumed_from = _told_if_any(made.replaced), _told_if_any(made.resumed_from)
+        return made.refused, told(made.connection), displaced, replaced, resumed_from
+
+    async def register_for(self, server_id: str, sid: str, user_id: str) -> bool:
+        """``register_connection`` of a game server that starts for it."""
+        async with self._make_manager(server_id=server_id) as manager:
+            return bool(await manager.register_connection(sid, user_id))
+
+    async def detach(self, sid: str, grace_seconds: float, *, epoch: int | None = None) -> Told | None:
+        """``unregister_connection`` with a grace."""
+        detached = await self._manager.unregister_connection(sid, grace_seconds=grace_seconds, epoch=epoch)
+        return _told_if_any(detached)
+
+    async def join_with_room(self, sid: str, game_id: str, capacity: int) -> tuple[bool, str | None, bool]:
+        """``join_game`` with a capacity: joined, the game left, full."""
+        result = await self._manager.join_game(sid, game_id, capacity=capacity)
+        return result.joined, result.left_game_id, result.is_full
+
+    async def update_metadata(self, sid: str, metadata: bytes, *, epoch: int | None = None) -> bool:
+        """``update_metadata``."""
+        return await self._manager.update_metadata(sid, metadata, epoch=epoch)
+
+    async def heartbeats(self, *sids: str) -> list[bool]:
+        """``update_heartbeats``: which were seen."""
+        statuses = await self._manager.update_heartbeats(sids)
+        return [statuses[sid] is presence.HeartbeatStatus.SEEN for sid in sids]
+
+    async def clean_up_server(self, server_id: str, grace_seconds: float) -> tuple[list[Told], list[Told]]:
+        """``cleanup_server``: removed and detached."""
+        result = await self._manager.cleanup_server(server_id, grace_seconds=grace_seconds)
+        return sorted(map(told, result.removed)), sorted(map(told, result.detached))
+
+    async def if_the_same(self, method: str, sid: str, *arguments: object) -> tuple[Told, object] | None:
+        """``get_connection``, and then a method of this class for the registration that was found: both answers."""
+        found = await self._manager.get_connection(sid)
+        return (told(found), await getattr(self, method)(sid, *arguments, epoch=found.epoch)) if found else None
+
+    async def get_connection(self, sid: str) -> Told | None:
+        """``get_connection``."""
+        return _told_if_any(await self._manager.get_connection(sid))
+
+    async def get_user_connection(self, user_id: str) -> Told | None:
+        """``get_user_connection``."""
+        return _told_if_any(await self._manager.get_user_connection(user_id))
+
+    async def get_all_user_connections(self, user_id: str) -> list[Told]:
+        """``get_all_user_connections``."""
+        return [told(one) for one in await self._manager.get_all_user_connections(user_id)]
+
+    async def get_members(self, game_id: str) -> list[Told]:
+        """``get_game_connections``."""
+        return [told(member) for member in await self._manager.get_game_connections(game_id)]
+
+    async def get_game_count(self, game_id: str) -> int:
+        """``get_game_connection_count``."""
+        return await self._manager.get_game_connection_count(game_id)
+
+    async def get_opponent(self, game_id: str, user_id: str) -> str | None:
+        """``get_opponent_sid``."""
+        return await self._manager.get_opponent_sid(game_id, user_id)
 
     async def _with_blocking_client(self, work: Callable[[redis.Redis], Result]) -> Result:
         """Run what the tests have for a blocking client, on the same server."""
@@ -90,7 +176,21 @@ class Presence:
             users=keyspace.users,
             games={game_id: set(members) for game_id, members in keyspace.games.items()},
             last_seen={sid: milliseconds / 1000 for sid, milliseconds in keyspace.last_seen.items()},
-            more_violations=[f"presence: {violation}" for violation in violations(keyspace)],
+            more_violations=[
+                f"presence: {violation}" for violation in violations(keyspace, self._connections_per_user)
+            ],
+            told=[
+                Told(
+                    sid,
+                    record["user_id"],
+                    record["game_id"] or None,
+                    "last_seen" in record,
+                    record["server"].partition(":")[2] or None,
+                    record["metadata"].encode("latin-1"),
+                )
+                for sid, record in sorted(keyspace.records.items(), key=lambda item: int(item[1]["epoch"]))
+            ],
+            connections_per_user=self._connections_per_user,
         )
 
     async def age(self, seconds: float) -> None:

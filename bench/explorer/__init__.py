@@ -3,7 +3,8 @@
 A schedule says which caller makes each step; a step is one write and its replies, so a transaction's EXEC with all that
 it executes is one, and so is a script. Every schedule starts from the same keys, runs to its end, and then the
 invariants of the keyspace are checked, and that the answers and the end are those of some serial order, as the model of
-the tests has it: an order of atomic parts, of which an operation is one, and a cleanup one for each of its batches.
+the tests has it: an order of atomic parts, of which an operation is one, and a cleanup one for each of its batches. Of
+*presence*, each step is such a part, so they must be those of the very order in which the steps were made.
 
 Then each of the callers dies after each of its steps, while the others run on. What it sent takes effect, the reply to
 its last step is lost, and it sends nothing more; where its operation is one step, nothing else can be lost. A server
@@ -17,10 +18,21 @@ connection, and the one whose SET comes first is left an orphan.
 """
 
 from bench.explorer.explore import LIMIT, SEED, Exploration, Result, Tally, explore, measure_interleavings
-from bench.explorer.pairs import BATCH_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair
+from bench.explorer.pairs import (
+    BATCH_PAIRS,
+    FLEET_GROUPS,
+    FLEET_PAIRS,
+    PAIRS,
+    PRESENCE_PAIRS,
+    SAME_SID_PAIRS,
+    Call,
+    Pair,
+)
 
 __all__ = [
     "BATCH_PAIRS",
+    "FLEET_GROUPS",
+    "FLEET_PAIRS",
     "LIMIT",
     "PAIRS",
     "PRESENCE_PAIRS",

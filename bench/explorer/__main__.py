@@ -11,7 +11,17 @@ import time
 
 from bench.contenders import CONTENDERS
 from bench.crowd import PRESENCE
-from bench.explorer import LIMIT, PAIRS, PRESENCE_PAIRS, SEED, Exploration, Result, Tally, measure_interleavings
+from bench.explorer import (
+    FLEET_PAIRS,
+    LIMIT,
+    PAIRS,
+    PRESENCE_PAIRS,
+    SEED,
+    Exploration,
+    Result,
+    Tally,
+    measure_interleavings,
+)
 from bench.progress import Progress
 from tests.server import NoServerError, running_server
 
@@ -67,6 +77,8 @@ def main() -> int:
     options = parser.parse_args()
     contenders = options.contender or list(CONTENDERS)
     pairs = [name.replace("|", "‖") for name in options.pair or ()]
+    if not FLEET_PAIRS.keys().isdisjoint(pairs) and contenders != [PRESENCE]:
+        parser.error(f"only {PRESENCE} offers {', '.join(FLEET_PAIRS.keys() & set(pairs))}: add --contender {PRESENCE}")
     explorations = [
         Exploration(contender, PRESENCE_PAIRS[pair], options.limit)
         for contender in contenders

@@ -13,8 +13,9 @@ from itertools import permutations
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.contenders import CONTENDERS, kind_of, violations
+from bench.contenders.library import Presence
 from bench.explorer.gate import readable
-from bench.explorer.pairs import Outcome, Pair, serial_outcomes
+from bench.explorer.pairs import Outcome, Pair, scheduled_outcome, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
 
@@ -68,7 +69,7 @@ class Tally:
         if all(outcome.answers != serial.answers for serial in outcomes):
             self.with_wrong_answers += 1
             kinds.add(WRONG_ANSWERS)
-        elif not broken and outcome not in outcomes:
+        elif not broken and not any(map(outcome.agrees, outcomes)):
             kinds.add(WRONG_END)
         if not kinds:
             return
@@ -137,8 +138,11 @@ def multinomial(steps: Sequence[int]) -> int:
 class _Explorer:
     """Explores one pair on its stage."""
 
-    def __init__(self, stage: Stage, limit: int, seed: str, progress: Callable[[], None]) -> None:
+    def __init__(self, stage: Stage, limit: int, seed: str, progress: Callable[[], None], *, is_atomic: bool) -> None:
         self._stage = stage
+        self._is_atomic = is_atomic
+        """Whether each step is an atomic part of a call: then only one order of these can be told by the answers."""
+        self._serial_outcomes: dict[int | None, list[Outcome]] = {}
         self._limit = limit
         self._seed = seed
         self._progress = progress
@@ -204,14 +208,18 @@ class _Explorer:
                 total += 1 / chooser.probability
         return round(total / probes)
 
-    def _outcomes(self, points: Sequence[Crash | None]) -> dict[int | None, list[Outcome]]:
-        """Give what may come out, by the call whose caller dies."""
-        return {dies: serial_outcomes(self._stage.pair, dies) for dies in dict.fromkeys(map(_who_dies, points))}
+    def _outcomes(self, run: Run) -> list[Outcome]:
+        """Give what may come out."""
+        dies = _who_dies(run.crash)
+        if self._is_atomic:
+            return [scheduled_outcome(self._stage.pair, run.schedule, dies)]
+        if dies not in self._serial_outcomes:
+            self._serial_outcomes[dies] = serial_outcomes(self._stage.pair, dies)
+        return self._serial_outcomes[dies]
 
     async def _tally_all(self, points: Sequence[Crash | None]) -> Tally | None:
         """Run every schedule; give None when there are more than the limit."""
         tally = Tally()
-        outcomes = self._outcomes(points)
         for crash in points:
             chooser = DepthFirst()
             runs = 0
@@ -222,7 +230,7 @@ class _Explorer:
                 run = await self._run(chooser, crash)
                 runs += 1
                 if run.crash == crash:
-                    tally.add(self._stage.pair, run, outcomes[_who_dies(crash)])
+                    tally.add(self._stage.pair, run, self._outcomes(run))
                     self._progress()
                 chooser.next_run()
         tally.of = tally.schedules
@@ -235,13 +243,12 @@ class _Explorer:
         an estimate may be far off. A caller that was to die after more steps than its call took dies at the call's end.
         """
         tally = Tally(is_complete=False)
-        outcomes = self._outcomes(points)
         seen: set[tuple[Crash | None, Schedule]] = set()
 
         def add(run: Run) -> None:
             if (run.crash, run.schedule) not in seen:
                 seen.add((run.crash, run.schedule))
-                tally.add(self._stage.pair, run, outcomes[_who_dies(run.crash)])
+                tally.add(self._stage.pair, run, self._outcomes(run))
                 self._progress()
 
         choice = random.Random(self._seed)
@@ -295,7 +302,8 @@ def explore(
 
     async def run() -> Result:
         async with Stage(url, CONTENDERS[contender], pair) as stage:
-            explorer = _Explorer(stage, limit, f"{seed} {contender} {pair.name}", progress)
+            is_atomic = contender == Presence.name and not pair.forget_scripts
+            explorer = _Explorer(stage, limit, f"{seed} {contender} {pair.name}", progress, is_atomic=is_atomic)
             return Result(contender, pair.name, *await explorer.explore(crashes))
 
     return asyncio.run(run())

@@ -1,23 +1,26 @@
-"""Which operations meet, what was there before, and what any serial order of them may lead to."""
+"""Which operations meet, what was there before, and what they may lead to: in any serial order, or in one schedule."""
 
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.contenders.interface import CONN_TTL_SECONDS, STALE_SECONDS
+from bench.contenders.interface import CONN_TTL_SECONDS, STALE_SECONDS, Told
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.model import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from bench.contenders import Contender, State
+    from bench.explorer.schedules import Schedule
+    from tests.model import ModelConnection
 
 # A schedule takes milliseconds and the set-up is repeated every few seconds, so real time moves nothing over a limit.
 STALE_AGE_SECONDS = 1000
 THRESHOLD_SECONDS = 500
+GRACE_SECONDS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Pair:
     name: str
     set_up: tuple[Call, ...]
     calls: tuple[Call, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of *presence*'s manager, beside its namespace."""
     forget_scripts: bool = False
     """Whether the server has lost its scripts: then a call may take an EVALSHA, a SCRIPT LOAD and another EVALSHA."""
 
@@ -59,22 +64,38 @@ class Outcome:
     records: dict[str, tuple[str, str | None]]
     users: dict[str, list[str]]
     games: dict[str, set[str]]
+    told: list[Told] | None = None
+    """As in ``State``."""
 
     @classmethod
     def of(cls, answers: Iterable[object], state: State) -> Outcome:
         """Put together what a run led to."""
-        return cls(tuple(answers), state.records, state.users, state.games)
+        return cls(tuple(answers), state.records, state.users, state.games, state.told)
+
+    def agrees(self, other: Outcome) -> bool:
+        """Tell whether both are the same, as far as both tell."""
+        if self.told is None or other.told is None:
+            return replace(self, told=None) == replace(other, told=None)
+        return self == other
+
+
+class _Found(NamedTuple):
+    """What the first part of a call has read."""
+
+    told: Told
+    epoch: int
 
 
 class Specification:
     """The tests' model of a presence, called as the contenders are: it knows no commands and no concurrency.
 
     A call is one atomic part, but for a cleanup: that is a part for each batch, the longest silent first, until one
-    finds less than a whole batch.
+    finds less than a whole batch. To start a game server and register for it are two, and so are to read an epoch and
+    to act for it.
     """
 
-    def __init__(self, set_up: Iterable[Call]) -> None:
-        self._model = Model(CONN_TTL_SECONDS * 1000, STALE_SECONDS * 1000)
+    def __init__(self, set_up: Iterable[Call], settings: Mapping[str, Any] | None = None) -> None:
+        self._model = Model(CONN_TTL_SECONDS * 1000, STALE_SECONDS * 1000, **(settings or {}))
         self._now = 1_000_000_000_000
         self._epoch = 0
         for call in set_up:
@@ -84,7 +105,10 @@ class Specification:
         """Give another one that has come to the same point."""
         other = copy(self)
         other._model = replace(
-            self._model, connections=dict(self._model.connections), registered=list(self._model.registered)
+            self._model,
+            connections=dict(self._model.connections),
+            registered=list(self._model.registered),
+            servers=dict(self._model.servers),
         )
         return other
 
@@ -101,6 +125,22 @@ class Specification:
             batch = self._clean_up_batch(*call.arguments)
             earlier = answered if isinstance(answered, list) else []
             return sorted([*earlier, *batch]), len(batch) < CLEANUP_BATCH_SIZE
+        if call.method == "register_for":
+            server_id, sid, user_id = call.arguments
+            self._epoch += 1
+            if answered is None:
+                server = f"{self._epoch}:{server_id}"
+                self._model.start_server(server, self._now)
+                return server, False
+            made = self._model.register(sid, user_id, self._now, self._epoch, server=str(answered))
+            return not made.refused, True
+        if call.method == "if_the_same":
+            method, sid, *arguments = call.arguments
+            found = self._model.known(sid, self._now)
+            if not isinstance(answered, _Found):
+                return (_Found(_told(found), found.epoch), False) if found else (None, True)
+            is_the_same = found is not None and found.epoch == answered.epoch
+            return (answered.told, getattr(self, f"_{method}")(sid if is_the_same else "nobody", *arguments)), True
         answer: object = getattr(self, f"_{call.method}")(*call.arguments)
         return answer, True
 
@@ -137,6 +177,55 @@ class Specification:
     def _age(self, seconds: int) -> None:
         self._model.age(seconds * 1000)
 
+    def _register_and_tell(self, sid: str, user_id: str, metadata: bytes = b"") -> tuple[object, ...]:
+        self._epoch += 1
+        made = self._model.register(sid, user_id, self._now, self._epoch, metadata=metadata)
+        displaced = [_told(one) for one in made.displaced]
+        return (
+            made.refused,
+            _told(made.connection),
+            displaced,
+            _told_if_any(made.replaced),
+            _told_if_any(made.resumed_from),
+        )
+
+    def _detach(self, sid: str, grace_seconds: int) -> Told | None:
+        return _told_if_any(self._model.detach(sid, self._now, self._now + 1000 * grace_seconds))
+
+    def _join_with_room(self, sid: str, game_id: str, capacity: int) -> tuple[bool, str | None, bool]:
+        return self._model.join(sid, game_id, self._now, capacity)
+
+    def _update_metadata(self, sid: str, metadata: bytes) -> bool:
+        return self._model.update_metadata(sid, metadata, self._now)
+
+    def _heartbeats(self, *sids: str) -> list[bool]:
+        return [self._model.heartbeat(sid, self._now) for sid in sids]
+
+    def _clean_up_server(self, server_id: str, grace_seconds: int) -> tuple[list[Told], ...]:
+        ended = self._model.clean_up_server(server_id, self._now, 1000 * grace_seconds)
+        return tuple(sorted(map(_told, some)) for some in (ended.removed, ended.detached))
+
+    def _get_connection(self, sid: str) -> Told | None:
+        return _told_if_any(self._model.known(sid, self._now))
+
+    def _get_user_connection(self, user_id: str) -> Told | None:
+        return _told_if_any(self._model.user_connection(user_id, self._now))
+
+    def _get_all_user_connections(self, user_id: str) -> list[Told]:
+        return [_told(one) for one in self._model.of_user(user_id) if self._model.holds(one, self._now)]
+
+    def _get_members(self, game_id: str) -> list[Told]:
+        return [_told(member) for member in self._model.game(game_id, self._now)]
+
+    def _count(self) -> int:
+        return self._model.count(self._now)
+
+    def _get_game_count(self, game_id: str) -> int:
+        return self._model.game_count(game_id, self._now)
+
+    def _get_opponent(self, game_id: str, user_id: str) -> str | None:
+        return self._model.opponent(game_id, user_id, self._now)
+
     def outcome(self, answers: Iterable[object]) -> Outcome:
         """Give these answers, and what is there now."""
         connections = self._model.connections
@@ -146,7 +235,30 @@ class Specification:
             if game_id is not None:
                 games.setdefault(game_id, set()).add(sid)
         users = {user_id: [own.sid for own in self._model.of_user(user_id)] for user_id, _ in records.values()}
-        return Outcome(tuple(answers), records, users, games)
+        told = [_told(connections[sid]) for sid in self._model.registered]
+        return Outcome(tuple(answers), records, users, games, told)
+
+
+def _told_if_any(connection: ModelConnection | None) -> Told | None:
+    return _told(connection) if connection else None
+
+
+def _told(connection: ModelConnection) -> Told:
+    is_detached = connection.detached_until is not None
+    server_id = connection.server.partition(":")[2] if connection.server else None
+    return Told(connection.sid, connection.user_id, connection.game_id, is_detached, server_id, connection.metadata)
+
+
+def scheduled_outcome(pair: Pair, schedule: Schedule, crashed: int | None = None) -> Outcome:
+    """Give what a pair's calls lead to where each step of a schedule is one of their atomic parts.
+
+    All parts of a call whose caller died took effect, but nobody was told.
+    """
+    specification = Specification(pair.set_up, pair.settings)
+    answers: list[object] = [None] * len(pair.calls)
+    for index in schedule:
+        answers[index], _ = specification.run_part(pair.calls[index], answers[index])
+    return specification.outcome(None if index == crashed else answer for index, answer in enumerate(answers))
 
 
 def serial_outcomes(pair: Pair, crashed: int | None = None) -> list[Outcome]:
@@ -168,7 +280,7 @@ def serial_outcomes(pair: Pair, crashed: int | None = None) -> list[Outcome]:
             go_on(after, (*answers[:index], answer, *answers[index + 1 :]), pending - {index} if is_over else pending)
 
     everyone = range(len(pair.calls))
-    go_on(Specification(pair.set_up), (None,) * len(pair.calls), frozenset(everyone))
+    go_on(Specification(pair.set_up, pair.settings), (None,) * len(pair.calls), frozenset(everyone))
     return outcomes
 
 
@@ -243,8 +355,161 @@ _AGAIN = (
     Pair("register for another‖register", _PLAYING, (_register("old", "user-2"), _register("new"))),
     Pair("register again‖cleanup", _STALE, (_register("old"), _CLEANUP)),
 )
+
+
+def _tell(sid: str, user_id: str = "user", metadata: bytes = b"") -> Call:
+    return Call("register_and_tell", (sid, user_id, metadata))
+
+
+def _if_the_same(method: str, *arguments: object) -> Call:
+    return Call("if_the_same", (method, *arguments))
+
+
+def _room(sid: str, capacity: int) -> Call:
+    return Call("join_with_room", (sid, "game", capacity))
+
+
+_DETACH = Call("detach", ("old", GRACE_SECONDS))
+_MEMBERS = Call("get_members", ("game",))
+_TAGGED = (_tell("old", metadata=b"old's"), _join("game"))
+_DETACHED = (*_TAGGED, _DETACH)
+_PAST_GRACE = (*_DETACHED, Call("age", (STALE_AGE_SECONDS,)))
+_TWO = (*_TAGGED, _tell("other", "opponent"), _join("game", "other"))
+_TWO_APART = (*_TAGGED, _tell("other", "opponent"))
+_OF_SERVER = (
+    Call("register_for", ("server", "old", "user")),
+    _join("game"),
+    Call("register_for", ("server-2", "other", "opponent")),
+    _join("game", "other"),
+)
+_CLEAN_UP_SERVER = Call("clean_up_server", ("server", 0))
+_DETACH_SERVER = Call("clean_up_server", ("server", GRACE_SECONDS))
+
+_SEATS = (
+    Pair("detach‖register", _TAGGED, (_DETACH, _tell("new"))),
+    Pair("detach‖register‖register", _TAGGED, (_DETACH, _tell("new-1"), _tell("new-2", metadata=b"new"))),
+    Pair("detach‖register again", _TAGGED, (_DETACH, _tell("old"))),
+    Pair("detach‖detach", _TAGGED, (_DETACH, _DETACH)),
+    Pair("detach‖unregister", _TAGGED, (_DETACH, _UNREGISTER)),
+    Pair("detach‖heartbeat", _TAGGED, (_DETACH, _HEARTBEAT)),
+    Pair("detach‖join", _TAGGED, (_DETACH, _join("game-2"))),
+    Pair("detach‖leave", _TAGGED, (_DETACH, _LEAVE)),
+    Pair("detach‖update metadata", _TAGGED, (_DETACH, Call("update_metadata", ("old", b"new")))),
+    Pair("detach‖members", _TWO, (_DETACH, _MEMBERS)),
+    Pair("detach‖opponent", _TWO, (_DETACH, Call("get_opponent", ("game", "opponent")))),
+    Pair("detach‖count", _TWO, (_DETACH, Call("count", ()))),
+    Pair("detach‖game's count", _TWO, (_DETACH, Call("get_game_count", ("game",)))),
+    Pair("resume‖resume", _DETACHED, (_tell("new-1"), _tell("new-2"))),
+    Pair("resume‖register for another", _DETACHED, (_tell("new"), _tell("old", "user-2"))),
+    Pair("resume‖unregister", _DETACHED, (_tell("new"), _UNREGISTER)),
+    Pair("resume‖heartbeats", _DETACHED, (_tell("new"), Call("heartbeats", ("old", "new")))),
+    Pair("resume‖members", _DETACHED, (_tell("new"), _MEMBERS)),
+    Pair("resume‖the user's connection", _DETACHED, (_tell("new"), Call("get_user_connection", ("user",)))),
+    Pair("resume‖cleanup, past the grace", _PAST_GRACE, (_tell("new"), _CLEANUP)),
+    Pair("resume again‖cleanup, past the grace", _PAST_GRACE, (_tell("old"), _CLEANUP)),
+    Pair("cleanup‖cleanup, past the grace", _PAST_GRACE, (_CLEANUP, _CLEANUP)),
+    Pair("register‖connection, past the grace", _PAST_GRACE, (_tell("new"), Call("get_connection", ("old",)))),
+    Pair("register‖unregister, past the grace", _PAST_GRACE, (_tell("new"), _UNREGISTER)),
+    Pair("register‖members, past the grace", _PAST_GRACE, (_tell("new"), _MEMBERS)),
+)
+_POLICIES = tuple(
+    Pair(f"{name}, {displacement}", set_up, calls, {"displacement": displacement})
+    for displacement in ("newest_resumes", "reject_while_alive")
+    for name, set_up, calls in (
+        ("first‖first", (), (_tell("new-1"), _tell("new-2"))),
+        ("register‖register", _TAGGED, (_tell("new-1"), _tell("new-2", metadata=b"new"))),
+        ("register‖unregister", _TAGGED, (_tell("new"), _UNREGISTER)),
+        ("register‖detach", _TAGGED, (_tell("new"), _DETACH)),
+        ("register‖leave", _TAGGED, (_tell("new"), _LEAVE)),
+        ("register‖join", _TAGGED, (_tell("new"), _join("game-2"))),
+        ("register‖members", _TWO, (_tell("new"), _MEMBERS)),
+        ("register‖join with room", _TWO_APART, (_tell("new"), _room("other", 1))),
+        ("register‖register, stale", _STALE, (_tell("new-1"), _tell("new-2"))),
+        ("register‖heartbeat, stale", _STALE, (_tell("new"), _HEARTBEAT)),
+        ("register‖cleanup, stale", _STALE, (_tell("new"), _CLEANUP)),
+        ("register‖register for another", _TAGGED, (_tell("new"), _tell("old", "user-2"))),
+    )
+)
+_SEVERAL = tuple(
+    Pair(f"{name}, two of a user", (*_TAGGED, _tell("second")), calls, {"connections_per_user": 2})
+    for name, calls in (
+        ("register‖register", (_tell("new-1"), _tell("new-2"))),
+        ("register‖register‖register", (_tell("new-1"), _tell("new-2"), _tell("new-3"))),
+        ("register‖unregister", (_tell("new"), _UNREGISTER)),
+        ("register‖detach", (_tell("new"), _DETACH)),
+        ("register‖register again", (_tell("new"), _tell("old"))),
+        ("register‖all of the user", (_tell("new"), Call("get_all_user_connections", ("user",)))),
+        ("unregister‖is online", (_UNREGISTER, Call("unregister", ("second",)), Call("is_online", ("user",)))),
+    )
+)
+_ROOM = (
+    Pair(
+        "join with room‖join with room",
+        (_tell("old"), _tell("other", "opponent")),
+        (_room("old", 1), _room("other", 1)),
+    ),
+    Pair("join with room‖leave", _TWO_APART, (_room("other", 1), _LEAVE)),
+    Pair("join with room‖unregister", _TWO_APART, (_room("other", 1), _UNREGISTER)),
+    Pair("join with room‖detach", _TWO_APART, (_room("other", 1), _DETACH)),
+    Pair("join with room‖resume", (*_TWO_APART, _DETACH), (_room("other", 1), _tell("new"))),
+    Pair("join with room‖cleanup", (*_STALE, _tell("other", "opponent")), (_room("other", 1), _CLEANUP)),
+)
+_EPOCHS = tuple(
+    Pair(f"{other}‖{name} of the same epoch", _TAGGED, (call, _if_the_same(method, "old", *arguments)))
+    for other, call in (
+        ("register again", _tell("old", metadata=b"again")),
+        ("register for another", _tell("old", "user-2")),
+    )
+    for name, method, *arguments in (
+        ("heartbeat", "heartbeat"),
+        ("join", "join", "game-2"),
+        ("leave", "leave"),
+        ("unregister", "unregister"),
+        ("detach", "detach", GRACE_SECONDS),
+        ("update metadata", "update_metadata", b"new"),
+    )
+)
+_SERVERS = (
+    Pair("clean up server‖clean up server", _OF_SERVER, (_CLEAN_UP_SERVER, _CLEAN_UP_SERVER)),
+    Pair("clean up server‖detach server", _OF_SERVER, (_CLEAN_UP_SERVER, _DETACH_SERVER)),
+    Pair("detach server‖register", _OF_SERVER, (_DETACH_SERVER, _tell("new"))),
+    Pair(
+        "detach server‖register for server-3",
+        _OF_SERVER,
+        (_DETACH_SERVER, Call("register_for", ("server-3", "new", "user"))),
+    ),
+    Pair("detach server‖unregister", _OF_SERVER, (_DETACH_SERVER, _UNREGISTER)),
+    Pair("detach server‖heartbeat", _OF_SERVER, (_DETACH_SERVER, _HEARTBEAT)),
+    Pair("detach server‖members", _OF_SERVER, (_DETACH_SERVER, _MEMBERS)),
+    Pair("clean up server‖join", _OF_SERVER, (_CLEAN_UP_SERVER, _join("game-2"))),
+)
+_METADATA = (
+    Pair(
+        "update metadata‖update metadata",
+        _TAGGED,
+        (Call("update_metadata", ("old", b"1")), Call("update_metadata", ("old", b"2"))),
+    ),
+    Pair("update metadata‖register", _TAGGED, (Call("update_metadata", ("old", b"new")), _tell("new"))),
+    Pair("update metadata‖register again", _TAGGED, (Call("update_metadata", ("old", b"new")), _tell("old"))),
+    Pair(
+        "update metadata‖join‖connection",
+        _TAGGED,
+        (Call("update_metadata", ("old", b"new")), _join("game-2"), Call("get_connection", ("old",))),
+    ),
+)
+FLEET_GROUPS = {
+    "detached and resumed": _SEATS,
+    "displacement policies": _POLICIES,
+    "two connections of a user": _SEVERAL,
+    "capacity": _ROOM,
+    "epochs": _EPOCHS,
+    "game servers": _SERVERS,
+    "metadata": _METADATA,
+}
+FLEET_PAIRS = {pair.name: pair for group in FLEET_GROUPS.values() for pair in group}
+"""What a fleet of game servers needs beyond that: only *presence* has it."""
 BATCH_PAIRS = {pair.name: pair for pair in _BATCHES}
 """Cleanups of several batches: only *presence* has such."""
 SAME_SID_PAIRS = {pair.name: pair for pair in _AGAIN}
 """A sid that is registered again (guarantee 4): the others do not offer that, even to one caller at a time."""
-PRESENCE_PAIRS = PAIRS | BATCH_PAIRS | SAME_SID_PAIRS
+PRESENCE_PAIRS = PAIRS | BATCH_PAIRS | SAME_SID_PAIRS | FLEET_PAIRS

@@ -16,6 +16,7 @@ from bench.contenders.lock import Locked
 from bench.explorer.gate import Gate, gated_pool
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
     from bench.contenders import Contender, State
@@ -81,10 +82,12 @@ class Run:
 class _Actor:
     """One caller: a contender on a connection of its own, behind a gate."""
 
-    def __init__(self, url: str, contender: type[Contender], namespace: str, call: Call) -> None:
+    def __init__(
+        self, url: str, contender: type[Contender], namespace: str, settings: Mapping[str, Any], call: Call
+    ) -> None:
         self.gate = Gate()
         self.client: Any = Redis(connection_pool=gated_pool(url, self.gate))
-        self._make_contender = partial(_make, contender, self.client, namespace)
+        self._make_contender = partial(_make, contender, self.client, namespace, settings)
         self.contender = self._make_contender()
         self.call = call
         self.task: asyncio.Task[object] | None = None
@@ -130,8 +133,8 @@ class _Actor:
         await self.client.aclose(close_connection_pool=True)
 
 
-def _make(contender: type[Contender], client: Redis, namespace: str) -> Contender:
-    made = contender(client, namespace)
+def _make(contender: Any, client: Redis, namespace: str, settings: Mapping[str, Any]) -> Contender:
+    made: Contender = contender(client, namespace, **settings)
     if isinstance(made, Locked):
         made.poll_seconds = 0  # The schedule says when it asks again.
     return made
@@ -154,8 +157,8 @@ class Stage:
         self._pattern = f"*{self._namespace}*"
         self._admin: Any = Redis.from_url(url, socket_timeout=None)
         self._client: Any = Redis.from_url(url, decode_responses=True, socket_timeout=None)
-        self._observer = _make(contender, self._client, self._namespace)
-        self._actors = [_Actor(url, contender, self._namespace, call) for call in pair.calls]
+        self._observer = _make(contender, self._client, self._namespace, pair.settings)
+        self._actors = [_Actor(url, contender, self._namespace, pair.settings, call) for call in pair.calls]
         self._restore = self._admin.register_script(_RESTORE)
         self._dump: list[bytes | int] = []
         self._dumped_at = -float("inf")
