@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from examples.socketio_server import GameServer
 from presence import CleanupResult, ConnectionInfo, ConnectionManager, Event
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Callable, Coroutine
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -97,13 +98,14 @@ class ReportingManager(ConnectionManager):
         interval_seconds: float = 30,
         *,
         threshold_seconds: float | None = None,
-        on_removed: Callable[[CleanupResult], Awaitable[object] | None] | None = None,
+        on_removed: Callable[[CleanupResult], object] | None = None,
     ) -> None:
         """Clean up as ever, and report what that removes and detaches."""
 
         async def report_and_pass_on(result: CleanupResult) -> None:
             report(operation="run_cleanup", arguments=(), answer=result)
-            if on_removed is not None and (handled := on_removed(result)) is not None:
+            handled = on_removed(result) if on_removed is not None else None
+            if inspect.isawaitable(handled):
                 await handled
 
         await super().run_cleanup(interval_seconds, threshold_seconds=threshold_seconds, on_removed=report_and_pass_on)

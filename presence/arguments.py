@@ -119,20 +119,14 @@ def check_iterable(name: str, values: object) -> list[Any]:
     return list(values)
 
 
-def check_different(name: str, values: object) -> list[Any]:
-    """Check that several ids were given, not one, and give each once."""
+def check_different(name: str, values: object) -> list[str]:
+    """Check several ids, and give each once, as text: of a str with an Enum, ``str()`` is another."""
     several = check_iterable(name, values)
-    try:
-        return list(dict.fromkeys(several))
-    except TypeError:
-        # What has no hash is no id.
-        for value in several:
-            check_text(f"each of {name}", value)
-        raise
+    return list(dict.fromkeys(encode(f"each of {name}", value).decode() for value in several))
 
 
 def check_users(name: str, values: object) -> list[str]:
-    """Check several user ids, and give each once, as text."""
+    """Do the same with user ids."""
     several = check_iterable(name, values)
     return list(dict.fromkeys(encode_user_id(f"each of {name}", value).decode() for value in several))
 

@@ -169,6 +169,11 @@ _BY_WORDS: dict[str, _Explanation] = {
         "the server takes no more connections; raise its maxclients, or lower max_connections of the clients",
     ),
     "No connection available": _POOL_IN_USE,
+    "Too many open files": (
+        ServerUnreachableError,
+        "this process may open no more files and sockets; raise its limit (ulimit -n), or look for what it does not "
+        "close",
+    ),
     "CERTIFICATE_VERIFY_FAILED": (
         ServerUnreachableError,
         "the server's certificate is not trusted, or is for another host; set ssl_ca_certs to the file of who signed "

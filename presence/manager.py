@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
 from math import inf
 from time import monotonic
@@ -78,6 +79,10 @@ class _OpenClient:
             if not layout.cancelled():  # Whoever cancels all tasks there are cancels this one, but not those who call.
                 layout.result()
                 return
+
+
+_repetition: ContextVar[_Repetition | None] = ContextVar("presence_repetition", default=None)
+"""That in whose callback the code runs, if any: tasks inherit it from who begins them."""
 
 
 class _Repetition:
@@ -262,8 +267,8 @@ class ConnectionManager:
                 # Its loop was closed, without ending its tasks.
                 self._repetitions.discard(running)
                 continue
-            # A callback of a cleanup itself may close the manager, and what another loop runs ends there.
-            if running.loop is loop and asyncio.current_task() is not running.step:
+            # A callback of a cleanup may close the manager, itself or in a task; what another loop runs ends there.
+            if running.loop is loop and _repetition.get() is not running:
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
         if own is not None:
@@ -724,7 +729,7 @@ class ConnectionManager:
         interval_seconds: float = 30,
         *,
         threshold_seconds: float | None = None,
-        on_removed: Callable[[CleanupResult], Awaitable[object] | None] | None = None,
+        on_removed: Callable[[CleanupResult], object] | None = None,
     ) -> Coroutine[Any, Any, None]:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
@@ -786,6 +791,7 @@ class ConnectionManager:
             return
         running = _Repetition()
         self._repetitions.add(running)
+        outside = _repetition.set(running)
         try:
             while not running.stop.is_set():
                 running.step = asyncio.ensure_future(step())
@@ -796,6 +802,7 @@ class ConnectionManager:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(running.stop.wait(), pause)
         finally:
+            _repetition.reset(outside)
             self._repetitions.discard(running)
             running.ended.set()
 
@@ -810,7 +817,7 @@ class ConnectionManager:
     async def _clean_up_batch(
         self,
         cleanup: RepeatedCleanup,
-        on_removed: Callable[[CleanupResult], Awaitable[object] | None] | None,
+        on_removed: Callable[[CleanupResult], object] | None,
     ) -> float:
         """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
         try:
@@ -823,11 +830,15 @@ class ConnectionManager:
                 handled: object = on_removed(CleanupResult(done.removed, None, done.detached))
                 if inspect.isawaitable(handled):  # A plain function will do.
                     await handled
+            except asyncio.CancelledError:
+                if clients.cancellations():
+                    raise
+                cleanup.fail_to_report(done)  # What it awaited was cancelled, such as a player's task.
             except Exception:
                 cleanup.fail_to_report(done)
         return pause
 
-    async def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
+    async def pipeline(self, operations: Iterable[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.
 
         ``await manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
@@ -983,7 +994,8 @@ class ConnectionManager:
                     raise redis.exceptions.TimeoutError("the nodes did not tell in time who serves what")
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
-                node = client.get_node_from_key(self.operations.last_seen_key.decode())
+                # (As bytes: a text would be encoded as the client was told to.)
+                node = client.get_node_from_key(self.operations.last_seen_key)  # type: ignore[arg-type]
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
                 if isinstance(request[0], SecondLoad):

@@ -365,7 +365,9 @@ class Operations:
                 self._events,
                 self._resumes,
             ),
-            lambda reply: parse_registration(sid, user_bytes.decode(), self.server_id, metadata_bytes, reply),
+            lambda reply: parse_registration(
+                sid_bytes.decode(), user_bytes.decode(), self.server_id, metadata_bytes, reply
+            ),
         )
 
     def unregister_connection(
@@ -386,7 +388,7 @@ class Operations:
                 arguments.encode_epoch(epoch),
                 self._events,
             ),
-            partial(parse_connection, sid),
+            partial(parse_connection, sid_bytes.decode()),
         )
 
     def join_game(
@@ -488,7 +490,7 @@ class Operations:
             GET_CONNECTION,
             (self._conn(sid_bytes), self.last_seen_key),
             (sid_bytes, self._conn_ttl),
-            partial(parse_connection, sid),
+            partial(parse_connection, sid_bytes.decode()),
         )
 
     def get_user_connection(self, user_id: str | UUID) -> Operation[ConnectionInfo | None]:
@@ -502,7 +504,7 @@ class Operations:
             GET_ALL_USER_CONNECTIONS, self._bulk_keys, (self._prefix, self._conn_ttl, user_bytes), parse_listed
         )
 
-    def users_connections_batch(self, user_ids: Sequence[str]) -> Operation[list[ConnectionInfo | None]]:
+    def users_connections_batch(self, user_ids: Sequence[str | UUID]) -> Operation[list[ConnectionInfo | None]]:
         """Describe the read of the active connections of some users, at one moment: see ``get_users_connections``.
 
         Args:
@@ -541,7 +543,7 @@ class Operations:
         """Describe the question whether a user is online."""
         return self._ask_users("user_id", [user_id], lambda reply: bool(reply[0]))
 
-    def users_online_batch(self, user_ids: Sequence[str]) -> Operation[list[bool]]:
+    def users_online_batch(self, user_ids: Sequence[str | UUID]) -> Operation[list[bool]]:
         """Describe the question which of some users are online, at one moment: see ``are_users_online``.
 
         Args:
@@ -572,7 +574,7 @@ class Operations:
 
     def get_game_connections(self, game_id: str) -> Operation[list[ConnectionInfo]]:
         """Describe the snapshot of a game."""
-        return self._get_game(game_id, partial(parse_game, game_id, self._conn_ttl_ms))
+        return self._get_game(game_id, lambda game, reply: parse_game(game, self._conn_ttl_ms, reply))
 
     def games_connections_batch(self, game_ids: Sequence[str]) -> Operation[list[list[ConnectionInfo]]]:
         """Describe the snapshots of some games, at one moment: see ``get_games_connections``.
@@ -584,16 +586,16 @@ class Operations:
             The operation, whose result is the list of connections of each, in their order.
 
         """
-        game_ids = arguments.check_iterable("game_ids", game_ids)
-        games = [arguments.encode("each of game_ids", game_id) for game_id in game_ids]
+        several = arguments.check_iterable("game_ids", game_ids)
+        games = [arguments.encode("each of game_ids", game_id) for game_id in several]
         if not 1 <= len(games) <= GAMES_BATCH_SIZE:
             raise ValueError(f"game_ids must be 1 to {GAMES_BATCH_SIZE} ids, not {len(games)}")
 
         def parse(reply: list[Any]) -> list[list[ConnectionInfo]]:
             now, *members = reply
             return [
-                parse_game(game_id, self._conn_ttl_ms, [*of_game, now])
-                for game_id, of_game in zip(game_ids, members, strict=True)
+                parse_game(game.decode(), self._conn_ttl_ms, [*of_game, now])
+                for game, of_game in zip(games, members, strict=True)
             ]
 
         return Operation(GET_GAMES, self._bulk_keys, (self._prefix, *games), parse)
@@ -609,7 +611,8 @@ class Operations:
         def parse(reply: list[Any]) -> GameSnapshot:
             last_id, added, members = reply
             return GameSnapshot(
-                tuple(parse_game(game_id, self._conn_ttl_ms, members)), Position(last_id.decode(), added).text()
+                tuple(parse_game(game_bytes.decode(), self._conn_ttl_ms, members)),
+                Position(last_id.decode(), added).text(),
             )
 
         return Operation(
@@ -632,26 +635,27 @@ class Operations:
 
     def get_game_user_sids(self, game_id: str) -> Operation[dict[str, str]]:
         """Describe the snapshot of a game as user_id -> sid; of a user's connections the newest counts."""
-        return self._get_game(game_id, partial(self._parse_user_sids, game_id))
+        return self._get_game(game_id, self._parse_user_sids)
 
     def get_opponent_sid(self, game_id: str, current_user_id: str | UUID) -> Operation[str | None]:
         """Describe the search for the other player of a game."""
         current_user = arguments.encode_user_id("current_user_id", current_user_id).decode()
 
-        def parse(reply: list[Any]) -> str | None:
-            for user_id, sid in self._parse_user_sids(game_id, reply).items():
+        def parse(game: str, reply: list[Any]) -> str | None:
+            for user_id, sid in self._parse_user_sids(game, reply).items():
                 if user_id != current_user:
                     return sid
             return None
 
         return self._get_game(game_id, parse)
 
-    def _get_game(self, game_id: str, parse: Callable[[list[Any]], Result]) -> Operation[Result]:
+    def _get_game(self, game_id: str, parse: Callable[[str, list[Any]], Result]) -> Operation[Result]:
         game_bytes = arguments.encode("game_id", game_id)
-        return Operation(GET_GAME, (self._game_conns(game_bytes), self.last_seen_key), (), parse)
+        parse_reply = partial(parse, game_bytes.decode())
+        return Operation(GET_GAME, (self._game_conns(game_bytes), self.last_seen_key), (), parse_reply)
 
-    def _parse_user_sids(self, game_id: str, reply: list[Any]) -> dict[str, str]:
-        seats = parse_game(game_id, self._conn_ttl_ms, reply)
+    def _parse_user_sids(self, game: str, reply: list[Any]) -> dict[str, str]:
+        seats = parse_game(game, self._conn_ttl_ms, reply)
         return {connection.user_id: connection.sid for connection in seats if connection.detached_until is None}
 
     def get_connection_count(self) -> Operation[int]:

@@ -7,7 +7,6 @@ the client like any other operation, and a fault there loses nothing.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
@@ -20,7 +19,7 @@ from presence.exchanges import perform
 from presence.replies import Position, parse_message
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
     from uuid import UUID
 
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
 MAX_BLOCK_MS = 1000
 """How long the server holds a read of the stream for new events."""
 
+LATE_MS = 150
+"""How much later the server may end such a wait: it looks ten times a second."""
+
 SILENCE_SECONDS = 10
 """How long nothing may come through pub/sub before the server is asked whether it is there; then as long again."""
 
@@ -38,6 +40,18 @@ _BEYOND = Position(number=10**15 - 1)
 """No stream has come as far: to read after it tells where the stream ends."""
 
 _CONNECTION_LOST = "the connection broke, or the server ended it because its events were read too slowly"
+
+
+class _Received:
+    """What was read at once: its events, how many of them were given, and the positions before and after it."""
+
+    __slots__ = ("before", "end", "events", "given")
+
+    def __init__(self, before: Position, events: Sequence[Event], end: Position) -> None:
+        self.before = before
+        self.events = events
+        self.given = 0
+        self.end = end
 
 
 class Feed:
@@ -56,7 +70,9 @@ class Feed:
         if after is not None and not self.is_stream:
             raise ValueError('after needs events="stream": pub/sub keeps nothing')
         self._operations = operations
-        self._position = _BEYOND if after is None else Position.parse(after)
+        start = _BEYOND if after is None else Position.parse(after)
+        # Replaced whole, so that whoever is interrupted here misses nothing.
+        self._received = _Received(start, (), start)
         self._game_id = self._user_id = None
         self._is_asked = False
         self.is_at_end = False
@@ -71,8 +87,25 @@ class Feed:
 
     @property
     def position(self) -> str | None:
-        """How far it has read in the stream."""
-        return self._position.text() if self.is_stream and self._position is not _BEYOND else None
+        """That of the last event that was given, or beyond it where what followed is not asked for."""
+        received = self._received
+        if self.has_events and received.given:
+            return received.events[received.given - 1].position
+        reached = received.before if self.has_events else received.end
+        return reached.text() if self.is_stream and reached is not _BEYOND else None
+
+    @property
+    def has_events(self) -> bool:
+        """Whether an event was received that was not given yet."""
+        return self._received.given < len(self._received.events)
+
+    def give(self) -> Event:
+        """Give the next event that was received."""
+        received = self._received
+        event = received.events[received.given]
+        # Last: between this and the return no signal's handler runs, as Python looks for one at calls and jumps only.
+        received.given += 1
+        return event
 
     def _concerns(self, event: Event) -> bool:
         if self._game_id is not None:
@@ -86,40 +119,42 @@ class Feed:
         to the node that has the namespace now.
         """
         batch = yield from perform(self._operations.read_events(_BEYOND))
-        if self._position is _BEYOND:
-            self._position = batch.position
+        if self._received.end is _BEYOND:
+            self._received = _Received(batch.position, (), batch.position)
 
-    def read(self) -> Exchange[list[Event]]:
+    def read(self) -> Exchange[None]:
         """Converse with the server to read on in the stream."""
-        batch = yield from perform(self._operations.read_events(self._position))
+        before = self._received.end
+        batch = yield from perform(self._operations.read_events(before))
         if batch.is_lost:
             raise EventsLostError("the stream was trimmed up to the position, or is another one now")
-        self.is_at_end = batch.position == self._position
-        self._position = batch.position
-        return [event for event in batch.events if self._concerns(event)]
+        self.is_at_end = batch.position == before
+        self._received = _Received(before, list(filter(self._concerns, batch.events)), batch.position)
 
     def wait(self, socket_timeout: float | None) -> Exchange[Exception | None]:
         """Converse with the server to wait a moment for what is new in the stream; give the fault, if any."""
-        # Well under the client's own timeout, which would take a wait for a fault.
-        block_ms = MAX_BLOCK_MS if socket_timeout is None else max(1, min(MAX_BLOCK_MS, int(socket_timeout * 500)))
-        last = self._position.entry_id.encode()
+        block_ms = MAX_BLOCK_MS
+        if socket_timeout is not None:
+            # Well under the client's own timeout, which would take a wait for a fault.
+            timeout_ms = int(socket_timeout * 1000)
+            block_ms = max(1, min(MAX_BLOCK_MS, timeout_ms // 2, timeout_ms - LATE_MS))
+        last = self._received.end.entry_id.encode()
         (reply,) = yield [("XREAD", b"BLOCK", b"%d" % block_ms, b"COUNT", b"1", b"STREAMS", self.key, last)]
         # A primary that becomes a replica ends all waits so. What to think of it, the next read decides.
         is_over = not isinstance(reply, Exception) or str(reply).startswith("UNBLOCKED")
         return None if is_over else reply
 
-    def take(self, reply: Any) -> list[Event]:
-        """Give the events in what came through pub/sub."""
+    def take(self, reply: Any) -> None:
+        """Receive the events in what came through pub/sub."""
         self._is_asked = False
         kind, *rest = reply if isinstance(reply, list) else (reply,)
         if kind == b"sunsubscribe":
             raise EventsLostError("the namespace's slot has moved to another node of the cluster")
-        if kind != b"smessage":
-            return []
-        try:
-            return [event for event in parse_message(rest[1]) if self._concerns(event)]
-        except ValueError as error:
-            raise unreadable(error) from error
+        if kind == b"smessage":
+            try:
+                self._received = _Received(_BEYOND, list(filter(self._concerns, parse_message(rest[1]))), _BEYOND)
+            except ValueError as error:
+                raise unreadable(error) from error
 
     def ask(self) -> None:
         """Note that nothing came for a while, and that the server is asked now; the second time it is gone."""
@@ -133,21 +168,8 @@ class _State:
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
-        self.events: deque[Event] = deque()
-        self.position: str | None = None
-        """Of the last event that was given."""
         self.is_open: bool | None = None
         self.lost: EventsLostError | None = None
-
-    def next_event(self) -> Event | None:
-        """Give an event that has been received; None when one must be waited for."""
-        if self.events:
-            event = self.events.popleft()
-            self.position = event.position
-            return event
-        if self.lost is not None:
-            raise self.lost
-        return None
 
     def check_that_it_was_entered(self, how: str) -> None:
         """Refuse to iterate over what was never subscribed: it would be over at once, as if nothing had happened."""
@@ -156,8 +178,13 @@ class _State:
                 f"the subscription has not begun: enter it first, {how} manager.subscribe(...) as events"
             )
 
+    def check_that_nothing_is_lost(self) -> None:
+        """Tell whoever iterates that events are lost, each time."""
+        if self.lost is not None:
+            raise self.lost
+
     def lose(self, error: Exception) -> None:
-        """Note that events are lost: whoever iterates is told, each time."""
+        """Note that events are lost."""
         if not isinstance(error, EventsLostError):
             lost = EventsLostError(_CONNECTION_LOST)
             lost.__cause__ = error
@@ -182,8 +209,7 @@ class _Positioned:
         It is that of the last event, or beyond it where what followed was not asked for. None before the block is
         entered (unless ``after`` was given), and through pub/sub.
         """
-        state = self._state
-        return state.position if state.events else state.feed.position
+        return self._state.feed.position
 
 
 class AsyncSubscription(_Positioned):
@@ -211,7 +237,7 @@ class AsyncSubscription(_Positioned):
         await self._run(feed.start())
         client = self._client()
         source: Any = (
-            client.get_node_from_key(feed.key.decode())
+            client.get_node_from_key(feed.key)  # type: ignore[arg-type]
             if isinstance(client, redis.asyncio.RedisCluster)
             else client.connection_pool
         )
@@ -250,11 +276,11 @@ class AsyncSubscription(_Positioned):
     async def __anext__(self) -> Event:
         state = self._state
         while state.is_open:
-            event = state.next_event()
-            if event is not None:
-                return event
+            if state.feed.has_events:
+                return state.feed.give()
+            state.check_that_nothing_is_lost()
             if state.feed.is_stream:
-                state.events.extend(await self._run(state.feed.read()))
+                await self._run(state.feed.read())
                 if state.feed.is_at_end:
                     fault = await self._wait(state.feed.wait(self._socket_timeout))
                     if fault is not None:
@@ -276,7 +302,7 @@ class AsyncSubscription(_Positioned):
                 with heeding_cancellation():
                     await connection.send_command("PING", check_health=False)
             else:
-                self._state.events.extend(feed.take(reply))
+                feed.take(reply)
         except (*FAULTS, EventsLostError, RuntimeError) as met:
             error = as_fault(met)
             if isinstance(error, RuntimeError):
@@ -301,6 +327,8 @@ class Subscription(_Positioned):
         self._run = run
         self._client = client
         self._connection: Any = None
+        self._is_receiving = False
+        """Whether one has begun to read what comes through pub/sub, and has not ended in good order."""
         self._socket_timeout: float | None = None
 
     def __enter__(self) -> Self:
@@ -308,7 +336,7 @@ class Subscription(_Positioned):
         self._run(feed.start())
         client: Any = self._client()
         if isinstance(client, redis.RedisCluster):
-            client = client.get_redis_connection(client.get_node_from_key(feed.key.decode()))
+            client = client.get_redis_connection(client.get_node_from_key(feed.key))
         source = client.connection_pool
         self._socket_timeout = source.connection_kwargs.get("socket_timeout")
         if not feed.is_stream:
@@ -343,11 +371,11 @@ class Subscription(_Positioned):
     def __next__(self) -> Event:
         state = self._state
         while state.is_open:
-            event = state.next_event()
-            if event is not None:
-                return event
+            if state.feed.has_events:
+                return state.feed.give()
+            state.check_that_nothing_is_lost()
             if state.feed.is_stream:
-                state.events.extend(self._run(state.feed.read()))
+                self._run(state.feed.read())
                 if state.feed.is_at_end:
                     fault = self._run(state.feed.wait(self._socket_timeout))
                     if fault is not None:
@@ -359,13 +387,18 @@ class Subscription(_Positioned):
 
     def _receive(self) -> None:
         connection, feed = self._connection, self._state.feed
+        if self._is_receiving:
+            self._state.lose(EventsLostError("a read was interrupted, as by a signal's handler that raised"))
+            return
+        self._is_receiving = True
         try:
             if connection.can_read(timeout=SILENCE_SECONDS):
                 reply = connection.read_response(disable_decoding=True, disconnect_on_error=False, push_request=True)
-                self._state.events.extend(feed.take(reply))
+                feed.take(reply)
             else:
                 feed.ask()
                 connection.send_command("PING", check_health=False)
+            self._is_receiving = False
         except (*FAULTS, EventsLostError) as error:
             if self._state.is_open:
                 self._state.lose(error)

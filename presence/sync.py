@@ -208,8 +208,12 @@ class ConnectionManager:
         for known in self._known_clients():
             known.callers = [caller for caller in known.callers if caller == own_thread]
         self._closing = [known for known in self._closing if known.callers]
-        if self._own_client and not self._own_client.is_open and self._own_client.opener != own_thread:
+        own = self._own_client
+        if own and not own.is_open and own.opener != own_thread:
             self._own_client = None
+        elif own and own.is_open and not own.callers and self._given_client is None:
+            # Of a cluster's, another thread may have begun to ask the nodes who serves what.
+            self._own_client = None if isinstance(own.client, RedisCluster) else own
 
     def _known_clients(self) -> list[_OpenClient]:
         return self._closing + ([self._own_client] if self._own_client else [])
@@ -768,7 +772,7 @@ class ConnectionManager:
                 cleanup.fail_to_report(done)
         return pause
 
-    def pipeline(self, operations: Sequence[Operation[Result]]) -> list[Result]:
+    def pipeline(self, operations: Iterable[Operation[Result]]) -> list[Result]:
         """Run several operations in one round trip, each atomic in itself, in their order.
 
         ``manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
@@ -968,7 +972,7 @@ class ConnectionManager:
                 return pooling.send(pool, request)
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
-                node = client.get_node_from_key(self.operations.last_seen_key.decode())
+                node = client.get_node_from_key(self.operations.last_seen_key)
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
                 if isinstance(request[0], SecondLoad):

@@ -1,9 +1,16 @@
-"""Several processes that begin at the same moment, for tests of what servers do at once."""
+"""Processes of tests: several that begin at the same moment, for what servers do at once, and one that is forked."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PROCESSES = 4
 
@@ -14,3 +21,15 @@ spawn = multiprocessing.get_context("spawn")
 def sleep_until(moment: float) -> None:
     """Wait for a moment of this machine's clock."""
     time.sleep(max(0, moment - time.time()))
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Do something in a forked process, which has ten seconds for it."""
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        try:
+            work()
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

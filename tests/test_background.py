@@ -24,7 +24,7 @@ from tests.test_cleanup import register_many
 from tests.watching import scripts_run, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
     from presence import CleanupResult
     from tests.server import LocalServer
@@ -298,3 +298,88 @@ def test_a_close_on_another_event_loop_ends_it_too(own_server: LocalServer, own_
     wait_until(lambda: scripts_run(own_client) == 1)
     asyncio.run(manager.aclose())
     assert has_ended.wait(BOUND_SECONDS)
+
+
+def reporting(url: str, on_removed: Callable[[presence.ConnectionManager, CleanupResult], Awaitable[object]]) -> None:
+    """Let a cleanup report a connection, and wait until what runs it has ended, in good order."""
+
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(url) as manager:
+            async with asyncio.timeout(BOUND_SECONDS):
+                await manager.run_cleanup(0.01, on_removed=lambda result: on_removed(manager, result))
+
+    asyncio.run(run())
+
+
+def test_who_cancels_a_task_and_awaits_it_in_the_callback_does_not_end_the_cleanup(
+    own_server: LocalServer, own_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    reported: list[str] = []
+
+    async def on_removed(manager: presence.ConnectionManager, result: CleanupResult) -> None:
+        reported.extend(sids_of(result))
+        if len(reported) == 2:
+            await manager.aclose()
+            return
+        await manager.register_connection("another sid", "another user")
+        let_time_pass(own_client, "presence", 91)
+        of_the_player = asyncio.create_task(asyncio.sleep(HOUR))
+        of_the_player.cancel()
+        await of_the_player
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        manager.register_connection("sid", "user")
+    let_time_pass(own_client, "presence", 91)
+    reporting(own_server.url, on_removed)
+    assert reported == ["sid", "another sid"]
+    assert ["on_removed failed" in record.getMessage() for record in caplog.records] == [True]
+
+
+async def _in_a_group(closing: Coroutine[Any, Any, None]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(closing)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        asyncio.gather,
+        asyncio.create_task,
+        asyncio.shield,
+        _in_a_group,
+        lambda closing: asyncio.wait_for(closing, BOUND_SECONDS),
+        lambda closing: closing,
+    ],
+    ids=["gather", "task", "shield", "group", "wait_for", "directly"],
+)
+def test_the_callback_may_close_the_manager_in_any_way(
+    own_server: LocalServer, own_client: redis.Redis, wait: Callable[[Coroutine[Any, Any, None]], Awaitable[object]]
+) -> None:
+    async def on_removed(manager: presence.ConnectionManager, _: CleanupResult) -> None:
+        await wait(manager.aclose())
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        manager.register_connection("sid", "user")
+    let_time_pass(own_client, "presence", 91)
+    reporting(own_server.url, on_removed)
+
+
+def test_a_plain_callback_may_give_anything(own_server: LocalServer, own_client: redis.Redis) -> None:
+    reported: list[str] = []
+
+    async def run() -> None:
+        async with presence.ConnectionManager.from_url(own_server.url) as manager:
+
+            def report(result: CleanupResult) -> int:
+                reported.extend(sids_of(result))
+                return len(reported)
+
+            cleaning = asyncio.create_task(manager.run_cleanup(0.01, on_removed=report))
+            await asyncio.to_thread(wait_until, lambda: reported)
+        await cleaning
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        manager.register_connection("sid", "user")
+    let_time_pass(own_client, "presence", 91)
+    asyncio.run(run())
+    assert reported == ["sid"]

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ from tests.conftest import Awaited
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
+from tests.processes import in_child
 from tests.server import LocalServer, free_port, program
 from tests.test_events import MODES, Subscribed, subscribed
 from tests.watching import admin, evalsha_calls, refuse_next_write, wait_until
@@ -43,6 +45,7 @@ from tests.watching import admin, evalsha_calls, refuse_next_write, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from presence.operations import EventsMode
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
@@ -670,15 +673,15 @@ def cluster(running_cluster: Cluster) -> Cluster:
 
 
 @contextmanager
-def given_cluster_client(kind: str, namespace: str, **options: Any) -> Iterator[Any]:
+def given_cluster_client(kind: str, namespace: str, *, events: EventsMode = "off", **options: Any) -> Iterator[Any]:
     """Make a cluster client as an application makes its own, and the manager that it is given to."""
     if kind == "blocking":
         with redis.RedisCluster(host="127.0.0.1", **options) as client:
-            yield presence.sync.ConnectionManager(client, namespace=namespace)
+            yield presence.sync.ConnectionManager(client, namespace=namespace, events=events)
         return
     with asyncio.Runner() as runner:
         asyncio_client = redis.asyncio.RedisCluster(host="127.0.0.1", **options)
-        yield Awaited(presence.ConnectionManager(asyncio_client, namespace=namespace), runner)
+        yield Awaited(presence.ConnectionManager(asyncio_client, namespace=namespace, events=events), runner)
         runner.run(asyncio_client.aclose())
 
 
@@ -696,10 +699,49 @@ class TestCluster:
     def test_serves_a_client_that_the_caller_made(
         self, cluster: Cluster, kind: str, decode_responses: bool, protocol: int
     ) -> None:
-        options = {"port": cluster.nodes[0].port, "decode_responses": decode_responses, "protocol": protocol}
+        options: dict[str, Any] = {"decode_responses": decode_responses, "protocol": protocol}
         for namespace in cluster.namespaces():
-            with given_cluster_client(kind, namespace, **options) as manager:
+            with given_cluster_client(kind, namespace, port=cluster.nodes[0].port, **options) as manager:
                 play(manager)
+
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    @pytest.mark.parametrize("mode", ["pubsub", "stream"])
+    def test_asks_the_node_of_the_namespace_whatever_the_encoding_of_the_client(
+        self, cluster: Cluster, kind: str, mode: EventsMode
+    ) -> None:
+        options: dict[str, Any] = {"port": cluster.nodes[0].port, "encoding": "latin-1"}
+        for namespace in ("ゲーム", "équipe", "été"):
+            with given_cluster_client(kind, namespace, events=mode, **options) as manager:
+                play(manager)
+                with subscribed(manager) as events:
+                    manager.register_connection("ß", "ß")
+                    assert events.next().connection.sid == "ß"
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_forked_process_waits_for_no_thread_of_its_parent_that_asks_for_the_layout(
+        self, cluster: Cluster
+    ) -> None:
+        asking, may_go_on = threading.Event(), threading.Event()
+        with presence.sync.ConnectionManager.from_url(cluster.url, namespace="one") as manager:
+            manager.register_connection("sid", "user")
+            own: Any = manager._own_client
+            nodes = own.client.nodes_manager
+            learn = nodes.initialize._learn
+
+            def learn_slowly() -> None:
+                asking.set()
+                assert may_go_on.wait(BOUND_SECONDS)
+                learn()
+
+            nodes.initialize._learn = learn_slowly
+            thread = threading.Thread(target=nodes.initialize)
+            thread.start()
+            assert asking.wait(BOUND_SECONDS)
+            nodes.slots_cache.clear()  # The next call has to ask, too.
+            in_child(lambda: manager.update_heartbeat("sid"))
+            may_go_on.set()
+            thread.join(BOUND_SECONDS)
+            assert manager.update_heartbeat("sid")
 
     def test_ids_with_braces_stay_in_the_slot_of_their_namespace(
         self, make_manager: ManagerFactory, cluster: Cluster

@@ -6,25 +6,31 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
 
 import presence
 import presence.sync
 from presence import EventsLostError, EventType
 from presence.operations import EVENTS_BATCH_SIZE
 from presence.replies import Position
+from presence.subscriptions import Feed
 from tests.conftest import Awaited
 from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.synchronize import Event as Flag
+    from types import FrameType
 
     from presence import Event
     from presence.operations import EventsMode
@@ -1187,3 +1193,93 @@ def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_u
             writer.kill()
             writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+def test_an_idle_reader_of_the_stream_times_out_with_no_timeout_that_calls_can_do_with(
+    server_url: str, namespace: str, kind: str
+) -> None:
+    """The server ends a wait at one of its ticks, a tenth of a second later than it was asked to."""
+    options: dict[str, Any] = {"socket_timeout": 0.2}
+    if kind == "blocking":
+        once: Any = redis.retry.Retry(NoBackoff(), 0)
+        with redis.Redis.from_url(server_url, retry=once, **options) as client:
+            manager = presence.sync.ConnectionManager(client, namespace=namespace, events="stream")
+            with subscribed(manager) as events:
+                events.read_on(2)
+        return
+
+    async def run() -> None:
+        once: Any = redis.asyncio.retry.Retry(NoBackoff(), 0)
+        async with redis.asyncio.Redis.from_url(server_url, retry=once, **options) as client:
+            manager = presence.ConnectionManager(client, namespace=namespace, events="stream")
+            async with manager, manager.subscribe() as events:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(anext(events), 2)
+
+    asyncio.run(run())
+
+
+GIVE = Feed.give.__code__
+"""Its last two lines are interrupted by no signal, as it says."""
+
+
+class _Interrupted(BaseException):
+    """What a signal's handler raises."""
+
+
+def _next_or_interrupted(events: Any, at_line: int) -> Event | None:
+    """Take an event, or raise in a line, counted from 0, of the library or of redis-py; None where that was it."""
+    lines = count()
+
+    def trace(frame: FrameType, what: str, _: object) -> Any:
+        if not frame.f_globals.get("__name__", "").startswith(("presence.", "redis.")) or frame.f_code is GIVE:
+            return None
+        if what == "line" and next(lines) == at_line:
+            raise _Interrupted
+        return trace
+
+    tracing_before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        event: Event = next(events)
+    except _Interrupted:
+        return None
+    finally:
+        sys.settrace(tracing_before)
+    return event
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_is_interrupted_anywhere_misses_nothing_or_is_told(
+    server_url: str, namespace: str, mode: EventsMode
+) -> None:
+    """As by a signal's handler that raises: in each line of a step, one after the other."""
+    make_manager = partial(presence.sync.ConnectionManager.from_url, server_url, namespace=namespace, events=mode)
+    with make_manager() as manager:
+        manager.register_connection("sid", "user")
+        interruptions = 0
+        for line in count():
+            # Of another manager each time: redis-py may lose a connection of the pool that it was about to give.
+            with make_manager() as reading, reading.subscribe() as events:
+                numbers = range(3)
+                for number in numbers:
+                    manager.update_metadata("sid", b"%d" % number)
+                was_interrupted = False
+                found: list[bytes] = []
+                try:
+                    while len(found) < len(numbers):
+                        event = next(events) if was_interrupted else _next_or_interrupted(events, line)
+                        was_interrupted = was_interrupted or event is None
+                        found += [event.connection.metadata] if event else []
+                        if event and not was_interrupted:
+                            break  # The first step has no such line.
+                except EventsLostError:
+                    assert mode == "pubsub"
+                    interruptions += 1
+                    continue
+            if not was_interrupted:
+                break
+            interruptions += 1
+            assert found == [b"%d" % number for number in numbers]
+        assert interruptions > 50

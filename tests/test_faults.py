@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import resource
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,25 @@ class TestAServerThatCannotBeReached:
         own_client.config_set("maxclients", 1)
         with pytest.raises(presence.ServerUnreachableError, match="raise its maxclients"):
             make_manager(own_server.url, **at_once).get_connection_count()
+
+    def test_that_cannot_be_reached_for_want_of_files_is_named_too(
+        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+    ) -> None:
+        manager = make_manager(own_server.url, **at_once)
+        most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        opened: list[socket.socket] = []
+        try:
+            with suppress(OSError):
+                opened.append(socket.socket())
+                resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0].fileno() + 1, hard))
+                while True:  # There may be numbers below it that are free.
+                    opened.append(socket.socket())
+            with pytest.raises(presence.ServerUnreachableError, match=r"raise its limit \(ulimit -n\)"):
+                manager.get_connection_count()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            for each in opened:
+                each.close()
 
     def test_is_used_again_once_it_is_back(self, own_server: LocalServer, hasty_manager: ConnectionManager) -> None:
         set_the_scene(hasty_manager)

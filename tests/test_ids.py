@@ -227,6 +227,38 @@ class Small(IntEnum):
     ONE = 1
 
 
+class Name(str, Enum):  # noqa: UP042 - see above.
+    SID = "sid"
+    USER = "user"
+    GAME = "game"
+
+
+def test_an_id_that_is_an_enum_comes_back_as_its_text(make_manager: ManagerFactory) -> None:
+    manager = make_manager(events="stream")
+    made = manager.register_connection(Name.SID, Name.USER).connection
+    manager.join_game(Name.SID, Name.GAME)
+    (of_user,) = manager.get_all_user_connections(Name.USER)
+    (in_game,) = manager.get_game_connections(Name.GAME)
+    (in_snapshot,) = manager.get_game_snapshot(Name.GAME).connections
+    in_games, in_users = manager.get_games_connections([Name.GAME]), manager.get_users_connections([Name.USER])
+    found = [
+        *(made, of_user, in_game, in_snapshot, *in_games["game"], in_users["user"], manager.get_connection(Name.SID)),
+        manager.get_user_connection(Name.USER),
+    ]
+    names: list[Any] = [
+        *in_games,
+        *in_users,
+        *manager.are_users_online([Name.USER]),
+        *manager.update_heartbeats([Name.SID]),
+    ]
+    names += [*manager.get_game_user_sids(Name.GAME), *manager.get_game_user_sids(Name.GAME).values()]
+    found.append(manager.unregister_connection(Name.SID))
+    for connection in found:
+        assert connection is not None
+        names += [connection.sid, connection.user_id, connection.game_id or ""]
+    assert {type(name) for name in names} == {str}
+
+
 def test_an_option_may_be_an_enum_that_is_a_str(make_manager: ManagerFactory, namespace: str) -> None:
     with presence.sync.ConnectionManager(namespace=Shade.NAMESPACE) as manager:
         assert manager.operations.last_seen_key == b"{shade}:last_seen"

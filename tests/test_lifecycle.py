@@ -8,8 +8,6 @@ import dataclasses
 import gc
 import os
 import pickle
-import signal
-import sys
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -23,6 +21,7 @@ import presence.sync
 from presence.operations import CLEANUP_BATCH_SIZE, RETENTION_MS
 from presence.replies import parse_message
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
+from tests.processes import in_child
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -450,17 +449,6 @@ class TestAForkedProcess:
     """It has the blocking manager without the other threads: neither their calls nor what they ran."""
 
     @staticmethod
-    def in_child(work: Callable[[], object]) -> None:
-        child = os.fork()
-        if not child:
-            signal.alarm(10)
-            try:
-                work()
-            finally:
-                os._exit(0 if sys.exc_info()[0] is None else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-    @staticmethod
     def use_and_close(manager: ConnectionManager) -> None:
         assert manager.update_heartbeat("sid")
         manager.close()
@@ -472,7 +460,7 @@ class TestAForkedProcess:
             thread.start()
             while not manager._repetitions:
                 thread.join(0.01)
-            self.in_child(lambda: self.use_and_close(manager))
+            in_child(lambda: self.use_and_close(manager))
         thread.join(10)
         assert not thread.is_alive()
 
@@ -484,7 +472,7 @@ class TestAForkedProcess:
                 manager.start_server()
             reading, writing = os.pipe()
             for _ in range(2):
-                self.in_child(lambda: os.write(writing, b"%d\n" % manager.start_server()))
+                in_child(lambda: os.write(writing, b"%d\n" % manager.start_server()))
             os.close(writing)
             with open(reading) as lines:
                 epochs = [int(line) for line in lines]
@@ -500,7 +488,7 @@ class TestAForkedProcess:
             thread.start()
             assert proxy.is_holding.wait(BOUND_SECONDS)
             with manager._lock:  # As if another thread had just begun a call.
-                self.in_child(manager.close)
+                in_child(manager.close)
             proxy.release()
             thread.join(10)
             self.use_and_close(manager)
