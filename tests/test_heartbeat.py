@@ -204,15 +204,16 @@ def test_an_evicted_record_is_not_made_again_and_is_missed_after_15_minutes(
     assert keys().ttls_ms == {}
 
 
-def test_an_evicted_list_of_the_user_is_missed_by_nobody_who_beats(
+def test_a_refresh_brings_back_an_evicted_list_of_the_user(
     manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None]
 ) -> None:
     manager.register_connection("sid", "user")
     client.delete(f"{{{namespace}}}:user_conns:user")
+    assert not manager.is_user_online("user")
     wait(15 * 60)  # The TTLs are refreshed for certain.
     assert manager.update_heartbeat("sid")
-    assert not client.exists(f"{{{namespace}}}:user_conns:user")
-    assert manager.unregister_connection("sid")
+    assert manager.is_user_online("user")
+    assert [gone.sid for gone in manager.register_connection("next", "user").displaced] == ["sid"]
 
 
 def test_all_keys_of_an_abandoned_namespace_expire(

@@ -17,7 +17,10 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local list = redis.call('GET', user_conns_key)
   local sids, kept_at = split_sids(list)
-  if not list or kept_at > #list or is_recent(list, kept_at, now_ms) then
+  if not list then
+    -- It was evicted: this brings back one that held no other.
+    redis.call('SET', user_conns_key, make_sids({sid}, ''), 'PX', key_lifetime_ms)
+  elseif kept_at > #list or is_recent(list, kept_at, now_ms) then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
     -- The answer that is kept there takes more memory than the list.
