@@ -790,11 +790,15 @@ class ConnectionManager:
         if self._closes != closes:
             return
         running = _Repetition()
+
+        async def do_step() -> float | None:
+            _repetition.set(running)  # Only in the context of the task that this runs in.
+            return await step()
+
         self._repetitions.add(running)
-        outside = _repetition.set(running)
         try:
             while not running.stop.is_set():
-                running.step = asyncio.ensure_future(step())
+                running.step = asyncio.ensure_future(do_step())
                 pause = await (_to_its_end(running.step) if to_its_end else running.step)
                 if pause is None:
                     return
@@ -802,7 +806,6 @@ class ConnectionManager:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(running.stop.wait(), pause)
         finally:
-            _repetition.reset(outside)
             self._repetitions.discard(running)
             running.ended.set()
 
