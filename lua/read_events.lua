@@ -1,7 +1,8 @@
 #!lua flags=no-writes
 --[[
 Read the events that come after a position in the stream, and tell whether any between were lost: trimmed, or with a
-stream that has gone. They may be where the entry at the position itself is not there.
+stream that has gone. They may be where the entry at the position itself is not there, or not as many come after it as
+were added.
 
 KEYS  events
 ARGV  after_id, after_number (how many entries were added up to after_id), limit,
@@ -13,7 +14,7 @@ Cost  O(limit)
 -- @include stream_state
 
 local events_key = KEYS[1]
-local after_id, after_number, limit, again = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4] or ''
+local after_id, after_number, limit, again = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] or ''
 
 local state = stream_state(events_key)
 local is_lost = state.added < after_number or state.gone > after_number
@@ -21,12 +22,19 @@ local is_lost = state.added < after_number or state.gone > after_number
 if not is_lost and after_number > 0 then
   is_lost = #redis.call('XRANGE', events_key, after_id, after_id) == 0
 end
-local reply = {is_lost and 1 or 0, state.last_id, state.added}
+local entries = {}
 if not is_lost then
   local from = again == '' and '(' .. after_id or after_id
-  for _, entry in ipairs(redis.call('XRANGE', events_key, from, '+', 'COUNT', limit)) do
-    reply[#reply + 1] = entry[1]
-    reply[#reply + 1] = entry[2][2]
-  end
+  entries = redis.call('XRANGE', events_key, from, '+', 'COUNT', limit)
+  -- Another stream may have an entry of the same moment, as one of another number.
+  is_lost = #entries ~= math.min(limit, state.added - after_number + (again == '' and 0 or 1))
+end
+if is_lost then
+  return {1, state.last_id, state.added}
+end
+local reply = {0, state.last_id, state.added}
+for _, entry in ipairs(entries) do
+  reply[#reply + 1] = entry[1]
+  reply[#reply + 1] = entry[2][2]
 end
 return reply

@@ -687,9 +687,9 @@ class ConnectionManager:
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
-            on_removed: called with each batch that removed or detached something. What it raises is logged, and what it
-                had not dealt with is not reported again: catch errors for each connection inside. It may close the
-                manager, but not wait for another thread that does.
+            on_removed: called with each batch that removed or detached something; it may close the manager. What it
+                raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
+                inside.
 
         Raises:
             TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.

@@ -752,6 +752,20 @@ class TestTheStream:
             self.act(manager)
         self.lost(manager, position)
 
+    def test_that_is_another_one_with_an_entry_of_the_same_moment_says_so(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        self.act(manager)
+        position = manager.get_game_snapshot("g").position
+        key, last_id = events_key(namespace), position.partition("/")[0]
+        ((_, entry),) = client.execute_command("XRANGE", key, last_id, last_id, NEVER_DECODE=True)
+        client.delete(key)
+        client.execute_command("XADD", key, last_id, "message", entry[b"message"])
+        for _ in range(2):
+            self.act(manager)
+        self.lost(manager, position)
+
     def test_that_is_another_one_and_was_trimmed_as_far_says_so(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
     ) -> None:
