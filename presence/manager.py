@@ -81,8 +81,8 @@ class _OpenClient:
                 return
 
 
-_repetition: ContextVar[_Repetition | None] = ContextVar("presence_repetition", default=None)
-"""That in whose callback the code runs, if any: tasks inherit it from who begins them."""
+_step: ContextVar[asyncio.Future[float | None] | None] = ContextVar("presence_step", default=None)
+"""The step of a repetition in which the code runs, if any: tasks inherit it from who begins them."""
 
 
 class _Repetition:
@@ -268,7 +268,7 @@ class ConnectionManager:
                 self._repetitions.discard(running)
                 continue
             # A callback of a cleanup may close the manager, itself or in a task; what another loop runs ends there.
-            if running.loop is loop and _repetition.get() is not running:
+            if running.loop is loop and (running.step is None or _step.get() is not running.step):
                 await running.ended.wait()
         own = self._own_clients.pop(loop, None)
         if own is not None:
@@ -793,7 +793,7 @@ class ConnectionManager:
         running = _Repetition()
 
         async def do_step() -> float | None:
-            _repetition.set(running)  # Only in the context of the task that this runs in.
+            _step.set(asyncio.current_task())  # In the context of this task, and of those that it begins.
             return await step()
 
         self._repetitions.add(running)

@@ -14,7 +14,7 @@ import redis.asyncio
 
 from presence import arguments
 from presence.clients import heeding_cancellation
-from presence.errors import FAULTS, EventsLostError, as_fault, explain, unreadable
+from presence.errors import FAULTS, EventsLostError, UnexpectedReplyError, as_fault, explain, unreadable
 from presence.exchanges import perform
 from presence.replies import Position, parse_message
 
@@ -104,6 +104,7 @@ class Feed:
         received = self._received
         event = received.events[received.given]
         # Last: between this and the return no signal's handler runs, as Python looks for one at calls and jumps only.
+        # (Nor in a `for` before its variable is set; but in `event = next(events)` one may.)
         received.given += 1
         return event
 
@@ -341,6 +342,7 @@ class Subscription(_Positioned):
         self._socket_timeout = source.connection_kwargs.get("socket_timeout")
         if not feed.is_stream:
             self._connection = _own_connection(source)
+            self._is_receiving = False
             try:
                 self._connection.connect()
                 self._connection.send_command("SSUBSCRIBE", feed.channel)
@@ -402,6 +404,9 @@ class Subscription(_Positioned):
         except (*FAULTS, EventsLostError) as error:
             if self._state.is_open:
                 self._state.lose(error)
+        except UnexpectedReplyError:
+            self._is_receiving = False
+            raise
         except Exception:
             # A socket that another thread closes under a read fails in more ways.
             if self._state.is_open:

@@ -45,6 +45,10 @@ logger = logging.getLogger("presence")
 Result = TypeVar("Result")
 
 
+_left_behind: list[RedisCluster] = []
+"""Clients that a forked process can neither use nor close."""
+
+
 class _OpenClient:
     """A client that the manager uses, and the threads that it serves or that wait until it is open."""
 
@@ -212,8 +216,13 @@ class ConnectionManager:
         if own and not own.is_open and own.opener != own_thread:
             self._own_client = None
         elif own and own.is_open and not own.callers and self._given_client is None:
-            # Of a cluster's, another thread may have begun to ask the nodes who serves what.
-            self._own_client = None if isinstance(own.client, RedisCluster) else own
+            self._leave_behind(own)
+
+    def _leave_behind(self, own: _OpenClient) -> None:
+        """Use a cluster's client no more, of which a thread of the parent may hold a lock, as to ask for the layout."""
+        if isinstance(own.client, RedisCluster):
+            _left_behind.append(own.client)  # To finalize it would take the lock, too.
+            self._own_client = None
 
     def _known_clients(self) -> list[_OpenClient]:
         return self._closing + ([self._own_client] if self._own_client else [])

@@ -364,6 +364,41 @@ def test_the_callback_may_close_the_manager_in_any_way(
     reporting(own_server.url, on_removed)
 
 
+def test_a_task_that_outlives_the_callback_that_began_it_closes_in_good_order(
+    own_server: LocalServer, own_client: redis.Redis
+) -> None:
+    done: list[str] = []
+
+    async def run() -> None:
+        manager = presence.ConnectionManager.from_url(own_server.url)
+        is_second = asyncio.Event()
+
+        async def close() -> None:
+            await is_second.wait()
+            await manager.aclose()
+            done.append("closed")
+
+        async def on_removed(result: CleanupResult) -> None:
+            if not closing:
+                closing.append(asyncio.create_task(close()))
+                await manager.register_connection("another sid", "another user")
+                let_time_pass(own_client, "presence", 91)
+                return
+            is_second.set()
+            await asyncio.sleep(A_MOMENT)
+            done.append("dealt with")
+
+        closing: list[asyncio.Task[None]] = []
+        await manager.run_cleanup(0.01, on_removed=on_removed)
+        await closing[0]
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        manager.register_connection("sid", "user")
+    let_time_pass(own_client, "presence", 91)
+    asyncio.run(run())
+    assert done == ["dealt with", "closed"]
+
+
 def test_a_plain_callback_may_give_anything(own_server: LocalServer, own_client: redis.Redis) -> None:
     reported: list[str] = []
 

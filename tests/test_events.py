@@ -1209,6 +1209,33 @@ def test_a_snapshot_and_the_events_after_it_are_the_state_at_any_moment(server_u
     assert [writer.exitcode for writer in writers] == [0, 0]
 
 
+def test_a_subscription_may_be_entered_again_after_another_thread_has_closed_it(
+    server_url: str, namespace: str
+) -> None:
+    with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, events="pubsub") as manager:
+        subscription = manager.subscribe()
+        for _ in range(2):
+            with subscription as events:
+                manager.register_connection("sid", "user")
+                assert next(events).connection.sid == "sid"
+                later = threading.Timer(0.2, events.close)
+                later.start()
+                list(events)
+                later.join()
+
+
+def test_after_a_message_of_another_program_the_subscription_goes_on(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str
+) -> None:
+    manager = make_manager(events="pubsub")
+    with subscribed(manager) as events:
+        client.execute_command("SPUBLISH", events_key(namespace), "a message of another program")
+        manager.register_connection("sid", "user")
+        with pytest.raises(presence.UnexpectedReplyError):
+            events.next()
+        assert events.next().connection.sid == "sid"
+
+
 @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
 def test_an_idle_reader_of_the_stream_times_out_with_no_timeout_that_calls_can_do_with(
     server_url: str, namespace: str, kind: str

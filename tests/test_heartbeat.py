@@ -216,6 +216,23 @@ def test_a_refresh_brings_back_an_evicted_list_of_the_user(
     assert [gone.sid for gone in manager.register_connection("next", "user").displaced] == ["sid"]
 
 
+def test_a_refresh_lists_a_connection_again_before_those_that_came_after_the_eviction(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None]
+) -> None:
+    manager.register_connection("old", "user")
+    wait(15 * 60)
+    client.delete(f"{{{namespace}}}:user_conns:user")
+    register = manager.operations.register_connection("new", "user")
+    assert not manager.pipeline([register])[0].displaced
+    assert manager.update_heartbeat("old")
+    assert [one.sid for one in manager.get_all_user_connections("user")] == ["old", "new"]
+    active = manager.get_user_connection("user")
+    assert active is not None
+    assert active.sid == "new"
+    assert not manager.pipeline([register])[0].displaced  # Sent again, it finds the answer that was kept there.
+    assert [gone.sid for gone in manager.register_connection("next", "user").displaced] == ["old", "new"]
+
+
 def test_all_keys_of_an_abandoned_namespace_expire(
     make_manager: ManagerFactory, wait: Callable[[float], None], keys: Keys
 ) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 STALE_AGE_SECONDS = 1000
 THRESHOLD_SECONDS = 500
 GRACE_SECONDS = 500
+TOO_MANY_STEPS, TOO_FEW_STEPS = "a call of fewer steps", "a call of more steps"
+"""In the place of an answer, where a step is no atomic part of a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +254,20 @@ def _told(connection: ModelConnection) -> Told:
 def scheduled_outcome(pair: Pair, schedule: Schedule, crashed: int | None = None) -> Outcome:
     """Give what a pair's calls lead to where each step of a schedule is one of their atomic parts.
 
-    All parts of a call whose caller died took effect, but nobody was told.
+    All parts of a call whose caller died took effect, but nobody was told. A call that takes another number of steps
+    than it has parts can have no right answer.
     """
     specification = Specification(pair.set_up, pair.settings)
     answers: list[object] = [None] * len(pair.calls)
+    pending = set(range(len(pair.calls)))
     for index in schedule:
-        answers[index], _ = specification.run_part(pair.calls[index], answers[index])
+        answers[index], is_over = specification.run_part(pair.calls[index], answers[index])
+        if index not in pending:
+            answers[index] = TOO_MANY_STEPS
+        elif is_over:
+            pending.remove(index)
+    for index in pending - {crashed}:
+        answers[index] = TOO_FEW_STEPS
     return specification.outcome(None if index == crashed else answer for index, answer in enumerate(answers))
 
 
@@ -290,6 +300,14 @@ def _register(sid: str, user_id: str = "user") -> Call:
 
 def _join(game_id: str, sid: str = "old") -> Call:
     return Call("join", (sid, game_id))
+
+
+def _tell(sid: str, user_id: str = "user", metadata: bytes = b"") -> Call:
+    return Call("register_and_tell", (sid, user_id, metadata))
+
+
+def _if_the_same(method: str, *arguments: object) -> Call:
+    return Call("if_the_same", (method, *arguments))
 
 
 _LEAVE = Call("leave", ("old",))
@@ -343,26 +361,18 @@ _BATCHES = (
     Pair("cleanup‖cleanup‖heartbeat, three batches", _MANY_STALE, (_CLEANUP, _CLEANUP, Call("heartbeat", (_LATE,)))),
 )
 _AGAIN = (
-    Pair("register‖register, one sid", (), (_register("new"), _register("new"))),
-    Pair("register‖register, one sid, playing", _PLAYING, (_register("old"), _register("old"))),
-    Pair("register‖register, one sid, two users", (), (_register("new", "user-1"), _register("new", "user-2"))),
+    Pair("register‖register, one sid", (), (_tell("new"), _tell("new"))),
+    Pair("register‖register, one sid, playing", _PLAYING, (_tell("old"), _tell("old"))),
+    Pair("register‖register, one sid, two users", (), (_tell("new", "user-1"), _tell("new", "user-2"))),
     Pair("register‖register, one sid, another's", _PLAYING, (_register("old"), _register("old", "user-2"))),
-    Pair("register again‖unregister", _PLAYING, (_register("old"), _UNREGISTER)),
-    Pair("register again‖join", _PLAYING, (_register("old"), _join("game-2"))),
-    Pair("register for another‖unregister", _PLAYING, (_register("old", "user-2"), _UNREGISTER)),
-    Pair("register for another‖heartbeat", _PLAYING, (_register("old", "user-2"), _HEARTBEAT)),
-    Pair("register for another‖join", _PLAYING, (_register("old", "user-2"), _join("game-2"))),
-    Pair("register for another‖register", _PLAYING, (_register("old", "user-2"), _register("new"))),
-    Pair("register again‖cleanup", _STALE, (_register("old"), _CLEANUP)),
+    Pair("register again‖unregister", _PLAYING, (_tell("old"), _UNREGISTER)),
+    Pair("register again‖join", _PLAYING, (_tell("old"), _join("game-2"))),
+    Pair("register for another‖unregister", _PLAYING, (_tell("old", "user-2"), _UNREGISTER)),
+    Pair("register for another‖heartbeat", _PLAYING, (_tell("old", "user-2"), _HEARTBEAT)),
+    Pair("register for another‖join", _PLAYING, (_tell("old", "user-2"), _join("game-2"))),
+    Pair("register for another‖register", _PLAYING, (_tell("old", "user-2"), _tell("new"))),
+    Pair("register again‖cleanup", _STALE, (_tell("old"), _CLEANUP)),
 )
-
-
-def _tell(sid: str, user_id: str = "user", metadata: bytes = b"") -> Call:
-    return Call("register_and_tell", (sid, user_id, metadata))
-
-
-def _if_the_same(method: str, *arguments: object) -> Call:
-    return Call("if_the_same", (method, *arguments))
 
 
 def _room(sid: str, capacity: int) -> Call:
@@ -383,6 +393,8 @@ _OF_SERVER = (
     _join("game", "other"),
 )
 _CLEAN_UP_SERVER = Call("clean_up_server", ("server", 0))
+_RESTART = Call("register_for", ("server", "new", "another user"))
+_ELSEWHERE = Call("register_for", ("server-3", "old", "user"))
 _DETACH_SERVER = Call("clean_up_server", ("server", GRACE_SECONDS))
 
 _SEATS = (
@@ -430,7 +442,26 @@ _POLICIES = tuple(
         ("register‖register for another", _TAGGED, (_tell("new"), _tell("old", "user-2"))),
     )
 )
-_SEVERAL = tuple(
+_TWO_OF_A_USER = (*_TAGGED, _tell("second", metadata=b"second's"), _join("game-2", "second"))
+_POLICIES_OF_TWO = tuple(
+    Pair(f"{name}, two of a user, {displacement}", set_up, calls, settings)
+    for displacement in ("newest_wins", "newest_resumes", "reject_while_alive")
+    for settings in ({"displacement": displacement, "connections_per_user": 2},)
+    for name, set_up, calls in (
+        ("register‖register", _TWO_OF_A_USER, (_tell("new-1"), _tell("new-2"))),
+        ("register‖register again", _TWO_OF_A_USER, (_tell("new"), _tell("old"))),
+        ("register‖detach", _TWO_OF_A_USER, (_tell("new"), _DETACH)),
+        ("register again‖detach", _TWO_OF_A_USER, (_tell("old"), _DETACH)),
+        (
+            "register‖register, both detached",
+            (*_TWO_OF_A_USER, _DETACH, Call("detach", ("second", GRACE_SECONDS))),
+            (_tell("new-1"), _tell("new-2")),
+        ),
+        ("register‖register, one stale", (*_STALE, _tell("second")), (_tell("new-1"), _tell("new-2"))),
+        ("register‖register, both stale", (*_TWO_OF_A_USER, *_STALE[-1:]), (_tell("new-1"), _tell("new-2"))),
+    )
+)
+_SEVERAL = _POLICIES_OF_TWO + tuple(
     Pair(f"{name}, two of a user", (*_TAGGED, _tell("second")), calls, {"connections_per_user": 2})
     for name, calls in (
         ("register‖register", (_tell("new-1"), _tell("new-2"))),
@@ -452,6 +483,11 @@ _ROOM = (
     Pair("join with room‖unregister", _TWO_APART, (_room("other", 1), _UNREGISTER)),
     Pair("join with room‖detach", _TWO_APART, (_room("other", 1), _DETACH)),
     Pair("join with room‖resume", (*_TWO_APART, _DETACH), (_room("other", 1), _tell("new"))),
+    Pair(
+        "join with room‖register, past the grace",
+        (*_TWO_APART, _DETACH, Call("age", (STALE_AGE_SECONDS,))),
+        (_room("other", 1), _tell("new", "a third")),
+    ),
     Pair("join with room‖cleanup", (*_STALE, _tell("other", "opponent")), (_room("other", 1), _CLEANUP)),
 )
 _EPOCHS = tuple(
@@ -478,6 +514,11 @@ _SERVERS = (
         _OF_SERVER,
         (_DETACH_SERVER, Call("register_for", ("server-3", "new", "user"))),
     ),
+    Pair("restart‖clean up server", _OF_SERVER, (_RESTART, _CLEAN_UP_SERVER)),
+    Pair("restart‖cleanup", _OF_SERVER, (_RESTART, _CLEANUP)),
+    Pair("restart‖cleanup‖heartbeat", _OF_SERVER, (_RESTART, _CLEANUP, _HEARTBEAT)),
+    Pair("register again for server-3‖heartbeat", _OF_SERVER, (_ELSEWHERE, _HEARTBEAT)),
+    Pair("register again for server-3‖clean up server", _OF_SERVER, (_ELSEWHERE, _CLEAN_UP_SERVER)),
     Pair("detach server‖unregister", _OF_SERVER, (_DETACH_SERVER, _UNREGISTER)),
     Pair("detach server‖heartbeat", _OF_SERVER, (_DETACH_SERVER, _HEARTBEAT)),
     Pair("detach server‖members", _OF_SERVER, (_DETACH_SERVER, _MEMBERS)),

@@ -17,14 +17,20 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local list = redis.call('GET', user_conns_key)
   local sids, kept_at = split_sids(list)
-  if not list then
-    -- It was evicted: this brings back one that held no other.
-    redis.call('SET', user_conns_key, make_sids({sid}, ''), 'PX', key_lifetime_ms)
-  elseif kept_at > #list or is_recent(list, kept_at, now_ms) then
+  local kept, is_listed = list and list:sub(kept_at) or '', false
+  for _, listed in ipairs(sids) do
+    is_listed = is_listed or listed == sid
+  end
+  if not is_listed then
+    -- The list was evicted, and may have begun anew: then that connection is the active one.
+    table.insert(sids, 1, sid)
+  end
+  local is_to_stay = kept == '' or is_recent(list, kept_at, now_ms)
+  if is_listed and is_to_stay then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
-    -- The answer that is kept there takes more memory than the list.
-    redis.call('SET', user_conns_key, make_sids(sids, ''), 'PX', key_lifetime_ms)
+    -- The kept answer takes more memory than the list.
+    redis.call('SET', user_conns_key, make_sids(sids, is_to_stay and kept or ''), 'PX', key_lifetime_ms)
   end
   if game_id ~= '' then
     redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
