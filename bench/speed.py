@@ -107,6 +107,8 @@ DUE_SILENCE_MS = 15 * 60 * 1000
 """After so long a silence a heartbeat refreshes the TTLs in any case."""
 ANSWERED_SECONDS = 5 * 60
 """How long ago the last register of most was: its answer is too old to be given again, and is still in the list."""
+LEAST_TIME = 0.05
+"""Of the commands within a call, in µs: the server counts in whole ones, of which a few calls may take none."""
 SHORT_TTL_MS = 3_600_000
 """Less than any record is left with."""
 
@@ -423,5 +425,5 @@ def _beside_own_commands(name: str, costs: Sequence[float], commands: Sequence[M
     """Hold a script against the commands that it issued in the very same calls."""
     counts = {command.upper(): used.calls for command, used in sorted(commands[-1].items())}
     listed = ", ".join(command if count == 1 else f"{count:.3g} {command}" for command, count in counts.items())
-    sums = [sum(used.time for used in round_.values()) for round_ in commands]
+    sums = [max(sum(used.time for used in round_.values()), LEAST_TIME) for round_ in commands]
     return Row(f"the commands within: {name}", Spread.of(sums), "µs", ratios(costs, sums), listed)
