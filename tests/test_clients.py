@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -36,7 +35,7 @@ from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, call, check, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
-from tests.watching import is_held, wait_until
+from tests.watching import is_held, traced, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -758,13 +757,8 @@ def retry_until_interrupted(retry: Any, line: int) -> bool:
             raise KeyboardInterrupt
         return trace
 
-    tracing_before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        with suppress(KeyboardInterrupt):
-            retry.call_with_retry(call, lambda _: None)
-    finally:
-        sys.settrace(tracing_before)
+    with suppress(KeyboardInterrupt), traced(trace):
+        retry.call_with_retry(call, lambda _: None)
     return is_called
 
 

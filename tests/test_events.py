@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from presence.replies import Position
 from presence.subscriptions import Feed
 from tests.conftest import Awaited
 from tests.processes import spawn
+from tests.watching import traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -708,6 +708,12 @@ class TestTheStream:
             assert told(events.next()) == ("registered", "a", None)
             later.join()
 
+    def acted(self, make_manager: ManagerFactory) -> tuple[Any, str]:
+        """Make changes; give the manager, and the position after them."""
+        manager = make_manager(events="stream")
+        self.act(manager)
+        return manager, manager.get_game_snapshot("g").position
+
     def lost(self, manager: Any, position: str | None) -> None:
         with subscribed(manager, after=position) as events:
             for _ in range(2):  # Whoever goes on is told again.
@@ -745,9 +751,7 @@ class TestTheStream:
     def test_that_is_another_one_now_says_so(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, turns: int
     ) -> None:
-        manager = make_manager(events="stream")
-        self.act(manager)
-        position = manager.get_game_snapshot("g").position
+        manager, position = self.acted(make_manager)
         client.delete(events_key(namespace))
         for _ in range(turns):
             self.act(manager)
@@ -756,9 +760,7 @@ class TestTheStream:
     def test_that_is_another_one_with_an_entry_of_the_same_moment_says_so(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
     ) -> None:
-        manager = make_manager(events="stream")
-        self.act(manager)
-        position = manager.get_game_snapshot("g").position
+        manager, position = self.acted(make_manager)
         key, last_id = events_key(namespace), position.partition("/")[0]
         ((_, entry),) = client.execute_command("XRANGE", key, last_id, last_id, NEVER_DECODE=True)
         client.delete(key)
@@ -770,9 +772,7 @@ class TestTheStream:
     def test_that_is_another_one_and_was_trimmed_as_far_says_so(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
     ) -> None:
-        manager = make_manager(events="stream")
-        self.act(manager)
-        position = manager.get_game_snapshot("g").position
+        manager, position = self.acted(make_manager)
         gone = client.xlen(events_key(namespace))
         client.delete(events_key(namespace))
         for _ in range(2):
@@ -1281,14 +1281,11 @@ def _next_or_interrupted(events: Any, at_line: int) -> Event | None:
             raise _Interrupted
         return trace
 
-    tracing_before = sys.gettrace()
-    sys.settrace(trace)
     try:
-        event: Event = next(events)
+        with traced(trace):
+            event: Event = next(events)
     except _Interrupted:
         return None
-    finally:
-        sys.settrace(tracing_before)
     return event
 
 

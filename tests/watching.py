@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from tests.fault_proxy import BOUND_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
     import pytest
 
@@ -55,6 +57,17 @@ def refuse_next_write(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 
     monkeypatch.setattr(asyncio.StreamWriter, "writelines", refuse)
+
+
+@contextmanager
+def traced(trace: Callable[[FrameType, str, object], Any]) -> Iterator[None]:
+    """Let a function see the lines that this thread runs meanwhile; what it raises is raised there."""
+    tracing_before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(tracing_before)
 
 
 def evalsha_calls(client: redis.Redis) -> int:
