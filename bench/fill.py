@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+import struct
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -24,8 +25,8 @@ NAMESPACE = "presence"
 """The default one: it stands in every key, so its length counts."""
 OTHER_NAMESPACE = "presence-few"
 CHUNK = 5_000
-TOKEN_LENGTH, TIME_LENGTH = 12, 16
-"""Characters that a kept answer begins with: the token of its call, and the time in microseconds."""
+KEPT = struct.Struct("<12sd")
+"""What a kept answer begins with: the token of its call, and the time in microseconds."""
 HEARTBEAT_MS = 30_000
 
 _random = random.Random(20_260_101)
@@ -156,9 +157,9 @@ class Population:
         for key, users_list in zip(keys, send(self.client, [("GET", key) for key in keys]), strict=True):
             sids, _, kept = users_list.partition(b"=")
             if kept:
-                token, answer = kept[:TOKEN_LENGTH], kept[TOKEN_LENGTH:]
-                time_us = b"%d" % (int(answer[:TIME_LENGTH]) - round(seconds * 1e6))
-                aged.append(("SET", key, b"%b=%b%b%b" % (sids, token, time_us, answer[TIME_LENGTH:]), "KEEPTTL"))
+                token, time_us = KEPT.unpack_from(kept)
+                earlier = KEPT.pack(token, time_us - 1e6 * seconds)
+                aged.append(("SET", key, b"%b=%b%b" % (sids, earlier, kept[KEPT.size :]), "KEEPTTL"))
         send(self.client, aged)
 
     def forget_answers(self, indexes: Iterable[int]) -> None:

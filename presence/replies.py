@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,9 @@ RESUMED_FROM = "resumed_from"
 
 
 _EPOCH = attrgetter("epoch")
+
+_TIME = struct.Struct("<d")
+"""The time in microseconds that a register's answer begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +175,11 @@ def parse_listed(reply: list[Any]) -> list[ConnectionInfo]:
 
 def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes) -> Registration:
     """Parse the answer of a register; the usual one leaves out what the caller knows."""
-    time, _, rest = reply.partition(b" ")
-    epoch = int(time)
+    epoch = int(_TIME.unpack_from(reply)[0])
     now = epoch // 1000
     resumed_from = replaced = connection = None
     displaced: list[ConnectionInfo] = []
-    for kind, told in _parse_events(rest, now):
+    for kind, told in _parse_events(reply[_TIME.size + 1 :], now):
         if kind == "displaced":
             displaced.append(told)
         elif kind == "registered":

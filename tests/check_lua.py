@@ -43,6 +43,7 @@ def main() -> int:
                 "--read-globals",
                 "redis",
                 "cmsgpack",
+                "struct",
                 "KEYS",
                 "ARGV",
                 # An include that is spliced into a block is moved to the right, and names its own parameters.

@@ -30,9 +30,11 @@ for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
     -- Only the time that the kept answer begins with is looked at before it is given again.
     local list = redis.call('GET', key)
     local sids, kept_at = split_sids(list)
-    local token, answered_at, rest = list:sub(kept_at):match('^(' .. ('.'):rep(token_length) .. ')(%d+)(.*)$')
-    if token then
-      redis.call('SET', key, make_sids(sids, token .. earlier(answered_at, 1000) .. rest), 'KEEPTTL')
+    if kept_at <= #list then
+      local token_and_time = '<c' .. token_length .. 'd'
+      local token, answered_at, rest = struct.unpack(token_and_time, list, kept_at)
+      local aged = struct.pack(token_and_time, token, answered_at - milliseconds * 1000)
+      redis.call('SET', key, make_sids(sids, aged .. list:sub(rest)), 'KEEPTTL')
     end
   elseif kind == 'game_conns' then
     local members = redis.call('HGETALL', key)

@@ -16,7 +16,7 @@ local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now_ms)
   if #sids > 0 then
     redis.call('SET', user_conns_key, make_sids(sids, list:sub(kept_at)), 'PX', key_lifetime_ms)
   elseif list then
-    if is_recent(list, kept_at, now_ms) then
+    if is_recent(list, kept_at, 1000 * now_ms) then
       keep_apart(key_prefix, list:sub(kept_at))
     end
     redis.call('DEL', user_conns_key)

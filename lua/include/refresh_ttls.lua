@@ -25,7 +25,7 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
     -- The list was evicted, and may have begun anew: then that connection is the active one.
     table.insert(sids, 1, sid)
   end
-  local is_to_stay = kept == '' or is_recent(list, kept_at, now_ms)
+  local is_to_stay = kept == '' or is_recent(list, kept_at, 1000 * now_ms)
   if is_listed and is_to_stay then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
