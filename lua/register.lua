@@ -200,18 +200,21 @@ if kept ~= '' then
 end
 -- Most sids are equally long, and to format a length takes longer than the rest.
 local sid_length = other and #other == #sid and other_length or #sid
-call('SET', user_conns_key, stay .. sid_length .. ':' .. sid .. '=' .. token .. answer, 'PX', key_lifetime_ms)
+list = stay .. sid_length .. ':' .. sid .. '=' .. token .. answer
 
--- 7. What is shared with others: the TTL of last_seen, and the server.
+-- 7. The user's list, and what is shared with others: the TTL of last_seen, and the server.
 local is_due = true
 if other_game_id then
-  -- To come back counts as a heartbeat, which refreshes by chance.
+  -- To come back counts as a heartbeat, which refreshes TTLs by chance.
   -- @include random_number
   -- @include refresh_interval_ms
   is_due = random_number + (now / 1000 - other_seen) / refresh_interval_ms >= 1
 end
 if is_due then
+  call('SET', user_conns_key, list, 'PX', key_lifetime_ms)
   call('PEXPIRE', last_seen_key, key_lifetime_ms)
+else
+  call('SET', user_conns_key, list, 'KEEPTTL')
 end
 if server ~= '' then
   -- @include is_replaced

@@ -314,6 +314,18 @@ def test_a_registration_keeps_every_key_that_it_lives_in_from_expiring(
     assert min(kept_ms.values()) > lifetime_ms - 30_000
 
 
+def test_a_user_who_only_comes_back_keeps_what_registers_share_from_expiring(
+    manager: ConnectionManager, keys: Keys, wait: Callable[[float], None]
+) -> None:
+    """A register that displaces refreshes by chance. (That it fails by chance is less likely than one in 100,000.)"""
+    manager.register_connection("sid", "user")
+    lifetime_ms = min(keys().ttls_ms.values())
+    for number in range(40):
+        wait(5 * 60)
+        assert manager.register_connection(f"sid {number}", "user").displaced
+        assert min(keys().ttls_ms.values()) > lifetime_ms - 3 * 3600 * 1000
+
+
 def test_the_usual_registration_takes_few_commands(
     make_manager: ManagerFactory, own_server: LocalServer, namespace: str
 ) -> None:
