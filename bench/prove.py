@@ -20,7 +20,16 @@ from bench.contenders.lock import Locked
 from bench.contenders.transaction import Transaction
 from bench.contest import PROCESSES, RACE, storm_rows
 from bench.crowd import PLAIN, PRESENCE
-from bench.explorer import FLEET_GROUPS, FLEET_PAIRS, PAIRS, PRESENCE_PAIRS, Exploration, Tally, measure_interleavings
+from bench.explorer import (
+    FLEET_GROUPS,
+    FLEET_PAIRS,
+    PAIRS,
+    PRESENCE_PAIRS,
+    SENT_TWICE_PAIRS,
+    Exploration,
+    Tally,
+    measure_interleavings,
+)
 from bench.measure import MeasurementError, Spread
 from bench.progress import Progress
 from bench.report import Row
@@ -57,7 +66,9 @@ seeded sample of 20,000 where there are more), and again with each caller dying 
 has run them, the reply to the last one is lost, and nothing more is sent. All operations of *presence* are one command,
 but for a cleanup of several batches, so that its caller dies only means that it took effect and nobody was told.
 Therefore each pair of *presence* is explored once more on a server that has lost its scripts, where an operation takes
-up to three commands and its caller dies between them (a seeded sample of 300 where there are more). At the end of each
+up to three commands and its caller dies between them (a seeded sample of 300 where there are more). In *calls sent
+twice* each call whose answer is kept is sent again, as where its reply was lost: it must take effect once, and the
+second answer is compared. At the end of each
 schedule the invariants are checked, and that answers and end state are those of some serial order. That is an order of
 atomic parts: an operation is one, but a cleanup is one for each batch of 20; of a dead caller's operation none, the
 first few or all of them. Of *presence*, where no script is lost, they must be those of the very order in which the
@@ -101,6 +112,7 @@ def prove_interleavings(server: Server, _: Scale) -> Findings:
     explorations = [Exploration(PRESENCE, pair) for name, pair in PRESENCE_PAIRS.items() if name not in FLEET_PAIRS]
     explorations += [Exploration(PLAIN, pair) for pair in PAIRS.values()]
     together = [row for group, pairs in FLEET_GROUPS.items() for row in group_rows(server.url, group, pairs)]
+    together += group_rows(server.url, "calls sent twice", tuple(SENT_TWICE_PAIRS.values()))
     together += lost_scripts_rows(server.url, tuple(PRESENCE_PAIRS.values()))
     rows = []
     for result in _explore(server.url, explorations):

@@ -20,7 +20,17 @@ from bench import prove
 from bench.contenders import CONTENDERS, State, kind_of, violations
 from bench.contenders.library import Presence
 from bench.crowd import PLAIN, PRESENCE
-from bench.explorer import BATCH_PAIRS, FLEET_PAIRS, PAIRS, PRESENCE_PAIRS, SAME_SID_PAIRS, Call, Pair, explore
+from bench.explorer import (
+    BATCH_PAIRS,
+    FLEET_PAIRS,
+    PAIRS,
+    PRESENCE_PAIRS,
+    SAME_SID_PAIRS,
+    SENT_TWICE_PAIRS,
+    Call,
+    Pair,
+    explore,
+)
 from bench.explorer.explore import WRONG_ANSWERS, WRONG_END, multinomial
 from bench.explorer.pairs import Specification, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
@@ -70,6 +80,16 @@ def test_nothing_goes_wrong_with_what_a_fleet_needs(pair: Pair, url: str) -> Non
     orders = multinomial([1] * len(pair.calls))
     assert result.alive.schedules >= orders
     assert result.crashed.schedules >= len(pair.calls) * orders
+    assert result.alive.is_complete
+    assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
+
+
+@each(SENT_TWICE_PAIRS)
+def test_a_call_that_is_sent_again_takes_effect_once_whatever_came_between(pair: Pair, url: str) -> None:
+    result = explore("presence", pair, url=url)
+
+    twice = sum(call.method == "sent_twice" for call in pair.calls)
+    assert result.alive.schedules >= multinomial([2] * twice + [1] * (len(pair.calls) - twice))
     assert result.alive.is_complete
     assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import redis
 from redis.asyncio.connection import UnixDomainSocketConnection
@@ -15,7 +16,7 @@ from tests.clock import let_time_pass
 from tests.invariants import read_keyspace, violations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from presence import ConnectionInfo
 
@@ -30,6 +31,24 @@ def told(connection: ConnectionInfo) -> Told:
 
 def _told_if_any(connection: ConnectionInfo | None) -> Told | None:
     return told(connection) if connection else None
+
+
+class _SendsTwice:
+    """A manager's operations of one call each, sent twice with the same token: as where the first reply was lost."""
+
+    def __init__(self, manager: presence.ConnectionManager) -> None:
+        self._manager = manager
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        describe = getattr(self._manager.operations, name)
+
+        async def send_twice(*arguments: object, **options: object) -> object:
+            operation = describe(*arguments, **options)
+            await self._manager.pipeline([operation])
+            (answer,) = await self._manager.pipeline([operation])
+            return answer
+
+        return send_twice
 
 
 class Presence:
@@ -128,6 +147,13 @@ class Presence:
         """``get_connection``, and then a method of this class for the registration that was found: both answers."""
         found = await self._manager.get_connection(sid)
         return (told(found), await getattr(self, method)(sid, *arguments, epoch=found.epoch)) if found else None
+
+    async def sent_twice(self, method: str, *arguments: object) -> object:
+        """Call a method of this class whose call is sent twice; give the second answer."""
+        twice = copy(self)
+        twice._manager = cast("presence.ConnectionManager", _SendsTwice(self._manager))
+        answer: object = await getattr(twice, method)(*arguments)
+        return answer
 
     async def get_connection(self, sid: str) -> Told | None:
         """``get_connection``."""

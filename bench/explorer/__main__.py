@@ -17,6 +17,7 @@ from bench.explorer import (
     PAIRS,
     PRESENCE_PAIRS,
     SEED,
+    SENT_TWICE_PAIRS,
     Exploration,
     Result,
     Tally,
@@ -63,13 +64,16 @@ def table(results: list[Result]) -> str:
 
 def main() -> int:
     """Explore, print what was found, and give the exit code."""
+    of_presence = PRESENCE_PAIRS | SENT_TWICE_PAIRS
+    only_presence = FLEET_PAIRS | SENT_TWICE_PAIRS
     parser = argparse.ArgumentParser(prog="python -m bench.explorer", description=__doc__)
     parser.add_argument("--contender", action="append", choices=CONTENDERS, help="one of them; may be repeated")
     parser.add_argument(
         "--pair",
         action="append",
-        choices=[name.replace("‖", "|") for name in PRESENCE_PAIRS],
-        help="one of them; may be repeated; default: those that the contender offers",
+        metavar="NAME",
+        choices=[name.replace("‖", "|") for name in of_presence],
+        help="as 'register|heartbeat'; another name gets a list of all; may be repeated; default: all that there are",
     )
     parser.add_argument("--limit", type=int, default=LIMIT, help="schedules of a pair; where there are more, a sample")
     parser.add_argument("--seed", default=SEED, help="of the samples")
@@ -77,12 +81,14 @@ def main() -> int:
     options = parser.parse_args()
     contenders = options.contender or list(CONTENDERS)
     pairs = [name.replace("|", "‖") for name in options.pair or ()]
-    if not FLEET_PAIRS.keys().isdisjoint(pairs) and contenders != [PRESENCE]:
-        parser.error(f"only {PRESENCE} offers {', '.join(FLEET_PAIRS.keys() & set(pairs))}: add --contender {PRESENCE}")
+    if not only_presence.keys().isdisjoint(pairs) and contenders != [PRESENCE]:
+        parser.error(
+            f"only {PRESENCE} offers {', '.join(only_presence.keys() & set(pairs))}: add --contender {PRESENCE}"
+        )
     explorations = [
-        Exploration(contender, PRESENCE_PAIRS[pair], options.limit)
+        Exploration(contender, of_presence[pair], options.limit)
         for contender in contenders
-        for pair in pairs or (PRESENCE_PAIRS if contender == PRESENCE else PAIRS)
+        for pair in pairs or (of_presence if contender == PRESENCE else PAIRS)
     ]
 
     start = time.monotonic()

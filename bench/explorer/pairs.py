@@ -23,6 +23,17 @@ THRESHOLD_SECONDS = 500
 GRACE_SECONDS = 500
 TOO_MANY_STEPS, TOO_FEW_STEPS = "a call of fewer steps", "a call of more steps"
 """In the place of an answer, where a step is no atomic part of a call."""
+ANSWER_IS_KEPT = (
+    "register",
+    "register_and_tell",
+    "unregister",
+    "detach",
+    "join",
+    "join_with_room",
+    "leave",
+    "update_metadata",
+)
+"""Methods whose call answers the same when it is sent again, if it changed anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,14 @@ class Pair:
         """Give the same on a server that has lost its scripts."""
         return replace(self, name=f"{self.name}, scripts lost", forget_scripts=True)
 
+    def with_calls_sent_twice(self) -> Pair:
+        """Give the same with every call that keeps its answer sent twice, as where the first reply was lost."""
+        calls = tuple(
+            Call("sent_twice", (call.method, *call.arguments)) if call.method in ANSWER_IS_KEPT else call
+            for call in self.calls
+        )
+        return replace(self, name=f"{self.name}, sent twice", calls=calls)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -86,6 +105,13 @@ class _Found(NamedTuple):
 
     told: Told
     epoch: int
+
+
+class _Answered(NamedTuple):
+    """What a call that is sent twice answered at first, and whether it keeps that, having changed something."""
+
+    answer: object
+    is_kept: bool
 
 
 class Specification:
@@ -127,6 +153,12 @@ class Specification:
             batch = self._clean_up_batch(*call.arguments)
             earlier = answered if isinstance(answered, list) else []
             return sorted([*earlier, *batch]), len(batch) < CLEANUP_BATCH_SIZE
+        if call.method == "sent_twice":
+            if isinstance(answered, _Answered) and answered.is_kept:
+                return answered.answer, True
+            before = self.copy()._model
+            one = self.run(Call(call.arguments[0], call.arguments[1:]))
+            return (one, True) if answered else (_Answered(one, is_kept=self._model != before), False)
         if call.method == "register_for":
             server_id, sid, user_id = call.arguments
             self._epoch += 1
@@ -467,6 +499,7 @@ _SEVERAL = _POLICIES_OF_TWO + tuple(
         ("register‖register", (_tell("new-1"), _tell("new-2"))),
         ("register‖register‖register", (_tell("new-1"), _tell("new-2"), _tell("new-3"))),
         ("register‖unregister", (_tell("new"), _UNREGISTER)),
+        ("register‖unregister the second", (_tell("new"), Call("unregister", ("second",)))),
         ("register‖detach", (_tell("new"), _DETACH)),
         ("register‖register again", (_tell("new"), _tell("old"))),
         ("register‖all of the user", (_tell("new"), Call("get_all_user_connections", ("user",)))),
@@ -553,4 +586,13 @@ BATCH_PAIRS = {pair.name: pair for pair in _BATCHES}
 """Cleanups of several batches: only *presence* has such."""
 SAME_SID_PAIRS = {pair.name: pair for pair in _AGAIN}
 """A sid that is registered again (guarantee 4): the others do not offer that, even to one caller at a time."""
+SENT_TWICE_PAIRS = {
+    pair.name: pair
+    for pair in (
+        pair.with_calls_sent_twice()
+        for pair in (PAIRS | SAME_SID_PAIRS | FLEET_PAIRS).values()
+        if any(call.method in ANSWER_IS_KEPT for call in pair.calls)
+    )
+}
+"""The same with calls whose first reply is lost: only *presence* keeps answers."""
 PRESENCE_PAIRS = PAIRS | BATCH_PAIRS | SAME_SID_PAIRS | FLEET_PAIRS
