@@ -20,8 +20,8 @@ ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at mos
 Reply {now ms, number examined (batch_size when there may be more), the connections: the stale ones, longest silent
       first, then those past their grace, then those of dead servers; as they were if removed, as they are if detached}
       a connection = sid, record (see split_record), score (see find_record)
-Cost  O(log N) for each connection that it removes or counts anew, N = connections in the namespace; O(S) for the S dead
-      servers, or with a server_id, all servers
+Cost  O(log N) for each connection that it removes, detaches or, where the clock was set back, moves to now, N =
+      connections in the namespace; O(S) for the S dead servers, or with a server_id, all servers
 ]]
 -- @include now_ms
 -- @include as_argument
@@ -62,12 +62,12 @@ local function server_of(record)
   return server
 end
 
-local function is_to_detach(server, score, list)
+local function is_to_detach(server, score, found_in_server)
   if server_grace_ms == 0 or server == '' or tonumber(score) < math.max(0, now_ms - conn_ttl_ms) then
     return false
   end
   -- One and a half of the three heartbeats that make the threshold.
-  return list or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now_ms - server_threshold_ms / 2
+  return found_in_server or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now_ms - server_threshold_ms / 2
 end
 
 local has_more = false
@@ -88,7 +88,7 @@ if server_id == '' then
   find_by_score('(-' .. now_ms, '(0')
 end
 -- Whose list of connections each one of a dead server was found in, by its index in found.
-local lists, emptied = {}, {}
+local found_in, emptied = {}, {}
 local servers = dead_servers(servers_key, server_id, now_ms, server_threshold_ms)
 for _, server in ipairs(servers) do
   local limit = batch_size - #found / 2
@@ -98,7 +98,7 @@ for _, server in ipairs(servers) do
     for index, sid in ipairs(sids) do
       found[#found + 1] = sid
       found[#found + 1] = scores[index] or '0'
-      lists[#found - 1] = server
+      found_in[#found - 1] = server
     end
     -- One that is alive stays known, for it tells that those before it were replaced.
     local seen = server_id == '' and 0 or tonumber(redis.call('ZSCORE', servers_key, server))
@@ -127,14 +127,14 @@ for index = 1, #found, 2 do
     break
   end
   local server = record and server_of(record)
-  if not record or (lists[index] and lists[index] ~= server) then
+  if not record or (found_in[index] and found_in[index] ~= server) then
     -- Where records are evicted, a sid may be left in a server's list that is another server's by now.
     strays[#strays + 1] = index
   elseif not taken[sid] then
     -- A connection that is stale and of a dead server is found twice.
     taken[sid] = true
     local ended = {sid = sid, record = record, score = score}
-    if is_to_detach(server, score, lists[index]) then
+    if is_to_detach(server, score, found_in[index]) then
       ended.attached_record = record
       ended.record, ended.score = detached_record(record, score), as_argument(-now_ms - server_grace_ms)
     end
@@ -160,8 +160,8 @@ for _, ended in ipairs(ends) do
   end
 end
 for _, index in ipairs(strays) do
-  if lists[index] then
-    redis.call('SREM', key_prefix .. 'server_conns:' .. lists[index], found[index])
+  if found_in[index] then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. found_in[index], found[index])
   end
   if not records[(index + 1) / 2] then
     redis.call('ZREM', last_seen_key, found[index])

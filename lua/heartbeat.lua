@@ -12,7 +12,7 @@ ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), epoch (''
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
--- @include now_us
+-- @include now_ms
 -- @include random_number
 -- @include refresh_interval_ms
 -- @include retention_ms
@@ -23,7 +23,6 @@ local key_lifetime_ms, epoch = ARGV[1], ARGV[2] or ''
 local prefix_length = #last_seen_key - #'last_seen'
 local sid = conn_key:sub(prefix_length + #'conn:' + 1)
 
-local now_ms = now_us:sub(1, -4)
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 local silence_ms = last_seen and now_ms - last_seen
 local conn_ttl_ms = key_lifetime_ms - retention_ms

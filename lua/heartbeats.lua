@@ -9,7 +9,7 @@ ARGV  key_prefix, conn_ttl_ms, key_lifetime_ms, sids (at most 100)
 Reply {position of a sid, 0 unknown | -1 expired or past its grace | -2 detached, … for each that was not seen}
 Cost  O(log N) for each sid, N = connections in the namespace
 ]]
--- @include now_us
+-- @include now_ms
 -- @include random_number
 -- @include refresh_interval_ms
 -- @include refresh_ttls
@@ -18,7 +18,6 @@ local last_seen_key = KEYS[1]
 local key_prefix, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local sids = {unpack(ARGV, 4)}
 
-local now_ms = now_us:sub(1, -4)
 local now_number = tonumber(now_ms)
 local seen, seen_count, reply = {}, 0, {}
 -- One random number is enough for all.

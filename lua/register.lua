@@ -25,7 +25,7 @@ Cost  O(log N), N = connections in the namespace, for itself and for each connec
       O(S) once, S = servers, where its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
 ]]
--- @include now_us
+-- @include now_ms
 
 local call = redis.call -- To look it up for each command takes a sixtieth of the whole.
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -37,7 +37,7 @@ local key_prefix = last_seen_key:sub(1, prefix_length)
 local sid = conn_key:sub(prefix_length + #'conn:' + 1)
 local user_id = user_conns_key:sub(prefix_length + #'user_conns:' + 1)
 
-local now_ms, now = now_us:sub(1, -4), now_us + 0
+local now = now_us + 0
 -- @include token_length
 -- Eight bytes rather than sixteen digits: every list keeps them, and in most it spares a size class of the allocator.
 local token, answer = reply_key:sub(-token_length), struct.pack('<d', now)

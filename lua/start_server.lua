@@ -9,7 +9,7 @@ Reply the boot epoch, larger than every epoch before
 Cost  O(S log S), S = servers
 Error OOM when the server's memory is full; nothing is changed then
 ]]
--- @include now_us
+-- @include now_ms
 -- @include next_epoch
 -- @include answer_once
 
@@ -28,6 +28,6 @@ for _, server in ipairs(redis.call('ZRANGE', servers_key, '(0', '+inf', 'BYSCORE
     redis.call('ZADD', servers_key, '0', server)
   end
 end
-redis.call('ZADD', servers_key, now_us:sub(1, -4), epoch .. ':' .. server_id)
+redis.call('ZADD', servers_key, now_ms, epoch .. ':' .. server_id)
 redis.call('PEXPIRE', servers_key, key_lifetime_ms)
 return epoch

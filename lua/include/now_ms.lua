@@ -1,3 +1,3 @@
--- @include clock
+-- @include now_us
 -- The time in whole milliseconds, the unit of every time that is stored, as the text that commands take.
-local now_ms = clock[1] .. ('00000' .. clock[2]):sub(-6, -4)
+local now_ms = now_us:sub(1, -4)
