@@ -57,7 +57,7 @@ class EventsLostError(PresenceError):
 
 
 class PipelineError(PresenceError):
-    """Some operations of a pipeline failed, or what a bulk call asked of some ids.
+    """Operations of a pipeline failed, some or all, or what a bulk call asked of some ids.
 
     ``results`` has an item for each operation, of a bulk call for each different id, in their order: its result, or its
     ``PresenceError``. The first of these is the cause, and redis-py's error is the cause of that.

@@ -218,16 +218,19 @@ class Operations:
 
     Where a manager has a method of the same name, that says what arguments, result, errors and costs are. The others
     are the parts of the managers' bulk calls and cleanups: a ``…_batch`` is one script, ``…_batches`` are as many as it
-    takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, and for more ids than one script takes.
+    takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, a ``…_batch`` also for more ids than one script
+    takes.
 
     Args:
-        namespace: the keyspace and, being the hash tag of every key, the cluster slot; no braces.
+        namespace: the keyspace and, being the hash tag of every key, the cluster slot; 1 to 1,024 characters, no
+            braces.
         conn_ttl_seconds: a connection without a heartbeat for longer has expired; 0.001 s to ten years.
-        heartbeat_seconds: how often clients beat; three missed heartbeats make a connection stale.
+        heartbeat_seconds: how often clients send heartbeats, 0.001 s to ten years; three missed ones make a connection
+            stale.
         connections_per_user: live connections that a user may have, 1 to 100; the oldest are displaced first.
         displacement: ``"newest_wins"``; ``"newest_resumes"``: and takes the seat of the one that it displaces; or
             ``"reject_while_alive"``: a register is refused while as many are not stale.
-        server_id: the game server that connections are registered for; None for none.
+        server_id: the game server that connections are registered for, 1 to 1,024 characters; None for none.
         server_grace_seconds: how long the seats of a dead server's connections are kept, 0 to ``conn_ttl_seconds``.
         events: whether changes are published: ``"off"``, ``"pubsub"`` or ``"stream"``.
         events_max_length: changes that the stream keeps, about, 1 to 100,000,000.

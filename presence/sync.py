@@ -73,7 +73,7 @@ class ConnectionManager:
     anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind
     except lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them;
     only cleanup, and a registration of its user or its sid, still find it and report it, and ``update_heartbeats``
-    tells it from an unknown one.
+    tells it from an unknown one. In the costs, N is the number of connections in the namespace.
 
     One manager serves any number of threads. It connects on first use.
 
@@ -82,16 +82,17 @@ class ConnectionManager:
             protocol and parser; it stays the caller's to close, and its retry policy holds. None: a client of its own,
             whose URL is ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` from the environment when it first connects, else
             ``redis://localhost:6379/0``.
-        namespace: the keyspace; all servers of one fleet use the same. No braces.
+        namespace: the keyspace; all game servers of one fleet use the same. 1 to 1,024 characters, no braces.
         conn_ttl_seconds: how long a connection without a heartbeat stays known, the same on all servers of a
             namespace; 0.001 s to ten years.
-        heartbeat_seconds: how often clients beat; a user is online for three times as long after the last one.
+        heartbeat_seconds: how often clients send heartbeats, 0.001 s to ten years; a user is online for three times as
+            long after the last one.
         connections_per_user: live connections that a user may have, 1 to 100; registering displaces the oldest ones.
         displacement: ``"newest_wins"``; ``"newest_resumes"``: the newest wins and, as if the one that it displaces had
             been detached before, takes over its seat; or ``"reject_while_alive"``: a register is refused while the user
             has as many connections as are allowed that are not stale.
         server_id: the id of this game server: connections are registered for it, and when it dies (see
-            ``run_server_heartbeat``) any other server's cleanup takes them. None for none.
+            ``run_server_heartbeat``) any other server's cleanup takes them. 1 to 1,024 characters; None for none.
         server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to
             ``conn_ttl_seconds``; 0 removes them at once. The same on all servers.
         events: whether every change is published for ``subscribe``: ``"off"``; ``"pubsub"``, at most once; or
@@ -285,7 +286,7 @@ class ConnectionManager:
             OutOfMemoryError: the server's memory is full; nothing was changed.
 
         Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server for itself and for
-        each connection that it displaces, N = connections in the namespace.
+        each connection that it displaces.
 
         """
         return self._run(
@@ -402,7 +403,7 @@ class ConnectionManager:
                 different sid, in order. A fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
-        than 30), N = connections in the namespace.
+        than 30).
 
         """
         return self._run(perform_batches(self.operations.heartbeat_batches(sids)))
@@ -536,7 +537,8 @@ class ConnectionManager:
             user id, as text -> whether the user is online.
 
         Raises:
-            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order.
+            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
+                fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
         where ``connections_per_user`` is more than ten).
@@ -554,7 +556,8 @@ class ConnectionManager:
             user id, as text -> the connection, or None.
 
         Raises:
-            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order.
+            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
+                fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
         where ``connections_per_user`` is more than ten).
@@ -572,7 +575,8 @@ class ConnectionManager:
             game id -> the connections by their epoch.
 
         Raises:
-            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order.
+            PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
+                fault that all of them met is raised as by any other call.
 
         Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 10 games.
 
@@ -599,8 +603,8 @@ class ConnectionManager:
         Returns:
             How many have not expired.
 
-        Cost: one round trip; O(M), M = connections in the game; of more than 50 O(log N + D), N = connections in the
-        namespace, D = those of them that are detached or have expired, unless these are as many as M, or 1,000.
+        Cost: one round trip; O(M), M = connections in the game; of more than 50 O(log N + D), D = those that
+        are detached or have expired in the namespace, unless these are as many as M, or 1,000.
 
         """
         return self._run(self.operations.get_game_connection_count(game_id))
@@ -612,11 +616,14 @@ class ConnectionManager:
         of servers may clean up at once: each connection is reported by exactly one of them.
 
         Args:
-            threshold_seconds: seconds, 0 or more; None is three times ``heartbeat_seconds``, 90 by default.
+            threshold_seconds: seconds, 0 to ten years; None is three times ``heartbeat_seconds``, 90 by default.
 
         Returns:
             The removed and the detached connections. If a fault stopped it after some of them, they are reported all
-            the same and ``CleanupResult.error`` holds the fault; before any, the fault is raised.
+            the same and ``CleanupResult.error`` holds the fault.
+
+        Raises:
+            PresenceError: a fault stopped it before anything was removed or detached.
 
         Cost: a round trip for each 20 removed connections or 25 KiB of records (fewer where ``connections_per_user`` is
         more than 30); O(log N) for each removed connection.
@@ -636,6 +643,9 @@ class ConnectionManager:
             The removed and the detached connections; no other call reports them. Of a fault as
             :meth:`cleanup_stale_connections`.
 
+        Raises:
+            PresenceError: a fault stopped it before anything was removed or detached.
+
         Cost: as :meth:`cleanup_stale_connections`, and O(S), S = servers, for each round trip.
 
         """
@@ -645,8 +655,8 @@ class ConnectionManager:
     def start_server(self) -> int:
         """Give this game server its boot epoch, and leave the connections of its earlier starts to cleanup.
 
-        The first registration does so too, if this was not called before. A manager starts its server once: called
-        again, this gives the same boot epoch and asks nobody.
+        The first registration or server heartbeat does so too, if this was not called before. A manager starts its
+        server once: called again, this gives the same boot epoch and asks nobody.
 
         Returns:
             The boot epoch, larger than every epoch before it in the namespace.
@@ -655,7 +665,7 @@ class ConnectionManager:
             ValueError: the manager has no ``server_id``.
             OutOfMemoryError: the server's memory is full; nothing was changed.
 
-        Cost: one round trip; O(S log S), S = servers.
+        Cost: one round trip the first time, then none; O(S log S), S = game servers.
 
         """
         start = self.operations.start_server()
@@ -694,7 +704,7 @@ class ConnectionManager:
         closed already it ends at once, and logs an error: it may have been closed before the thread began.
 
         Args:
-            interval_seconds: seconds between the end of one cleanup and the start of the next; positive.
+            interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: called with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
@@ -717,13 +727,15 @@ class ConnectionManager:
 
         Run it in the background on every server that has a ``server_id``: one that has not beaten for three
         ``heartbeat_seconds`` is dead to all cleanups, which take its connections. Any error is logged and does not end
-        it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
+        it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one. On a manager
+        that is closed already it ends at once, and logs an error.
 
         Args:
-            interval_seconds: seconds between two heartbeats; positive. None is ``heartbeat_seconds``.
+            interval_seconds: seconds between two heartbeats, 0.001 to ten years. None is ``heartbeat_seconds``.
 
         Raises:
-            ValueError: the manager has no ``server_id``.
+            TypeError: the interval has the wrong type.
+            ValueError: the manager has no ``server_id``, or the interval is out of its bounds.
 
         Cost: as :meth:`update_server_heartbeat`, each time.
 
@@ -795,10 +807,10 @@ class ConnectionManager:
             The result of each, in order.
 
         Raises:
-            PipelineError: some failed; its ``results`` holds what every one of them answered or met.
-
-        With a ``server_id``, to describe a registration or a heartbeat of the server before ``start_server`` raises
-        ``ValueError`` there already, where it is described (the manager's own methods see to the start).
+            TypeError: one of them is no description.
+            ValueError: where a registration or a heartbeat of the server is described before ``start_server``, with a
+                ``server_id`` (the manager's own methods see to the start).
+            PipelineError: some or all failed; its ``results`` holds what every one of them answered or met.
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
         and, where they are not all of one script, a microsecond for each KB of their sources, which are sent along: 22
@@ -827,7 +839,7 @@ class ConnectionManager:
             user_id: only the events of this user's connections; not together with ``game_id``. Neither: all events of
                 the namespace.
             after: begin after this position, ``Event.position`` or ``GameSnapshot.position``, instead of now; needs
-                ``events="stream"``.
+                ``events="stream"``. Another text is a ValueError.
 
         Returns:
             The subscription.

@@ -59,7 +59,7 @@ def snippet(file: str, heading: str) -> str:
 
 @pytest.mark.parametrize(
     ("file", "heading"),
-    [("README.md", "Servers and metadata"), ("README.md", "Events"), ("docs/operating.md", "Blocking code")],
+    [("README.md", "Game servers and metadata"), ("README.md", "Events"), ("docs/operating.md", "Blocking code")],
 )
 def test_the_other_examples_print_what_they_say(server_url: str, namespace: str, file: str, heading: str) -> None:
     code = snippet(file, heading)
