@@ -101,9 +101,9 @@ class TestAnACLUserWithTheLeastRights:
 
     @pytest.mark.parametrize("mode", MORE_TO_SUBSCRIBE)
     def test_can_subscribe_with_the_rights_listed_for_that(
-        self, make_manager: ManagerFactory, user_url: str, own_server: LocalServer, at_once: dict[str, Any], mode: str
+        self, make_manager: ManagerFactory, user_url: str, own_server: LocalServer, hasty: dict[str, Any], mode: str
     ) -> None:
-        manager = make_manager(user_url, namespace="presence", events=mode, **at_once)
+        manager = make_manager(user_url, namespace="presence", events=mode, **hasty)
         with pytest.raises(presence.PermissionDeniedError), subscribed(manager) as events:
             events.next()
         with admin(own_server) as client:
@@ -113,9 +113,9 @@ class TestAnACLUserWithTheLeastRights:
             assert events.next().connection.sid == "sid-1"
 
     def test_can_use_another_database_with_the_right_listed_for_that(
-        self, make_manager: ManagerFactory, user_url: str, own_server: LocalServer, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, user_url: str, own_server: LocalServer, hasty: dict[str, Any]
     ) -> None:
-        manager = make_manager(f"{user_url.removesuffix('/0')}/1", namespace="presence", **at_once)
+        manager = make_manager(f"{user_url.removesuffix('/0')}/1", namespace="presence", **hasty)
         with pytest.raises(presence.PermissionDeniedError, match="select"):
             manager.get_connection_count()
         with admin(own_server) as client:
@@ -123,10 +123,10 @@ class TestAnACLUserWithTheLeastRights:
         play(manager)
 
     def test_cannot_touch_another_namespace(
-        self, make_manager: ManagerFactory, user_url: str, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, user_url: str, hasty: dict[str, Any]
     ) -> None:
         for namespace in ("other", "presence2", "p"):
-            manager = make_manager(user_url, namespace=namespace, **at_once)
+            manager = make_manager(user_url, namespace=namespace, **hasty)
             for name in CALLS:
                 with pytest.raises(presence.PermissionDeniedError, match="README lists the rights"):
                     call(manager, name)
@@ -155,8 +155,8 @@ class TestAUnixSocket:
     def test_serves_every_operation(self, make_manager: ManagerFactory, socket_url: str) -> None:
         play(make_manager(socket_url))
 
-    def test_that_is_not_there_is_named(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
-        manager = make_manager("unix:///tmp/presence/no/such/socket", **at_once)
+    def test_that_is_not_there_is_named(self, make_manager: ManagerFactory, hasty: dict[str, Any]) -> None:
+        manager = make_manager("unix:///tmp/presence/no/such/socket", **hasty)
         with pytest.raises(presence.ServerUnreachableError, match=r"check that it runs.*No such file"):
             manager.get_connection_count()
 
@@ -234,17 +234,17 @@ class TestTLS:
             manager.close()
 
     def test_refuses_a_certificate_that_nobody_vouches_for(
-        self, make_manager: ManagerFactory, secured: Proxy, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, secured: Proxy, hasty: dict[str, Any]
     ) -> None:
-        manager = make_manager(secured.url, **at_once)
+        manager = make_manager(secured.url, **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
             manager.get_connection_count()
 
     def test_refuses_a_certificate_for_another_host(
-        self, make_manager: ManagerFactory, secured: Proxy, tmp_path: Path, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, secured: Proxy, tmp_path: Path, hasty: dict[str, Any]
     ) -> None:
         certificate = write_certificate(tmp_path)
-        manager = make_manager(f"rediss://localhost:{secured.port}/0?ssl_ca_certs={certificate}", **at_once)
+        manager = make_manager(f"rediss://localhost:{secured.port}/0?ssl_ca_certs={certificate}", **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
             manager.get_connection_count()
 
@@ -340,29 +340,29 @@ class TestSentinel:
             assert broken.accepted == 1, "it is asked once, not again and again"
 
     def test_that_does_not_know_the_service_says_so(
-        self, make_manager: ManagerFactory, steady: Sentinels, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, steady: Sentinels, hasty: dict[str, Any]
     ) -> None:
-        manager = make_manager(steady.url.replace("/game", "/gmae"), **at_once)
+        manager = make_manager(steady.url.replace("/game", "/gmae"), **hasty)
         with pytest.raises(presence.ServerUnreachableError, match=r"correct .* the service in.*No master.*'gmae'"):
             manager.get_connection_count()
 
     def test_leads_a_user_with_the_least_rights(
-        self, make_manager: ManagerFactory, steady: Sentinels, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, steady: Sentinels, hasty: dict[str, Any]
     ) -> None:
         url = f"{steady.url}?sentinel_username=watcher&sentinel_password=password"
         with admin(steady.sentinel) as sentinel:
             sentinel.execute_command("ACL", "SETUSER", "watcher", "reset", "on", ">password")
-            manager = make_manager(url, **at_once)
+            manager = make_manager(url, **hasty)
             with pytest.raises(presence.PermissionDeniedError, match="README lists the rights"):
                 manager.get_connection_count()
-            hasty = make_manager(url.replace("=password", "=wrong"), **at_once)
+            refused = make_manager(url.replace("=password", "=wrong"), **hasty)
             with pytest.raises(presence.AuthenticationFailedError, match="correct sentinel_username and"):
-                hasty.get_connection_count()
+                refused.get_connection_count()
             sentinel.execute_command("ACL", "SETUSER", "watcher", *RIGHTS_ON_SENTINELS)
             assert manager.get_connection_count() == 0
 
-    def test_that_cannot_be_reached_is_named(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
-        manager = make_manager(f"redis+sentinel://127.0.0.1:{free_port()}/game", **at_once)
+    def test_that_cannot_be_reached_is_named(self, make_manager: ManagerFactory, hasty: dict[str, Any]) -> None:
+        manager = make_manager(f"redis+sentinel://127.0.0.1:{free_port()}/game", **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="check that the sentinels run"):
             manager.get_connection_count()
 
@@ -830,9 +830,9 @@ class TestCluster:
 
     @pytest.mark.parametrize("moved_first", ["last_seen", "the records"])
     def test_while_a_slot_moves_key_by_key_no_call_answers_from_half_of_them(
-        self, make_manager: ManagerFactory, cluster: Cluster, at_once: dict[str, Any], moved_first: str
+        self, make_manager: ManagerFactory, cluster: Cluster, hasty: dict[str, Any], moved_first: str
     ) -> None:
-        manager = make_manager(cluster.url, namespace="one", **at_once)
+        manager = make_manager(cluster.url, namespace="one", **hasty)
         sids, users = [f"sid-{number}" for number in range(20)], [f"user-{number}" for number in range(20)]
         for sid, user_id in zip(sids, users, strict=True):
             manager.register_connection(sid, user_id)
@@ -1118,12 +1118,12 @@ class TestCluster:
         assert took < 8 * 0.5, "each by itself waits for both nodes, and the next one after it"
 
     def test_a_slot_that_moves_to_a_node_without_any_is_a_clear_error(
-        self, make_manager: ManagerFactory, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, hasty: dict[str, Any]
     ) -> None:
         """redis-py's clients do not know that node."""
         cluster = Cluster(one=(0, 16383), two=())
         with cluster.running():
-            manager = make_manager(cluster.url, namespace="one", **at_once)
+            manager = make_manager(cluster.url, namespace="one", **hasty)
             set_the_scene(manager)
             with cluster.migrating(cluster.slot("one"), node=1) as move:
                 move(move.keys)
@@ -1153,14 +1153,20 @@ class TestCluster:
 
         asyncio.run(run())
 
-    def test_least_rights_are_those_for_one_server_and_two_more(
+    def test_least_rights_are_those_for_one_server_and_three_more(
         self, make_manager: ManagerFactory, cluster: Cluster
     ) -> None:
         granted = (*LEAST_RIGHTS, "~{one}:*", "~{two}:*", *MORE_ON_A_CLUSTER)
         for client in cluster.clients:
             client.execute_command("ACL", "SETUSER", "game-server", "on", ">password", *granted)
+        url = cluster.url.replace("//", "//game-server:password@", 1)
         for namespace in cluster.namespaces():
-            play(make_manager(cluster.url.replace("//", "//game-server:password@", 1), namespace=namespace))
+            play(make_manager(url, namespace=namespace))
+        # Where the keys of a slot that moves are on the other node already, the client has to ask there.
+        with cluster.migrating(cluster.slot("one"), node=1) as move:
+            move(move.keys)
+            assert make_manager(url, namespace="one").get_connection_count() == 2
+        cluster.migrate(cluster.slot("one"), node=0)
 
 
 class TestEventsOfASlotThatMovesWithItsKeys:
@@ -1225,10 +1231,8 @@ class TestAClusterThatCannotServe:
         with pytest.raises(presence.ServerUnreachableError, match=r"check that its nodes run in cluster mode"):
             manager.get_connection_count()
 
-    def test_nodes_that_cannot_be_reached_are_named(
-        self, make_manager: ManagerFactory, at_once: dict[str, Any]
-    ) -> None:
-        manager = make_manager(f"redis+cluster://127.0.0.1:{free_port()}", **at_once)
+    def test_nodes_that_cannot_be_reached_are_named(self, make_manager: ManagerFactory, hasty: dict[str, Any]) -> None:
+        manager = make_manager(f"redis+cluster://127.0.0.1:{free_port()}", **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs") as raised:
             manager.get_connection_count()
         assert isinstance(raised.value.__cause__, redis.exceptions.RedisClusterException)
@@ -1240,14 +1244,14 @@ class TestAClusterThatCannotServe:
 
     @pytest.mark.parametrize("to", ["server", "cluster"])
     def test_credentials_that_cannot_be_fetched_are_a_fault_with_that_cause(
-        self, make_manager: ManagerFactory, cluster: Cluster, own_server: LocalServer, at_once: dict[str, Any], to: str
+        self, make_manager: ManagerFactory, cluster: Cluster, own_server: LocalServer, hasty: dict[str, Any], to: str
     ) -> None:
         class Broken(redis.CredentialProvider):
             def get_credentials(self) -> tuple[str]:
                 raise PermissionError("the token cannot be read")
 
         url = cluster.url if to == "cluster" else own_server.url
-        manager = make_manager(url, namespace="one", credential_provider=Broken(), **at_once)
+        manager = make_manager(url, namespace="one", credential_provider=Broken(), **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="the token cannot be read") as raised:
             manager.get_connection_count()
         cause = raised.value.__cause__
