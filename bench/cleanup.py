@@ -52,12 +52,12 @@ class Cleanups:
         is_last = False
         while not is_last:
             batch = population.operations.cleanup_batch()
-            cost, (reply,) = server_time(population.client, [batch.command()])
-            costs_us.append(cost)
-            done = batch.parse(reply)
+            cost = server_time(population.client, [batch.command()])
+            costs_us.append(cost.whole)
+            done = batch.parse(cost.replies[0])
             removed.update(connection.sid for connection in done.removed)
             is_last = done.is_last
-            self.counting_ms.append(server_time(population.client, [counting])[0] / 1000)
+            self.counting_ms.append(server_time(population.client, [counting]).whole / 1000)
         if removed != {population.sids[index] for index in chosen}:
             raise MeasurementError(
                 f"the cleanup removed {len(removed)} connections, not exactly the {stale} stale ones"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import multiprocessing
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,7 @@ from bench.fill import NAMESPACE, load_scripts, run_and_forget
 from bench.measure import MeasurementError, send
 from bench.progress import Progress
 from presence import Operations
+from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -87,8 +87,7 @@ class Crowd:
         """Make all connections, by several processes."""
         progress = Progress(f"connections of {self.contender}", self.size)
         parts = [range(start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK)]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(FILLING_PROCESSES, context, _prepare_filling, (self,)) as processes:
+        with ProcessPoolExecutor(FILLING_PROCESSES, spawn, _prepare_filling, (self,)) as processes:
             for done in as_completed([processes.submit(_fill_part, part) for part in parts]):
                 progress.advance(done.result())
 

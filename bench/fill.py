@@ -182,6 +182,11 @@ def remove_all(client: redis.Redis) -> None:
     """Remove every key of the benchmark from a server that was empty before."""
     for database in client.info("keyspace"):
         client.select(int(database.removeprefix("db")))
-        keys = client.scan_iter(match=f"*{NAMESPACE}*", count=CHUNK)
-        while chunk := list(islice(keys, CHUNK)):
-            client.unlink(*chunk)
+        remove_keys(client, NAMESPACE)
+
+
+def remove_keys(client: redis.Redis, namespace: str) -> None:
+    """Remove every key of a namespace."""
+    keys = client.scan_iter(match=f"*{namespace}*", count=CHUNK)
+    while chunk := list(islice(keys, CHUNK)):
+        client.unlink(*chunk)

@@ -14,7 +14,6 @@ A history is a folder of text files, a call a line, so it can be read, kept, and
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tests.model import Model
+from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -486,7 +486,7 @@ def check_history(folder: Path, *, processes: int) -> HistoryReport:
     """Check a whole recorded history, in several processes."""
     start = time.monotonic()
     report = HistoryReport()
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
         for future in as_completed([executor.submit(check_part, folder, part) for part in range(PARTS)]):
             report += future.result()
     return replace(report, seconds=time.monotonic() - start)

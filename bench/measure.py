@@ -101,13 +101,7 @@ class CommandTime(NamedTuple):
     time: float
 
 
-def server_time(client: redis.Redis, commands: Iterable[Command]) -> tuple[float, Sequence[Any]]:
-    """Call commands of one kind as ``server_times`` does; give the microseconds per call, and the replies."""
-    cost = server_times(client, commands)
-    return cost.whole, cost.replies
-
-
-def server_times(client: redis.Redis, commands: Iterable[Command]) -> ServerTime:
+def server_time(client: redis.Redis, commands: Iterable[Command]) -> ServerTime:
     """Call commands of one kind, one per round trip.
 
     Args:

@@ -11,10 +11,9 @@ from redis.exceptions import RedisError
 
 from bench import report
 from bench.measure import MeasurementError
-from bench.servers import version
 from bench.storm import StormError
 from presence import PresenceError
-from tests.server import NoServerError
+from tests.server import NoServerError, version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -74,9 +74,3 @@ def places() -> list[Place]:
     if url:
         return [Place("PRESENCE_REDIS_URL", None, url)]
     return [Place(name, program, "") for name, program in programs().items()]
-
-
-def version(client: redis.Redis) -> str:
-    """Name the server's kind and version."""
-    info: Any = client.info("server")
-    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
-from bench.measure import MeasurementError, Spread, ratios, send, server_time, server_times
+from bench.measure import MeasurementError, Spread, ratios, send, server_time
 from bench.progress import Progress
 from bench.report import Row
 from presence.operations import HEARTBEAT_BATCH_SIZE, Operations
@@ -362,11 +362,11 @@ class Rounds:
         return sample(self._population, self._calls, without)
 
     def _time_native(self, name: str, commands: Sequence[Command] | Iterator[Command], expected: object) -> None:
-        cost, replies = server_time(self._client, commands)
-        for reply in replies:
+        cost = server_time(self._client, commands)
+        for reply in cost.replies:
             if reply != expected:
                 raise MeasurementError(f"{name} answered {reply!r} instead of {expected!r}")
-        self.costs[name].append(cost)
+        self.costs[name].append(cost.whole)
 
     def _time(
         self,
@@ -380,7 +380,7 @@ class Rounds:
         commands = [operation.command() for operation in operations]
         if sha:
             commands = [(name_, sha, *rest) for name_, _, *rest in commands]
-        cost = server_times(self._client, commands)
+        cost = server_time(self._client, commands)
         for operation, reply in zip(operations, cost.replies, strict=True):
             if not is_right(operation.parse(reply)):
                 raise MeasurementError(f"{name} answered {reply!r:.200}, so it did not do what was to be measured")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import signal
 import sys
 import tempfile
@@ -30,10 +29,13 @@ import redis
 
 from bench.contenders import CONTENDERS, kind_of, violations
 from bench.crowd import PRESENCE
+from bench.fill import remove_keys
 from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
 from bench.progress import Progress
-from bench.servers import places, version
+from bench.servers import places
 from bench.storm_worker import Outcome, Plan, connect, run_process, user_name
+from tests.processes import spawn
+from tests.server import version
 
 if TYPE_CHECKING:
     from array import array
@@ -174,7 +176,7 @@ def run_storm(
         try:
             state = asyncio.run(_read_state(plan))
         finally:
-            _remove_keys(client, namespace)
+            remove_keys(client, namespace)
     result = _account(plan, outcomes, state, reads)
     if record:
         _record_last_read(plan, record, state)
@@ -240,13 +242,11 @@ class Registering:
 
     def _remove(self) -> None:
         with redis.Redis.from_url(self._plan.url) as client:
-            _remove_keys(client, self._plan.namespace)
+            remove_keys(client, self._plan.namespace)
 
 
 def _run_processes(plan: Plan, progress: Callable[[int], object]) -> list[Outcome]:
     """Run all processes to their end; whatever happens, none of them stays."""
-    # A forked child would share the parent's sockets.
-    spawn = multiprocessing.get_context("spawn")
     start = spawn.Barrier(plan.processes)
     done: Any = spawn.RawArray("Q", plan.processes)
     pipes = [spawn.Pipe(duplex=False) for _ in range(plan.processes)]
@@ -304,17 +304,6 @@ async def _read_state(plan: Plan) -> State:
         state = await contender.read_state()
         await contender.aclose()
         return state
-
-
-def _remove_keys(client: redis.Redis, namespace: str) -> None:
-    keys: list[Any] = []
-    for key in client.scan_iter(match=f"*{namespace}*", count=10_000):
-        keys.append(key)
-        if len(keys) == 1_000:
-            client.unlink(*keys)
-            keys.clear()
-    if keys:
-        client.unlink(*keys)
 
 
 def _seconds(outcomes: Sequence[Outcome]) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis.asyncio
 
 import presence
+from bench.client import Call
 from bench.fill import NAMESPACE, Population, new_sid, sample
 from bench.measure import MeasurementError, Spread, ratios
 from bench.progress import Progress
@@ -21,7 +22,6 @@ from bench.report import Row
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from bench.measure import Command
     from bench.scale import Scale
     from bench.servers import Server
 
@@ -48,13 +48,6 @@ KINDS = (
     Kind("update_heartbeat", of_user=False, target=LEAST_RATIO),
     Kind("register_connection", of_user=True, target=None),
 )
-
-
-class Call(NamedTuple):
-    """One call, as the manager takes it, and one like it, as the plain client takes it."""
-
-    arguments: tuple[str, ...]
-    evalsha: Command
 
 
 def measure_throughput(server: Server, scale: Scale) -> list[Row]:

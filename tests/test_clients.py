@@ -787,11 +787,6 @@ class TestOneRoundTrip:
     """The server reads from its sockets once for each operation, and once for a pipeline (guarantee 7)."""
 
     @pytest.fixture
-    def admin(self, own_server: LocalServer) -> Iterator[Any]:
-        with redis.Redis.from_url(own_server.url, decode_responses=True) as admin:
-            yield admin
-
-    @pytest.fixture
     def warm_manager(self, make_manager: ManagerFactory, own_server: LocalServer) -> ConnectionManager:
         """A manager with an open connection to a server that has the scripts."""
         manager = make_manager(own_server.url)

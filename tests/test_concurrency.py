@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import presence
 import presence.sync
 from tests.invariants import violations
-from tests.processes import PROCESSES, sleep_until, spawn
+from tests.processes import PROCESSES, at_once, sleep_until, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,13 +46,9 @@ class History:
         )
 
 
-def at_once(
-    processes: ProcessPoolExecutor, work: Callable[..., History], *arguments: Any, count: int = PROCESSES
-) -> History:
-    """Run the work in several processes, which begin at the same moment; give all their answers."""
-    start = time.time() + 0.1
-    futures = [processes.submit(begin, start, work, number, *arguments) for number in range(count)]
-    return sum((future.result(timeout=120) for future in futures), History())
+def history_of(processes: ProcessPoolExecutor, work: Callable[..., History], *arguments: Any) -> History:
+    """Run the work in each process, with its number, from the same moment on; give all their answers."""
+    return sum(at_once(processes, *((begin, work, number, *arguments) for number in range(PROCESSES))), History())
 
 
 def begin(start: float, work: Callable[..., History], *arguments: Any) -> History:
@@ -74,7 +70,7 @@ def register_for_the_same_users(process: int, url: str, namespace: str, rounds: 
 def test_of_many_registers_for_one_user_one_stays_and_each_other_is_reported_once(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, keys: Keys
 ) -> None:
-    history = at_once(processes, register_for_the_same_users, server_url, namespace, 500)
+    history = history_of(processes, register_for_the_same_users, server_url, namespace, 500)
 
     keyspace = keys()
     assert violations(keyspace) == []
@@ -125,7 +121,7 @@ def live_through_a_storm(process: int, url: str, namespace: str, rounds: int) ->
 def test_a_storm_leaves_every_structure_whole_and_reports_every_end_once(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, keys: Keys
 ) -> None:
-    history = at_once(processes, live_through_a_storm, server_url, namespace, 250)
+    history = history_of(processes, live_through_a_storm, server_url, namespace, 250)
 
     keyspace = keys()
     assert violations(keyspace) == []
@@ -181,7 +177,7 @@ def test_of_many_cleanups_exactly_one_reports_each_connection(
     manager.pipeline([operations.register_connection(f"sid-{number}", f"user-{number}") for number in range(count)])
     wait(91)
 
-    history = at_once(processes, clean_up, server_url, namespace)
+    history = history_of(processes, clean_up, server_url, namespace)
 
     assert Counter(history.cleaned_up) == Counter(f"sid-{number}" for number in range(count))
     assert keys().ttls_ms == {}
@@ -201,7 +197,7 @@ def test_joins_of_one_connection_from_everywhere_leave_it_in_one_game(
 ) -> None:
     make_manager().register_connection("sid", "user")
 
-    at_once(processes, join_and_leave, server_url, namespace, 500)
+    history_of(processes, join_and_leave, server_url, namespace, 500)
 
     keyspace = keys()
     assert violations(keyspace) == []
@@ -231,5 +227,5 @@ def beat_or_register(process: int, *arguments: Any) -> History:
 def test_a_heartbeat_or_join_never_brings_a_removed_connection_back(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, keys: Keys
 ) -> None:
-    at_once(processes, beat_or_register, server_url, namespace, 500)
+    history_of(processes, beat_or_register, server_url, namespace, 500)
     assert keys().ttls_ms == {}

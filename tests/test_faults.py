@@ -48,9 +48,9 @@ def own_manager(make_manager: ManagerFactory, own_server: LocalServer) -> Connec
 
 
 @pytest.fixture
-def hasty_manager(make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]) -> ConnectionManager:
+def hasty_manager(make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]) -> ConnectionManager:
     """A manager, on the test's own server, that does not try again."""
-    return make_manager(own_server.url, **at_once)
+    return make_manager(own_server.url, **hasty)
 
 
 def assert_cause(error: BaseException, cause: type[Exception]) -> None:
@@ -62,19 +62,17 @@ class TestAServerThatCannotBeReached:
     """The error says so, and what to check."""
 
     @every_operation
-    def test_is_named_with_what_to_check(
-        self, make_manager: ManagerFactory, at_once: dict[str, Any], name: str
-    ) -> None:
-        manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **at_once)
+    def test_is_named_with_what_to_check(self, make_manager: ManagerFactory, hasty: dict[str, Any], name: str) -> None:
+        manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs, the host and port") as raised:
             call(manager, name)
         assert_cause(raised.value, redis.ConnectionError)
 
     def test_that_accepts_but_never_answers_is_named_too(
-        self, make_manager: ManagerFactory, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, hasty: dict[str, Any]
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            manager = make_manager(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", socket_timeout=0.05, **at_once)
+            manager = make_manager(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", socket_timeout=0.05, **hasty)
             with pytest.raises(
                 presence.ServerUnreachableError, match=r"did not answer in time.*socket_timeout"
             ) as raised:
@@ -82,16 +80,16 @@ class TestAServerThatCannotBeReached:
         assert_cause(raised.value, redis.TimeoutError)
 
     def test_that_takes_no_more_clients_is_named_too(
-        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, hasty: dict[str, Any]
     ) -> None:
         own_client.config_set("maxclients", 1)
         with pytest.raises(presence.ServerUnreachableError, match="raise its maxclients"):
-            make_manager(own_server.url, **at_once).get_connection_count()
+            make_manager(own_server.url, **hasty).get_connection_count()
 
     def test_that_cannot_be_reached_for_want_of_files_is_named_too(
-        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
     ) -> None:
-        manager = make_manager(own_server.url, **at_once)
+        manager = make_manager(own_server.url, **hasty)
         most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         opened: list[socket.socket] = []
         try:
@@ -118,18 +116,18 @@ class TestAServerThatCannotBeReached:
 
 
 def test_a_database_that_the_server_does_not_have_is_named(
-    make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+    make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
 ) -> None:
-    manager = make_manager(f"redis://127.0.0.1:{own_server.port}/99", **at_once)
+    manager = make_manager(f"redis://127.0.0.1:{own_server.port}/99", **hasty)
     with pytest.raises(presence.UnexpectedReplyError, match="no database of the number in the URL") as raised:
         manager.get_connection_count()
     assert_cause(raised.value, redis.ResponseError)
 
 
 def test_a_server_that_is_no_sentinel_is_named(
-    make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+    make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
 ) -> None:
-    manager = make_manager(f"redis+sentinel://127.0.0.1:{own_server.port}/service", **at_once)
+    manager = make_manager(f"redis+sentinel://127.0.0.1:{own_server.port}/service", **hasty)
     with pytest.raises(presence.UnexpectedReplyError, match="is no sentinel") as raised:
         manager.get_connection_count()
     assert_cause(raised.value, redis.ResponseError)
@@ -139,10 +137,10 @@ class TestAServerThatKnowsNeitherUserNorPassword:
     """The error says which of both it is, and where it is to be corrected."""
 
     def test_a_wrong_password(
-        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis, hasty: dict[str, Any]
     ) -> None:
         own_client.config_set("requirepass", "secret")
-        manager = make_manager(f"redis://:wrong@127.0.0.1:{own_server.port}/0", **at_once)
+        manager = make_manager(f"redis://:wrong@127.0.0.1:{own_server.port}/0", **hasty)
         with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL") as raised:
             manager.get_connection_count()
         assert_cause(raised.value, redis.AuthenticationError)
@@ -155,19 +153,19 @@ class TestAServerThatKnowsNeitherUserNorPassword:
         make_manager: ManagerFactory,
         own_server: LocalServer,
         own_client: redis.Redis,
-        at_once: dict[str, Any],
+        hasty: dict[str, Any],
         protocol: int,
     ) -> None:
         own_client.config_set("requirepass", "secret")
-        manager = make_manager(f"{own_server.url}?protocol={protocol}", **at_once)
+        manager = make_manager(f"{own_server.url}?protocol={protocol}", **hasty)
         with pytest.raises(presence.AuthenticationFailedError, match=r"asks for a .*password.* URL") as raised:
             manager.get_connection_count()
         assert_cause(raised.value, redis.AuthenticationError)
 
     def test_a_password_for_a_server_without_one(
-        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
     ) -> None:
-        manager = make_manager(f"redis://:needless@127.0.0.1:{own_server.port}/0?protocol=2", **at_once)
+        manager = make_manager(f"redis://:needless@127.0.0.1:{own_server.port}/0?protocol=2", **hasty)
         with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
             manager.get_connection_count()
 
@@ -186,11 +184,11 @@ def test_a_missing_right_is_named_with_where_to_read_which_are_needed(
     make_manager: ManagerFactory,
     own_server: LocalServer,
     own_client: redis.Redis,
-    at_once: dict[str, Any],
+    hasty: dict[str, Any],
     rules: tuple[str, ...],
 ) -> None:
     own_client.execute_command("ACL", "SETUSER", "game-server", "on", ">secret", *rules)
-    manager = make_manager(f"redis://game-server:secret@127.0.0.1:{own_server.port}/0", **at_once)
+    manager = make_manager(f"redis://game-server:secret@127.0.0.1:{own_server.port}/0", **hasty)
     with pytest.raises(presence.PermissionDeniedError, match="README lists the rights") as raised:
         manager.register_connection("sid", "user")
     assert_cause(raised.value, redis.ResponseError)
@@ -404,10 +402,10 @@ class TestABrokenConnection:
         assert states[0] == states[1]
 
     def test_is_named_when_it_stays_broken(
-        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
     ) -> None:
         with Proxy(own_server.port) as proxy:
-            manager = make_manager(proxy.url, **at_once)
+            manager = make_manager(proxy.url, **hasty)
             manager.get_connection_count()
             proxy.fates = [Fate.LOSE_REPLY]
             with pytest.raises(presence.ServerUnreachableError, match="check that it runs") as raised:
@@ -723,10 +721,10 @@ class TestAServerThatIsBusy:
             other.join(BOUND_SECONDS)
         assert hasty_manager.get_connection_count() == 2
 
-    def test_with_loading_its_data(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
+    def test_with_loading_its_data(self, make_manager: ManagerFactory, hasty: dict[str, Any]) -> None:
         slowly = ("--enable-debug-command", "yes", "--loading-process-events-interval-bytes", "1024")
         with LocalServer(program(), *slowly) as server, admin(server) as client:
-            manager = make_manager(server.url, **at_once)
+            manager = make_manager(server.url, **hasty)
             set_the_scene(manager)
             client.config_set("rdbcompression", "no")  # While it loads, it answers once for each 1,024 bytes only.
             for number in range(200):
@@ -899,8 +897,8 @@ class TestAPipelineWithAFault:
         assert len(failed) == 10
         assert_cause(failed[0], redis.ResponseError)
 
-    def test_names_an_unreachable_server_for_each(self, make_manager: ManagerFactory, at_once: dict[str, Any]) -> None:
-        manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **at_once)
+    def test_names_an_unreachable_server_for_each(self, make_manager: ManagerFactory, hasty: dict[str, Any]) -> None:
+        manager = make_manager(f"redis://127.0.0.1:{free_port()}/0", **hasty)
         operations = manager.operations
         with pytest.raises(presence.PipelineError, match=r"2 of 2 operations failed.*check that it runs") as raised:
             manager.pipeline([operations.get_connection_count(), operations.get_connection_count()])
@@ -925,11 +923,11 @@ class TestACleanupThatMeetsAFault:
         make_manager: ManagerFactory,
         own_server: LocalServer,
         own_manager: ConnectionManager,
-        at_once: dict[str, Any],
+        hasty: dict[str, Any],
         stale: list[str],
     ) -> None:
         with Proxy(own_server.port) as proxy:
-            manager = make_manager(proxy.url, **at_once)
+            manager = make_manager(proxy.url, **hasty)
             manager.cleanup_stale_connections(threshold_seconds=1000)
             proxy.fates = [Fate.PASS, Fate.LOSE_REQUEST]
             first = manager.cleanup_stale_connections()
@@ -943,10 +941,10 @@ class TestACleanupThatMeetsAFault:
         assert sorted(gone.sid for gone in (*first, *rest)) == sorted(stale)
 
     def test_between_two_batches_returns_what_it_detached_and_the_fault(
-        self, make_manager: ManagerFactory, own_server: LocalServer, at_once: dict[str, Any]
+        self, make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
     ) -> None:
         with Proxy(own_server.port) as proxy:
-            manager = make_manager(proxy.url, server_grace_seconds=60, **at_once)
+            manager = make_manager(proxy.url, server_grace_seconds=60, **hasty)
             manager.cleanup_stale_connections()
             dead = make_manager(own_server.url, server_id="dead")
             dead.start_server()
@@ -968,11 +966,11 @@ class TestACleanupThatMeetsAFault:
         make_manager: ManagerFactory,
         own_server: LocalServer,
         own_manager: ConnectionManager,
-        at_once: dict[str, Any],
+        hasty: dict[str, Any],
         stale: list[str],
     ) -> None:
         with Proxy(own_server.port) as proxy:
-            manager = make_manager(proxy.url, **at_once)
+            manager = make_manager(proxy.url, **hasty)
             manager.get_connection_count()
             proxy.fates = [Fate.LOSE_REQUEST]
             with pytest.raises(presence.ServerUnreachableError):

@@ -15,7 +15,7 @@ import presence.sync
 from presence import JoinResult, Registration
 from presence.scripts import lua_folder
 from tests.invariants import violations
-from tests.processes import PROCESSES, sleep_until
+from tests.processes import PROCESSES, in_each, sleep_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from tests.conftest import Keys, ManagerFactory
     from tests.invariants import Keyspace
     from tests.server import LocalServer
-
-
-def at_once(processes: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run the work in each process, with its number and the moment to begin at; give what each returns."""
-    start = time.time() + 0.2
-    futures = [processes.submit(work, number, start, *arguments) for number in range(PROCESSES)]
-    return [future.result(timeout=120) for future in futures]
 
 
 def assert_unchanged(before: Keyspace, after: Keyspace) -> None:
@@ -424,7 +417,7 @@ ROUNDS = 150
 ROUND_SECONDS = 0.003
 
 
-def come_back_to_each_game(process: int, start: float, url: str, namespace: str) -> list[tuple[list[str], str | None]]:
+def come_back_to_each_game(start: float, process: int, url: str, namespace: str) -> list[tuple[list[str], str | None]]:
     """Register for each user at the moment when the others do; give whom each displaced, and the game it is in."""
     answers = []
     with presence.sync.ConnectionManager.from_url(url, namespace=namespace, displacement="newest_resumes") as manager:
@@ -443,7 +436,7 @@ def test_of_many_that_come_back_at_once_the_last_has_the_game_and_each_other_is_
         resuming.register_connection(f"first-{number}", f"user-{number}")
         resuming.join_game(f"first-{number}", f"game-{number}")
 
-    answers = at_once(processes, come_back_to_each_game, server_url, namespace)
+    answers = in_each(processes, come_back_to_each_game, server_url, namespace)
 
     keyspace = keys()
     assert violations(keyspace) == []
@@ -455,7 +448,7 @@ def test_of_many_that_come_back_at_once_the_last_has_the_game_and_each_other_is_
         assert list(keyspace.games[f"game-{number}"]) == [stayed]
 
 
-def register_for_each_user(process: int, start: float, url: str, namespace: str) -> list[tuple[str, bool]]:
+def register_for_each_user(start: float, process: int, url: str, namespace: str) -> list[tuple[str, bool]]:
     """Register for each user at the moment when the others do; give which sid has it, and whether that is this one."""
     answers = []
     with presence.sync.ConnectionManager.from_url(
@@ -473,7 +466,7 @@ def register_for_each_user(process: int, start: float, url: str, namespace: str)
 def test_of_many_registers_at_once_one_is_accepted_and_all_others_are_told_which(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, keys: Keys
 ) -> None:
-    answers = at_once(processes, register_for_each_user, server_url, namespace)
+    answers = in_each(processes, register_for_each_user, server_url, namespace)
 
     keyspace = keys()
     assert violations(keyspace) == []
@@ -621,7 +614,7 @@ class TestEpochsAheadOfTheClock:
         assert (registration.resumed, registration.connection.game_id) == (True, "game")
 
 
-def register_many(process: int, start: float, url: str, namespace: str) -> list[int]:
+def register_many(start: float, process: int, url: str, namespace: str) -> list[int]:
     sleep_until(start)
     with presence.sync.ConnectionManager.from_url(url, namespace=namespace) as manager:
         return [
@@ -638,7 +631,7 @@ def test_epochs_grow_over_all_processes(
         client.zadd(f"{{{namespace}}}:last_seen", {"": -int((time.time() + 3600) * 1e6)})
         client.expire(f"{{{namespace}}}:last_seen", 3600)
 
-    of_processes = at_once(processes, register_many, server_url, namespace)
+    of_processes = in_each(processes, register_many, server_url, namespace)
 
     for epochs in of_processes:
         assert all(earlier < later for earlier, later in pairwise(epochs))
@@ -905,7 +898,7 @@ SEATS = 3
 GAMES = 100
 
 
-def join_each_game(process: int, start: float, url: str, namespace: str) -> list[list[JoinResult]]:
+def join_each_game(start: float, process: int, url: str, namespace: str) -> list[list[JoinResult]]:
     """Join each game, with two connections of this process, at the moment when the others do."""
     sids = [f"sid-{process}-{number}" for number in range(2)]
     answers = []
@@ -921,7 +914,7 @@ def join_each_game(process: int, start: float, url: str, namespace: str) -> list
 def test_connections_that_race_from_game_to_game_overfill_none_and_are_where_they_were_last_let_in(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, keys: Keys
 ) -> None:
-    answers = at_once(processes, join_each_game, server_url, namespace)
+    answers = in_each(processes, join_each_game, server_url, namespace)
 
     keyspace = keys()
     assert violations(keyspace) == []
@@ -937,7 +930,7 @@ def test_connections_that_race_from_game_to_game_overfill_none_and_are_where_the
     assert len(keyspace.games[f"game-{GAMES - 1}"]) == SEATS
 
 
-def crowd_into_each_game(process: int, start: float, url: str, namespace: str) -> list[list[bool]]:
+def crowd_into_each_game(start: float, process: int, url: str, namespace: str) -> list[list[bool]]:
     """Join each game with connections that have no other, so that no seat is freed."""
     answers = []
     with presence.sync.ConnectionManager.from_url(url, namespace=namespace) as manager:
@@ -958,7 +951,7 @@ def crowd_into_each_game(process: int, start: float, url: str, namespace: str) -
 def test_in_each_of_many_races_for_the_seats_of_a_game_exactly_its_capacity_joins(
     processes: ProcessPoolExecutor, server_url: str, namespace: str, keys: Keys
 ) -> None:
-    answers = at_once(processes, crowd_into_each_game, server_url, namespace)
+    answers = in_each(processes, crowd_into_each_game, server_url, namespace)
 
     keyspace = keys()
     assert violations(keyspace) == []

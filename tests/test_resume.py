@@ -14,7 +14,7 @@ import pytest
 import presence.sync
 from presence import ConnectionInfo, JoinResult
 from tests.invariants import violations
-from tests.processes import sleep_until
+from tests.processes import at_once, sleep_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -524,13 +524,6 @@ def test_a_long_grace_keeps_the_seat_however_old_the_keys_are(
 
 ROUNDS = 200
 ROUND_SECONDS = 0.003
-
-
-def at_once(processes: ProcessPoolExecutor, *work: tuple[Any, ...]) -> list[Any]:
-    """Run each function in a process of its own, with a moment to begin at and its arguments; give what they return."""
-    start = time.time() + 0.2
-    futures = [processes.submit(function, start, *arguments) for function, *arguments in work]
-    return [future.result(timeout=120) for future in futures]
 
 
 def detach_many(manager: ConnectionManager, graces: list[float]) -> list[float]:

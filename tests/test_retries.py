@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import select
-import socket
-import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -17,90 +14,16 @@ from redis.backoff import NoBackoff
 from presence import CleanupResult, ConnectionInfo, JoinResult, Registration
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
 from tests.clock import let_time_pass
+from tests.fault_proxy import CuttingProxy
 from tests.invariants import Keyspace, read_keyspace, violations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
     from presence import Operation
     from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
     from tests.server import LocalServer
-
-BOUND_SECONDS = 10
-CHUNK = 1 << 20
-
-
-class CuttingProxy:
-    """Passes bytes between one manager and the server, and can cut a connection within a reply.
-
-    Each EVALSHA meets the next of the ``cuts``: None, or how many bytes of its reply pass before the connection is cut.
-    When these are used up, replies pass. ``replies`` are the whole replies, as the server sent them.
-    """
-
-    def __init__(self, server_port: int) -> None:
-        self.cuts: list[int | None] = []
-        self.replies: list[bytes] = []
-        self._server_port = server_port
-        self._cut: int | None = None
-        self._is_of_a_script = False
-        self._peers: dict[socket.socket, socket.socket] = {}
-        self._clients: set[socket.socket] = set()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._serve)
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
-
-    def __enter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join(BOUND_SECONDS)
-        assert not self._thread.is_alive()
-        for open_socket in (self._listener, *self._peers):
-            open_socket.close()
-
-    def _serve(self) -> None:
-        while not self._ended.is_set():
-            for ready in select.select([self._listener, *self._peers], [], [], 0.05)[0]:
-                if ready is self._listener:
-                    client = self._listener.accept()[0]
-                    server = socket.create_connection(("127.0.0.1", self._server_port))
-                    self._peers |= {client: server, server: client}
-                    self._clients.add(client)
-                elif ready in self._peers and not self._pass_on(ready):
-                    peer = self._peers.pop(ready)
-                    del self._peers[peer]
-                    self._clients -= {ready, peer}
-                    ready.close()
-                    peer.close()
-
-    def _pass_on(self, source: socket.socket) -> bool:
-        """Pass on what has arrived; tell whether the connection stays."""
-        try:
-            chunk = source.recv(CHUNK)
-            if source in self._clients:
-                self._is_of_a_script = b"EVALSHA" in chunk
-                if self._is_of_a_script:
-                    self._cut = self.cuts.pop(0) if self.cuts else None
-                    self.replies.append(b"")
-            elif self._is_of_a_script:
-                self.replies[-1] += chunk
-                if self._cut is not None:
-                    self._peers[source].sendall(chunk[: self._cut])
-                    return False
-            self._peers[source].sendall(chunk)
-        except OSError:
-            return False
-        return chunk != b""
 
 
 @pytest.fixture

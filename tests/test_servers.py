@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from presence.arguments import MAX_METADATA_BYTES
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import Fate, Proxy
-from tests.processes import PROCESSES, sleep_until, spawn
+from tests.processes import PROCESSES, at_once, sleep_until, spawn
 from tests.server import free_port
 from tests.watching import evalsha_calls, is_held, wait_until
 
@@ -763,9 +762,7 @@ def test_of_many_cleanups_exactly_one_reports_each_connection_of_dead_servers(
     wait(91)
     with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
         assert all(manager.update_heartbeats(names).values())
-    start = time.time() + 0.1
-    futures = [processes.submit(clean_up, start, server_url, namespace, grace_seconds) for _ in range(PROCESSES)]
-    reports = [future.result(timeout=120) for future in futures]
+    reports = at_once(processes, *[(clean_up, server_url, namespace, grace_seconds)] * PROCESSES)
 
     assert Counter(sid for report in reports for sid in report) == Counter(names)
     keyspace = keys()

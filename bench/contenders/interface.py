@@ -34,8 +34,6 @@ class State:
     """User id → the sids that the user's entry names."""
     games: dict[str, set[str]] = field(default_factory=dict)
     """Game id → sids."""
-    last_seen: dict[str, float] = field(default_factory=dict)
-    """sid → seconds since 1970."""
     partial: dict[str, dict[str, str]] = field(default_factory=dict)
     """sid → the fields of a record that lacks some."""
     without_ttl: list[str] = field(default_factory=list)

@@ -201,7 +201,6 @@ class Presence:
             records={sid: (record["user_id"], record["game_id"] or None) for sid, record in keyspace.records.items()},
             users=keyspace.users,
             games={game_id: set(members) for game_id, members in keyspace.games.items()},
-            last_seen={sid: milliseconds / 1000 for sid, milliseconds in keyspace.last_seen.items()},
             more_violations=[
                 f"presence: {violation}" for violation in violations(keyspace, self._connections_per_user)
             ],

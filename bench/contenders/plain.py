@@ -182,7 +182,6 @@ class Plain:
             state.without_ttl.append(key)
         if kind == "conn" and value.keys() == FIELDS:
             state.records[name] = value["user_id"], value["game_id"] or None
-            state.last_seen[name] = float(value["last_seen"])
         elif kind == "conn":
             state.partial[name] = value
         elif kind == "user_conn":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import multiprocessing
 import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +17,7 @@ from bench.explorer.gate import readable
 from bench.explorer.pairs import Outcome, Pair, scheduled_outcome, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
 from bench.explorer.stage import Crash, Stage
+from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -340,9 +340,7 @@ def measure_interleavings(
 
     """
     results = {}
-    # A forked child would share the parent's sockets.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as executor:
+    with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
         futures = {
             executor.submit(explore, contender, pair, url=url, limit=limit, seed=seed): number
             for number, (contender, pair, limit) in enumerate(explorations)
