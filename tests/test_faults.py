@@ -785,6 +785,14 @@ class TestForeignData:
             getattr(manager, name)("sid")
         client.delete(*client.keys(f"{{{namespace}}}:*"))
 
+    def test_behind_a_users_list_is_no_answer(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+    ) -> None:
+        for number, behind in enumerate(["", "short", "what another program wrote"]):
+            client.set(f"{{{namespace}}}:user_conns:user", f"3:sid={behind}", ex=60)
+            assert manager.register_connection(f"new {number}", "user").displaced == ()
+            client.delete(*client.keys(f"{{{namespace}}}:*"))
+
     @pytest.mark.parametrize("mode", ["pubsub", "stream"])
     def test_among_the_events_is_named_with_what_to_do(
         self, client: redis.Redis, namespace: str, mode: EventsMode

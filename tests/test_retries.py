@@ -68,9 +68,9 @@ def told(result: Any) -> Any:
     raise AssertionError(result)
 
 
-def stored(keyspace: Keyspace) -> Any:
+def stored(keyspace: Keyspace, connections_per_user: int = 1) -> Any:
     """What a namespace holds, without times and epochs."""
-    assert violations(keyspace) == []
+    assert violations(keyspace, connections_per_user) == []
     return (
         {
             sid: (record["user_id"], record["game_id"], "last_seen" in record, record["metadata"])
@@ -151,6 +151,9 @@ CASES = {
     "register the first": Case(nothing, lambda manager: manager.register_connection("new", "user")),
     "register the same again": Case(one_plays, lambda manager: manager.register_connection("old", "user")),
     "register and displace": Case(one_plays, lambda manager: manager.register_connection("new", "user")),
+    "register beside another": Case(
+        one_plays, lambda manager: manager.register_connection("new", "user"), options={"connections_per_user": 2}
+    ),
     "register and resume": Case(one_is_detached, lambda manager: manager.register_connection("new", "user")),
     "register and resume the same sid": Case(
         one_is_detached, lambda manager: manager.register_connection("old", "user")
@@ -216,7 +219,8 @@ def test_wherever_the_reply_is_cut_the_call_takes_effect_once_and_answers_the_sa
 
     set_the_scene()
     expected = told(case.call(direct))
-    expected_state = stored(read_keyspace(own_client, namespace))
+    connections_per_user = case.options.get("connections_per_user", 1)
+    expected_state = stored(read_keyspace(own_client, namespace), connections_per_user)
 
     cut = length = 0
     while cut <= length:
@@ -227,7 +231,7 @@ def test_wherever_the_reply_is_cut_the_call_takes_effect_once_and_answers_the_sa
 
         where = f"cut after {cut} of {len(proxy.replies[0])} bytes"
         assert told(result) == expected, where
-        assert stored(read_keyspace(own_client, namespace)) == expected_state, where
+        assert stored(read_keyspace(own_client, namespace), connections_per_user) == expected_state, where
         assert proxy.cuts == []
         assert len(proxy.replies) == (1 if cut == length > 0 else 2), where
         if case.changes_something:
@@ -567,7 +571,7 @@ class TestTheAnswerOfARegister:
         assert kept() == (0, False)
         assert manager.register_connection("newer", "user").displaced[0].sid == "sid"
 
-    @pytest.mark.parametrize(("seconds", "runs_again"), [(59, False), (61, True)])
+    @pytest.mark.parametrize(("seconds", "runs_again"), [(-3600, False), (59, False), (61, True)])
     def test_it_is_given_for_a_minute(
         self,
         manager: ConnectionManager,

@@ -2,5 +2,5 @@
 -- @include token_length
 -- Tell whether the call whose answer is kept in a user's list from first on (see split_sids) may be sent again.
 local function is_recent(list, first, now_us)
-  return first <= #list and now_us - struct.unpack('<d', list, first + token_length) < 1000 * kept_ms
+  return #list > first + token_length + 6 and now_us - struct.unpack('<d', list, first + token_length) < 1000 * kept_ms
 end
