@@ -87,7 +87,8 @@ class GameServer:
     async def disconnect(self, sid: str, reason: str) -> None:
         """Forget the connection of a user who left; keep the seat of one whose network failed.
 
-        This may run late, when the user is back on another server, or after cleanup: then it finds nothing.
+        This may run late, when the user is back on another server, or after cleanup: then it finds nothing. A client
+        that closes its socket before it has said so, as python-socketio's does, counts as one whose network failed.
         """
         has_left = reason == self.sio.reason.CLIENT_DISCONNECT
         await self.manager.unregister_connection(sid, grace_seconds=None if has_left else self.grace_seconds)
