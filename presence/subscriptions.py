@@ -164,44 +164,21 @@ class Feed:
         self._is_asked = True
 
 
-class _State:
-    """What both kinds of a subscription know."""
-
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
-        self.is_open: bool | None = None
-        self.lost: EventsLostError | None = None
-
-    def check_that_it_was_entered(self, how: str) -> None:
-        """Refuse to iterate over what was never subscribed: it would be over at once, as if nothing had happened."""
-        if self.is_open is None:
-            raise RuntimeError(
-                f"the subscription has not begun: enter it first, {how} manager.subscribe(...) as events"
-            )
-
-    def check_that_nothing_is_lost(self) -> None:
-        """Tell whoever iterates that events are lost, each time."""
-        if self.lost is not None:
-            raise self.lost
-
-    def lose(self, error: Exception) -> None:
-        """Note that events are lost."""
-        if not isinstance(error, EventsLostError):
-            lost = EventsLostError(_CONNECTION_LOST)
-            lost.__cause__ = error
-            error = lost
-        self.lost = error
-
-
 def _own_connection(source: Any) -> Any:
     """Make a connection like those of a pool or node, which decodes nothing: redis-py 7.4's ``can_read`` would."""
     return source.connection_class(**(source.connection_kwargs | {"decode_responses": False}))
 
 
-class _Positioned:
-    """What both kinds of a subscription tell."""
+class _Subscription:
+    """What both kinds know and tell."""
 
-    _state: _State
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._is_open: bool | None = None
+        self._lost: EventsLostError | None = None
+        self._connection: Any = None
+        """Through pub/sub, its own."""
+        self._socket_timeout: float | None = None
 
     @property
     def position(self) -> str | None:
@@ -210,10 +187,30 @@ class _Positioned:
         It is that of the last event, or beyond it where what followed was not asked for. None before the block is
         entered (unless ``after`` was given), and through pub/sub.
         """
-        return self._state.feed.position
+        return self._feed.position
+
+    def _check_that_it_was_entered(self, how: str) -> None:
+        """Refuse to iterate over what was never subscribed: it would be over at once, as if nothing had happened."""
+        if self._is_open is None:
+            raise RuntimeError(
+                f"the subscription has not begun: enter it first, {how} manager.subscribe(...) as events"
+            )
+
+    def _check_that_nothing_is_lost(self) -> None:
+        """Tell whoever iterates that events are lost, each time."""
+        if self._lost is not None:
+            raise self._lost
+
+    def _lose(self, error: Exception) -> None:
+        """Note that events are lost."""
+        if not isinstance(error, EventsLostError):
+            lost = EventsLostError(_CONNECTION_LOST)
+            lost.__cause__ = error
+            error = lost
+        self._lost = error
 
 
-class AsyncSubscription(_Positioned):
+class AsyncSubscription(_Subscription):
     """The events that ``ConnectionManager.subscribe`` was asked for; ``async with`` it, then ``async for`` over it.
 
     A wait for the next event may be cancelled, as by ``asyncio.wait_for``, and loses none. It is for one task only.
@@ -226,15 +223,13 @@ class AsyncSubscription(_Positioned):
         wait: Callable[[Exchange[Exception | None]], Awaitable[Exception | None]],
         client: Callable[[], redis.asyncio.Redis | redis.asyncio.RedisCluster],
     ) -> None:
-        self._state = _State(feed)
+        super().__init__(feed)
         self._run = run
         self._wait = wait
         self._client = client
-        self._connection: Any = None
-        self._socket_timeout: float | None = None
 
     async def __aenter__(self) -> Self:
-        feed = self._state.feed
+        feed = self._feed
         await self._run(feed.start())
         client = self._client()
         source: Any = (
@@ -256,7 +251,7 @@ class AsyncSubscription(_Positioned):
                 if isinstance(error, FAULTS):
                     raise explain(error) from error
                 raise
-        self._state.is_open = True
+        self._is_open = True
         return self
 
     async def __aexit__(
@@ -266,7 +261,7 @@ class AsyncSubscription(_Positioned):
 
     async def aclose(self) -> None:
         """End the subscription; an ``async for`` that waits in another task ends."""
-        self._state.is_open = False
+        self._is_open = False
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.disconnect(nowait=True)
@@ -275,24 +270,23 @@ class AsyncSubscription(_Positioned):
         return self
 
     async def __anext__(self) -> Event:
-        state = self._state
-        while state.is_open:
-            if state.feed.has_events:
-                return state.feed.give()
-            state.check_that_nothing_is_lost()
-            if state.feed.is_stream:
-                await self._run(state.feed.read())
-                if state.feed.is_at_end:
-                    fault = await self._wait(state.feed.wait(self._socket_timeout))
+        while self._is_open:
+            if self._feed.has_events:
+                return self._feed.give()
+            self._check_that_nothing_is_lost()
+            if self._feed.is_stream:
+                await self._run(self._feed.read())
+                if self._feed.is_at_end:
+                    fault = await self._wait(self._feed.wait(self._socket_timeout))
                     if fault is not None:
                         raise explain(fault)
             else:
                 await self._receive()
-        state.check_that_it_was_entered("async with")
+        self._check_that_it_was_entered("async with")
         raise StopAsyncIteration
 
     async def _receive(self) -> None:
-        connection, feed = self._connection, self._state.feed
+        connection, feed = self._connection, self._feed
         try:
             # What is not all there when the wait ends, or is cancelled, stays in the connection's buffer.
             reply = await connection.read_response(
@@ -308,11 +302,11 @@ class AsyncSubscription(_Positioned):
             error = as_fault(met)
             if isinstance(error, RuntimeError):
                 raise
-            if self._state.is_open:
-                self._state.lose(error)
+            if self._is_open:
+                self._lose(error)
 
 
-class Subscription(_Positioned):
+class Subscription(_Subscription):
     """The events that ``ConnectionManager.subscribe`` was asked for; ``with`` it, then ``for`` over it, in one thread.
 
     ``close()`` in another thread ends the loop.
@@ -324,16 +318,14 @@ class Subscription(_Positioned):
         run: Callable[[Exchange[Any]], Any],
         client: Callable[[], redis.Redis | redis.RedisCluster],
     ) -> None:
-        self._state = _State(feed)
+        super().__init__(feed)
         self._run = run
         self._client = client
-        self._connection: Any = None
         self._is_receiving = False
         """Whether one has begun to read what comes through pub/sub, and has not ended in good order."""
-        self._socket_timeout: float | None = None
 
     def __enter__(self) -> Self:
-        feed = self._state.feed
+        feed = self._feed
         self._run(feed.start())
         client: Any = self._client()
         if isinstance(client, redis.RedisCluster):
@@ -352,7 +344,7 @@ class Subscription(_Positioned):
                 if isinstance(error, FAULTS):
                     raise explain(error) from error
                 raise
-        self._state.is_open = True
+        self._is_open = True
         return self
 
     def __exit__(
@@ -362,7 +354,7 @@ class Subscription(_Positioned):
 
     def close(self) -> None:
         """End the subscription; a ``for`` that waits in another thread ends."""
-        self._state.is_open = False
+        self._is_open = False
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.disconnect()
@@ -371,26 +363,25 @@ class Subscription(_Positioned):
         return self
 
     def __next__(self) -> Event:
-        state = self._state
-        while state.is_open:
-            if state.feed.has_events:
-                return state.feed.give()
-            state.check_that_nothing_is_lost()
-            if state.feed.is_stream:
-                self._run(state.feed.read())
-                if state.feed.is_at_end:
-                    fault = self._run(state.feed.wait(self._socket_timeout))
+        while self._is_open:
+            if self._feed.has_events:
+                return self._feed.give()
+            self._check_that_nothing_is_lost()
+            if self._feed.is_stream:
+                self._run(self._feed.read())
+                if self._feed.is_at_end:
+                    fault = self._run(self._feed.wait(self._socket_timeout))
                     if fault is not None:
                         raise explain(fault)
             else:
                 self._receive()
-        state.check_that_it_was_entered("with")
+        self._check_that_it_was_entered("with")
         raise StopIteration
 
     def _receive(self) -> None:
-        connection, feed = self._connection, self._state.feed
+        connection, feed = self._connection, self._feed
         if self._is_receiving:
-            self._state.lose(EventsLostError("a read was interrupted, as by a signal's handler that raised"))
+            self._lose(EventsLostError("a read was interrupted, as by a signal's handler that raised"))
             return
         self._is_receiving = True
         try:
@@ -402,12 +393,12 @@ class Subscription(_Positioned):
                 connection.send_command("PING", check_health=False)
             self._is_receiving = False
         except (*FAULTS, EventsLostError) as error:
-            if self._state.is_open:
-                self._state.lose(error)
+            if self._is_open:
+                self._lose(error)
         except UnexpectedReplyError:
             self._is_receiving = False
             raise
         except Exception:
             # A socket that another thread closes under a read fails in more ways.
-            if self._state.is_open:
+            if self._is_open:
                 raise
