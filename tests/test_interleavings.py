@@ -32,8 +32,8 @@ from bench.explorer import (
     explore,
 )
 from bench.explorer.explore import WRONG_ANSWERS, WRONG_END, multinomial
-from bench.explorer.pairs import Specification, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
+from bench.explorer.specification import Specification, serial_outcomes
 from bench.explorer.stage import Crash, Stage
 from bench.history import HistoryReport
 from bench.report import Row

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from bench.contenders import CONTENDERS, kind_of, violations
 from bench.contenders.library import Presence
 from bench.explorer.gate import readable
-from bench.explorer.pairs import Outcome, Pair, scheduled_outcome, serial_outcomes
 from bench.explorer.schedules import AtRandom, DepthFirst, InOrder
+from bench.explorer.specification import Outcome, scheduled_outcome, serial_outcomes
 from bench.explorer.stage import Crash, Stage
 from tests.processes import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from bench.explorer.pairs import Pair
     from bench.explorer.schedules import Schedule
     from bench.explorer.stage import Run
 
