@@ -140,7 +140,8 @@ class Feed:
             timeout_ms = int(socket_timeout * 1000)
             block_ms = max(1, min(MAX_BLOCK_MS, timeout_ms // 2, timeout_ms - LATE_MS))
         last = self._received.end.entry_id.encode()
-        (reply,) = yield [("XREAD", b"BLOCK", b"%d" % block_ms, b"COUNT", b"1", b"STREAMS", self.key, last)]
+        # In lower case, since a client that caches what it reads takes XREAD for a read that it has to cache.
+        (reply,) = yield [("xread", b"BLOCK", b"%d" % block_ms, b"COUNT", b"1", b"STREAMS", self.key, last)]
         # A primary that becomes a replica ends all waits so. What to think of it, the next read decides.
         is_over = not isinstance(reply, Exception) or str(reply).startswith("UNBLOCKED")
         return None if is_over else reply

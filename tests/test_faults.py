@@ -22,7 +22,8 @@ from redis.cache import CacheConfig
 import presence
 import presence.sync
 from presence import clients
-from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Command, Operation
+from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Command, Operation, Operations
+from presence.subscriptions import Feed
 from tests.clock import let_time_pass
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
@@ -848,12 +849,22 @@ def test_a_client_that_wants_to_cache_is_told_that_the_server_is_too_old(
     about: Any = own_client.info("server")
     can_cache = [int(part) for part in about["redis_version"].split(".")[:2]] >= [7, 4]
     client = redis.Redis.from_url(own_server.url, protocol=3, cache_config=CacheConfig())
-    with client, presence.sync.ConnectionManager(client) as manager:
+    with client, presence.sync.ConnectionManager(client, events="stream") as manager:
         if can_cache:
-            assert manager.get_connection_count() == 0
+            with manager.subscribe() as events:
+                threading.Timer(0.1, manager.register_connection, ("sid", "user")).start()
+                assert next(events).connection.sid == "sid"
         else:
             with pytest.raises(presence.UnexpectedReplyError, match="make it without a cache_config"):
                 manager.get_connection_count()
+
+
+def test_no_command_is_taken_for_one_to_cache() -> None:
+    """On older servers, which cannot cache, redis-py does not get so far as to ask."""
+    operations = Operations(events="stream")
+    commands = [operations.get_connection("sid").command(), *next(Feed(operations, None, None, None).wait(None))]
+    assert [command[0].upper() for command in commands] == ["EVALSHA", "XREAD"]
+    assert not any(CacheConfig().is_allowed_to_cache(str(command[0])) for command in commands)
 
 
 def test_a_server_whose_lua_lacks_a_function_is_told_which_one_can(manager: ConnectionManager) -> None:
