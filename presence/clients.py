@@ -30,6 +30,7 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
 
+from presence import arguments
 from presence.errors import FAULTS, as_fault
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ _QUOTING = {
 }
 """How the errors begin that quote what may be a password, and what is said instead."""
 _QUOTING_HINT = "special characters in a password must be percent-encoded"
+
+PROTOCOLS = (None, 2, 3, "2", "3")
+"""The versions of RESP, as redis-py takes them."""
 
 MAX_CONNECTIONS = 64
 """Connections of one manager's pool. Operations beyond it wait for a free one instead of failing."""
@@ -226,6 +230,13 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
             if name in own:
                 hint = f"{name} is one of from_url() itself"
             raise ValueError(f"url is malformed: an option in it does not exist; {hint}")
+    # Two that exist, but would be a fault of every call.
+    if "ssl" in given and address.deployment == "server":
+        raise TypeError("from_url() has no option 'ssl' for redis://; write rediss://")
+    if given.get("protocol") not in PROTOCOLS:
+        raise ValueError(f"protocol must be 2 or 3, not {arguments.shown(given['protocol'])}")
+    if in_url.get("protocol") not in PROTOCOLS:
+        raise ValueError("url is malformed: protocol must be 2 or 3")
 
 
 @cache

@@ -592,6 +592,12 @@ class TestAUrl:
             manager_type.from_url(f"{url}?namespace=blue")
         with pytest.raises(TypeError, match="no option 'client'; did you mean 'client_"):
             manager_type.from_url(url, client=None)
+        with pytest.raises(TypeError, match=r"no option 'ssl' for redis://; write rediss://"):
+            manager_type.from_url("redis://localhost", ssl=True)
+        with pytest.raises(ValueError, match=r"^url is malformed: protocol must be 2 or 3$"):
+            manager_type.from_url(f"{url}?protocol=4")
+        with pytest.raises(ValueError, match=r"^protocol must be 2 or 3, not 'three'$"):
+            manager_type.from_url(url, protocol="three")
         with pytest.raises(TypeError, match=r"no option 'colour'$"):
             manager_type.from_url(url, colour="red")
         with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'socket_timeout'"):
