@@ -228,6 +228,8 @@ class ConnectionManager:
             TypeError: an argument has the wrong type, or there is no such option.
             ValueError: an argument is out of its bounds, or the URL is malformed.
 
+        Cost: none before its first use.
+
         """
         manager = cls(
             namespace=namespace,
@@ -257,7 +259,8 @@ class ConnectionManager:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
         A client that was passed in stays open. Operations under way are waited for (those of this event loop).
-        A closed manager connects again when it is used again, as by a subscription that was not ended before.
+        A closed manager connects again when it is used again, as by a subscription that was not ended before. It asks
+        the server nothing and raises no fault.
         """
         self._closes += 1
         loop, cancellations = asyncio.get_running_loop(), clients.cancellations()

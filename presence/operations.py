@@ -217,9 +217,9 @@ class Operations:
     """The operations of one namespace, each method checking its arguments and describing one call.
 
     Where a manager has a method of the same name, that says what arguments, result, errors and costs are. The others
-    are the parts of the managers' bulk calls and cleanups: a ``…_batch`` is one script, ``…_batches`` are as many as it
-    takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, a ``…_batch`` also for more ids than one script
-    takes.
+    are the parts of the managers' bulk calls and cleanups: a ``…_batch`` is one script, ``…_batches``, for the
+    managers, are as many as it takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, a ``…_batch`` also
+    for more ids than one script takes.
 
     Args:
         namespace: the keyspace and, being the hash tag of every key, the cluster slot; 1 to 1,024 characters, no
@@ -623,7 +623,7 @@ class Operations:
         )
 
     def read_events(self, position: Position) -> Operation[EventsBatch]:
-        """Describe the read of at most 100 changes that come after a position in the stream: see ``subscribe``."""
+        """Describe the read of at most 100 changes that come after a position in the stream; for subscriptions."""
         return Operation(
             READ_EVENTS,
             (self.events_key,),
@@ -679,10 +679,11 @@ class Operations:
         """Describe one bounded batch of a cleanup: see ``cleanup_stale_connections``.
 
         Args:
-            threshold_seconds: seconds, 0 or more; None for three heartbeats.
+            threshold_seconds: seconds, 0 to ten years; None for three heartbeats.
 
         Returns:
-            The operation, whose result is what it removed and detached, at most 20, and whether that was the last.
+            The operation, whose result has ``removed`` and ``detached``, together at most 20 connections, and
+            ``is_last``: whether there was no more to do.
 
         """
         threshold_ms = (
