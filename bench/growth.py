@@ -21,7 +21,7 @@ from bench.contenders import CONTENDERS
 from bench.contenders.plain import Plain
 from bench.crowd import PATIENCE_SECONDS, PLAIN, PRESENCE, Crowd
 from bench.fill import NAMESPACE, load_scripts, server_ms
-from bench.measure import MeasurementError, Spread, command_stats, difference, ratios, used_memory
+from bench.measure import LEAST_TIME, MeasurementError, Spread, command_stats, difference, ratios, used_memory
 from bench.progress import Progress
 from bench.report import Figure, Row
 from bench.slowlog import SlowScripts
@@ -48,8 +48,9 @@ commandstats`): of the script, or of all commands that *plain* needed; it leaves
 and answering each command, so it flatters *plain*. *Time at the client* is what the caller waits for. Memory is the
 difference in `used_memory` before and after a crowd was written, without the answers that are kept for a minute, and
 with tables that never held them. For a cleanup, 1 % of a crowd chosen at random fell silent; *plain*'s runs once, since
-it takes minutes. The growth of every operation is held against the smallest crowd, within one round. The longest script
-is found in `SLOWLOG`, over everything that this section ran after the crowds were written, but for what was not
+it takes minutes. The growth of every operation is held against the smallest crowd, within one round; the rows *the
+commands within* tell how much the native commands grow that its scripts issued, in the very same calls. The longest
+script is found in `SLOWLOG`, over everything that this section ran after the crowds were written, but for what was not
 measured before each turn; its strict maximum holds the time for which the server waited for a CPU, or a virtual machine
 for its host: so beside it stand the longest call of a script that only counts, run all along, and the usual maximum of
 a round."""
@@ -96,6 +97,8 @@ class Sample(NamedTuple):
 
     server: float
     client: float
+    commands: float
+    """In the server, but for what a script adds to its commands."""
 
 
 class Measured:
@@ -178,9 +181,11 @@ class Measured:
             if not is_right(answer):
                 raise MeasurementError(f"{name} of {self.crowd.contender} answered {answer!r:.200}, which is wrong")
         # A script's time holds that of its commands.
-        server = used["evalsha"].time if self.crowd.contender == PRESENCE else sum(each.time for each in used.values())
+        script = used.pop("evalsha").time if self.crowd.contender == PRESENCE else None
+        commands = sum(each.time for each in used.values())
+        server = commands if script is None else script
         parts *= len(calls)
-        self.samples[name].append(Sample(server / parts, seconds * 1e6 / parts))
+        self.samples[name].append(Sample(server / parts, seconds * 1e6 / parts, commands / parts))
 
     async def beat(self) -> None:
         """Measure heartbeats."""
@@ -455,6 +460,10 @@ def _client(each: Measured, name: str) -> list[float]:
     return [sample.client for sample in each.samples[name]]
 
 
+def _commands(each: Measured, name: str) -> list[float]:
+    return [max(sample.commands, LEAST_TIME) for sample in each.samples[name]]
+
+
 def _growth(ours: BySize) -> Findings:
     """Give the server time of every operation at every size, beside the smallest size in the same round."""
     smallest, *larger = ours
@@ -469,6 +478,9 @@ def _growth(ours: BySize) -> Findings:
             target = GROWTH_RATIO if (smallest, size) == JUDGED else None
             row = Row(f"{name}, among {size:,}", Spread.of(costs), "µs", ratios(costs, base), f"{smallest:,}", target)
             rows.append(row)
+        few, many = _commands(ours[smallest], name), _commands(ours[larger[-1]], name)
+        what = f"the commands within: {name}, among {larger[-1]:,}"
+        rows.append(Row(what, Spread.of(many), "µs", ratios(many, few), f"{smallest:,}"))
     points = {name: [(size, Spread.of(_server(each, name)).median) for size, each in ours.items()] for name in PLOTTED}
     rooms = {
         name: [(size, Spread.of(_server(each, name)).median) for size, each in ours.items() if name in each.samples]

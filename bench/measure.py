@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Command: TypeAlias = "tuple[str | bytes | int, ...]"
 """A command to send, presence's own or a native one."""
 
+LEAST_TIME = 0.05
+"""Of the commands within a call, in µs: the server counts in whole ones, of which a few calls may take none."""
 PIPELINE_SIZE = 500
 STABLE_SECONDS = 1.0
 STABLE_BYTES = 64 * 1024

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.fill import NAMESPACE, Population, new_sid, sample, server_ms
-from bench.measure import MeasurementError, Spread, ratios, send, server_time
+from bench.measure import LEAST_TIME, MeasurementError, Spread, ratios, send, server_time
 from bench.progress import Progress
 from bench.report import Row
 from presence.operations import HEARTBEAT_BATCH_SIZE, Operations
@@ -107,8 +107,6 @@ DUE_SILENCE_MS = 15 * 60 * 1000
 """After so long a silence a heartbeat refreshes the TTLs in any case."""
 ANSWERED_SECONDS = 5 * 60
 """How long ago the last register of most was: its answer is too old to be given again, and is still in the list."""
-LEAST_TIME = 0.05
-"""Of the commands within a call, in µs: the server counts in whole ones, of which a few calls may take none."""
 SHORT_TTL_MS = 3_600_000
 """Less than any record is left with."""
 

@@ -16,6 +16,7 @@ from bench import page, prove, report
 from bench.contenders import CONTENDERS, violations
 from bench.crowd import PLAIN, PRESENCE, Crowd
 from bench.fill import NAMESPACE, Population, load_scripts
+from bench.growth import measure_growth
 from bench.measure import MeasurementError, Spread, send
 from bench.report import Figure, Row
 from bench.round_trips import measure_round_trips
@@ -252,3 +253,15 @@ def test_each_operation_takes_as_many_round_trips_as_its_contender_has_steps(own
         assert trips[f"plain: {operation}"] == len(commands.split())
     for name in CONTENDERS:
         assert sum(what.startswith(f"{name}: ") for what in trips) == len(trips) / len(CONTENDERS)
+
+
+def test_growth_is_measured_beside_that_of_the_commands_within(own_server: LocalServer) -> None:
+    scale = replace(TINY, sizes=(100, 200), growth_rounds=1, growth_calls=5, growth_cleanups=1)
+    with redis.Redis.from_url(own_server.url) as client:
+        found = [row for row in measure_growth(Server(client, own_server.url), scale) if isinstance(row, Row)]
+    grown = {row.what: row for row in found if row.baseline == "100"}
+    for name in ("heartbeat", DISPLACING, "cleanup, for each removed"):
+        whole, within = (grown[f"{before}{name}, among 200"] for before in ("", "the commands within: "))
+        assert whole.ratio
+        assert within.ratio
+        assert 0 < within.value.median < whole.value.median
