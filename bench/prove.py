@@ -67,16 +67,16 @@ has run them, the reply to the last one is lost, and nothing more is sent. All o
 but for a cleanup of several batches, so that its caller dies only means that it took effect and nobody was told.
 Therefore each pair of *presence* is explored once more on a server that has lost its scripts, where an operation takes
 up to three commands and its caller dies between them (a seeded sample of 300 where there are more). In *calls sent
-twice* each call whose answer is kept is sent again, as where its reply was lost: it must take effect once, and the
-second answer is compared. At the end of each
-schedule the invariants are checked, and that answers and end state are those of some serial order. That is an order of
-atomic parts: an operation is one, but a cleanup is one for each batch of 20; of a dead caller's operation none, the
-first few or all of them. Of *presence*, where no script is lost, they must be those of the very order in which the
-server ran the commands. The table says how many schedules ended wrong, of how many. *plain* is the control. What the
-others do not offer, even to one caller at a time, is *presence*'s alone: cleanups of several batches, sids that are
-registered again (guarantee 4), and in groups what a fleet of game servers needs: connections that are detached and
-resumed, policies, several connections of a user, capacity, epochs, the death of a server, metadata. There the whole
-answers are compared, and all that is stored of each connection, but for times."""
+twice* each register, unregister, join, leave and update of metadata is sent again, as where its reply was lost: it must
+take effect once, and the second answer is compared. At the end of each schedule the invariants are checked, and that
+answers and end state are those of some serial order. That is an order of atomic parts: an operation is one, but a
+cleanup is one for each batch of 20, and a call that is sent twice is two; of a dead caller's operation none, the first
+few or all of them. Of *presence*, where no script is lost, they must be those of the very order in which the server ran
+the commands. The table says how many schedules ended wrong, of how many. *plain* is the control. What the others do not
+offer, even to one caller at a time, is *presence*'s alone: cleanups of several batches, sids that are registered again
+(guarantee 4), and in groups what a fleet of game servers needs: connections that are detached and resumed, policies,
+several connections of a user, capacity, epochs, the death of a server, metadata. There the whole answers are compared,
+and all that is stored of each connection, but for times."""
 HOW_OTHERS = """The same, for a few pairs of those who keep order in other ways (seeded samples of 500 schedules where
 there are more). What goes wrong there is shown and has no target."""
 HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded: no history may

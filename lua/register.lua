@@ -25,6 +25,7 @@ Cost  O(log N), N = connections in the namespace, for itself and for each connec
       O(S) once, S = servers, where its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
 ]]
+-- @include now_us
 -- @include now_ms
 
 local call = redis.call -- To look it up for each command takes a sixtieth of the whole.

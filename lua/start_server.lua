@@ -9,6 +9,7 @@ Reply the boot epoch, larger than every epoch before
 Cost  O(S log S), S = servers
 Error OOM when the server's memory is full; nothing is changed then
 ]]
+-- @include now_us
 -- @include now_ms
 -- @include next_epoch
 -- @include answer_once

@@ -232,7 +232,9 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
             raise ValueError(f"url is malformed: an option in it does not exist; {hint}")
     # Two that exist, but would be a fault of every call.
     if "ssl" in given and address.deployment == "server":
-        raise TypeError("from_url() has no option 'ssl' for redis://; write rediss://")
+        raise TypeError("from_url() has no option 'ssl' for one server: its URL says so, redis:// or rediss://")
+    if isinstance(in_url.get("ssl"), str):
+        raise ValueError("url is malformed: ssl is no option in it; write rediss instead of redis")
     if given.get("protocol") not in PROTOCOLS:
         raise ValueError(f"protocol must be 2 or 3, not {arguments.shown(given['protocol'])}")
     if in_url.get("protocol") not in PROTOCOLS:

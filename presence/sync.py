@@ -83,7 +83,7 @@ class ConnectionManager:
             whose URL is ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` from the environment when it first connects, else
             ``redis://localhost:6379/0``.
         namespace: the keyspace; all game servers of one fleet use the same. 1 to 1,024 characters, no braces.
-        conn_ttl_seconds: how long a connection without a heartbeat stays known, the same on all servers of a
+        conn_ttl_seconds: how long a connection without a heartbeat stays known, the same on all game servers of a
             namespace; 0.001 s to ten years.
         heartbeat_seconds: how often clients send heartbeats, 0.001 s to ten years; a user is online for three times as
             long after the last one.
@@ -94,9 +94,9 @@ class ConnectionManager:
         server_id: the id of this game server: connections are registered for it, and when it dies (see
             ``run_server_heartbeat``) any other server's cleanup takes them. 1 to 1,024 characters; None for none.
         server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to
-            ``conn_ttl_seconds``; 0 removes them at once. The same on all servers.
+            ``conn_ttl_seconds``; 0 removes them at once. The same on all game servers.
         events: whether every change is published for ``subscribe``: ``"off"``; ``"pubsub"``, at most once; or
-            ``"stream"``, durable. The same on all servers.
+            ``"stream"``, durable. The same on all game servers.
         events_max_length: changes that the stream keeps, about, 1 to 100,000,000.
 
     Raises:
@@ -243,8 +243,8 @@ class ConnectionManager:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
         A client that was passed in stays open. Operations under way are waited for (those of other threads).
-        A closed manager connects again when it is used again, as by a subscription that was not ended before. It asks
-        the server nothing and raises no fault.
+        To close asks the server nothing and raises no fault. A closed manager connects again when it is used again, as
+        by a subscription that was not ended before.
         """
         own_thread = threading.get_ident()
         with self._changed:
@@ -649,7 +649,7 @@ class ConnectionManager:
         Raises:
             PresenceError: a fault stopped it before anything was removed or detached.
 
-        Cost: as :meth:`cleanup_stale_connections`, and O(S), S = servers, for each round trip.
+        Cost: as :meth:`cleanup_stale_connections`, and O(S), S = game servers, for each round trip.
 
         """
         describe_batch = partial(self.operations.cleanup_server_batch, server_id, grace_seconds=grace_seconds)
@@ -686,8 +686,8 @@ class ConnectionManager:
             ValueError: the manager has no ``server_id``.
             OutOfMemoryError: the server's memory is full, and this is the first: it could not be started.
 
-        Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = servers, and O(S)
-        where it is not known any more.
+        Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = game servers, and
+        O(S) where it is not known any more.
 
         """
         return self._run(for_server(self.operations, self.operations.update_server_heartbeat))
@@ -811,8 +811,8 @@ class ConnectionManager:
 
         Raises:
             TypeError: one of them is no description.
-            ValueError: where a registration or a heartbeat of the server is described before ``start_server``, with a
-                ``server_id`` (the manager's own methods see to the start).
+            ValueError: not by this but by :attr:`operations`, already where a registration or a heartbeat of the server
+                is described before ``start_server``, with a ``server_id`` (the manager's own methods see to the start).
             PipelineError: some or all failed; its ``results`` holds what every one of them answered or met.
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server

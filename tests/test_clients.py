@@ -592,8 +592,11 @@ class TestAUrl:
             manager_type.from_url(f"{url}?namespace=blue")
         with pytest.raises(TypeError, match="no option 'client'; did you mean 'client_"):
             manager_type.from_url(url, client=None)
-        with pytest.raises(TypeError, match=r"no option 'ssl' for redis://; write rediss://"):
-            manager_type.from_url("redis://localhost", ssl=True)
+        for of_one in ("redis://localhost", "rediss://localhost", "unix:///path"):
+            with pytest.raises(TypeError, match=r"no option 'ssl' for one server: its URL says so"):
+                manager_type.from_url(of_one, ssl=True)
+        with pytest.raises(ValueError, match=r"^url is malformed: ssl is no option in it; write rediss"):
+            manager_type.from_url(f"{url}?ssl=true")
         with pytest.raises(ValueError, match=r"^url is malformed: protocol must be 2 or 3$"):
             manager_type.from_url(f"{url}?protocol=4")
         with pytest.raises(ValueError, match=r"^protocol must be 2 or 3, not 'three'$"):

@@ -90,6 +90,7 @@ def test_a_call_that_is_sent_again_takes_effect_once_whatever_came_between(pair:
 
     twice = sum(call.method == "sent_twice" for call in pair.calls)
     assert result.alive.schedules >= multinomial([2] * twice + [1] * (len(pair.calls) - twice))
+    assert result.crashed.schedules >= len(pair.calls) * multinomial([1] * len(pair.calls))
     assert result.alive.is_complete
     assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
 

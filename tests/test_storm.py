@@ -157,7 +157,7 @@ def test_a_storm_leaves_no_keys_and_a_calm_is_none(server_url: str, client: redi
 
 
 @pytest.fixture
-def admin(own_server: LocalServer) -> Iterator[redis.Redis]:
+def storm_admin(own_server: LocalServer) -> Iterator[redis.Redis]:
     """A client of a server of the test's own, on which the storm's user may do what the test allows."""
     with redis.Redis.from_url(own_server.url) as client:
         client.acl_setuser("storm", enabled=True, passwords="+secret", commands=["+@all"], keys="*")
@@ -169,15 +169,17 @@ def storm_url(own_server: LocalServer) -> str:
     return own_server.url.replace("//", "//storm:secret@")
 
 
-def test_calls_that_raise_are_counted(admin: redis.Redis, storm_url: str) -> None:
-    admin.execute_command("ACL", "SETUSER", "storm", "-exists")
+def test_calls_that_raise_are_counted(storm_admin: redis.Redis, storm_url: str) -> None:
+    storm_admin.execute_command("ACL", "SETUSER", "storm", "-exists")
     result = run_storm("plain", storm_url, operations=1_000, processes=2, tasks=4, users=USERS)
     assert list(result.errors) == ["heartbeat: NoPermissionError"]
     assert result.operations == 1_000 == result.latencies[storm.ALL].calls + sum(result.errors.values())
     assert any("raised" in fault for fault in result.faults())
 
 
-def test_a_cleanup_that_raises_may_have_removed_anything(admin: redis.Redis, storm_url: str, tmp_path: Path) -> None:
+def test_a_cleanup_that_raises_may_have_removed_anything(
+    storm_admin: redis.Redis, storm_url: str, tmp_path: Path
+) -> None:
     operations = 6_000
     done = 0
 
@@ -185,7 +187,7 @@ def test_a_cleanup_that_raises_may_have_removed_anything(admin: redis.Redis, sto
         nonlocal done
         done += count
         rule = "-scan" if done < operations / 2 else "+scan"
-        admin.execute_command("ACL", "SETUSER", "storm", rule)
+        storm_admin.execute_command("ACL", "SETUSER", "storm", rule)
 
     result = run_storm(
         "transaction",

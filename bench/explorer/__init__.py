@@ -8,8 +8,10 @@ the tests has it: an order of atomic parts, of which an operation is one, and a 
 
 Then each of the callers dies after each of its steps, while the others run on. What it sent takes effect, the reply to
 its last step is lost, and it sends nothing more; where its operation is one step, nothing else can be lost. A server
-that has lost its scripts makes up to three steps of it. And a caller that lives on sends it again: it must have taken
-effect once, and the second answer is the one that was lost.
+that has lost its scripts makes up to three steps of it.
+
+In more pairs of *presence* calls are sent twice, as where the first reply was lost: one that changed something must
+have taken effect once and answers the same again, one that changed nothing acts as a new call.
 
 How many schedules there are: two operations of a and b steps have (a + b)! / (a! b!). Of plain commands a first
 register has five (GET, HSET, EXPIRE, SET, EXPIRE), so two of them would have 252; but in 12 of those one caller's SET

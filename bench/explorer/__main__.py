@@ -73,7 +73,7 @@ def main() -> int:
         action="append",
         metavar="NAME",
         choices=[name.replace("‖", "|") for name in of_presence],
-        help="as 'register|heartbeat'; another name gets a list of all; may be repeated; default: all that there are",
+        help="as 'register|heartbeat'; another name gets a list; may be repeated; default: what the contender offers",
     )
     parser.add_argument("--limit", type=int, default=LIMIT, help="schedules of a pair; where there are more, a sample")
     parser.add_argument("--seed", default=SEED, help="of the samples")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STALE_AGE_SECONDS = 1000
 THRESHOLD_SECONDS = 500
 GRACE_SECONDS = 500
-ANSWER_IS_KEPT = (
+SENT_TWICE = (
     "register",
     "register_and_tell",
     "unregister",
@@ -26,7 +26,7 @@ ANSWER_IS_KEPT = (
     "leave",
     "update_metadata",
 )
-"""Methods whose call answers the same when it is sent again, if it changed anything."""
+"""Methods of one call each, which answers the same when it is sent again, if it changed anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ class Pair:
         return replace(self, name=f"{self.name}, scripts lost", forget_scripts=True)
 
     def with_calls_sent_twice(self) -> Pair:
-        """Give the same with every call that keeps its answer sent twice, as where the first reply was lost."""
+        """Give the same with every call of these methods sent twice, as where the first reply was lost."""
         calls = tuple(
-            Call("sent_twice", (call.method, *call.arguments)) if call.method in ANSWER_IS_KEPT else call
+            Call("sent_twice", (call.method, *call.arguments)) if call.method in SENT_TWICE else call
             for call in self.calls
         )
         return replace(self, name=f"{self.name}, sent twice", calls=calls)
@@ -335,7 +335,7 @@ SENT_TWICE_PAIRS = {
     for pair in (
         pair.with_calls_sent_twice()
         for pair in (PAIRS | SAME_SID_PAIRS | FLEET_PAIRS).values()
-        if any(call.method in ANSWER_IS_KEPT for call in pair.calls)
+        if any(call.method in SENT_TWICE for call in pair.calls)
     )
 }
 """The same with calls whose first reply is lost: only *presence* keeps answers."""

@@ -64,8 +64,8 @@ class Specification:
     """The tests' model of a presence, called as the contenders are: it knows no commands and no concurrency.
 
     A call is one atomic part, but for a cleanup: that is a part for each batch, the longest silent first, until one
-    finds less than a whole batch. To start a game server and register for it are two, and so are to read an epoch and
-    to act for it.
+    finds less than a whole batch. To start a game server and register for it are two, so are to read an epoch and to
+    act for it, and a call that is sent twice.
     """
 
     def __init__(self, set_up: Iterable[Call], settings: Mapping[str, Any] | None = None) -> None:
