@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from presence import ConnectionInfo
 
 # Few names, so that sequences meet: the same user on two sids, the same sid for two users.
-SIDS = st.sampled_from(["sid-1", "sid-2", "sid-3", "a longer sid", "ß"])
+NAMES = ["sid-1", "sid-2", "sid-3", "a longer sid", "ß"]
+SIDS = st.sampled_from(NAMES)
+TARGETS = st.integers(0, 59)
+"""Whom an operation is about, see ``target``."""
 USERS = st.sampled_from(["user-1", "user-2", "user-3"])
 GAMES = st.sampled_from(["game-1", "game-2"])
 # Time moves in steps of ten seconds and every limit lies at five, so the few real seconds of a run cannot matter.
@@ -132,15 +135,25 @@ class Sequences(RuleBasedStateMachine):
             metadata=connection.metadata,
         )
 
+    def target(self, number: int) -> str:
+        """Choose a sid for an operation: mostly one that is stored, be it live, detached or expired."""
+        stored = self.model.registered
+        return stored[number % len(stored)] if stored and number % 5 else NAMES[number % len(NAMES)]
+
     def written_at(self, sid: str, before: int) -> int:
         """Read when the server wrote a connection's last_seen: the one thing that the model cannot know itself."""
         written: Any = self.client.zscore(f"{{{self.namespace}}}:last_seen", sid)
         assert before <= int(written) <= self.now()
         return int(written)
 
-    @initialize()
-    def start_empty(self) -> None:
+    @initialize(seated=st.integers(0, 3))
+    def start(self, seated: int) -> None:
+        """Begin with a connection for each user, some of them in a game: most of what matters needs some."""
         assert self.manager.get_connection_count() == 0
+        for number, (sid, user_id) in enumerate(zip(NAMES, ("user-1", "user-2", "user-3"), strict=False)):
+            self.register_through(self.manager, None, sid, user_id, b"")
+            if number < seated:
+                self.put_in_game(sid, "game-1", None)
 
     @rule(sid=SIDS, user_id=USERS, metadata=METADATA)
     def register(self, sid: str, user_id: str, metadata: bytes) -> None:
@@ -150,7 +163,7 @@ class Sequences(RuleBasedStateMachine):
     def register_on_a_server(self, sid: str, user_id: str, metadata: bytes, server_id: str) -> None:
         manager = self.servers[server_id]
         if manager.operations.boot_epoch is None:
-            self.start(manager)
+            self.start_server(manager)
         self.register_through(manager, self.start_of(manager), sid, user_id, metadata)
 
     @precondition(lambda self: self.replaced)
@@ -185,7 +198,7 @@ class Sequences(RuleBasedStateMachine):
     def start_of(manager: Any) -> str:
         return f"{manager.operations.boot_epoch}:{manager.operations.server_id}"
 
-    def start(self, manager: Any) -> None:
+    def start_server(self, manager: Any) -> None:
         epochs = [int(server.partition(":")[0]) for server in self.model.servers]
         epoch = manager.start_server()
         assert epoch > max(epochs + [connection.epoch for connection in self.model.connections.values()], default=0)
@@ -203,13 +216,13 @@ class Sequences(RuleBasedStateMachine):
         if before.operations.boot_epoch is not None:
             self.replaced[server_id] = before
         self.servers[server_id] = manager
-        self.start(manager)
+        self.start_server(manager)
 
     @rule(server_id=SERVER_IDS)
     def beat_for_a_server(self, server_id: str) -> None:
         manager = self.servers[server_id]
         if manager.operations.boot_epoch is None:
-            self.start(manager)
+            self.start_server(manager)
         server = self.start_of(manager)
         assert manager.update_server_heartbeat()
         assert self.model.beat(server, self.beaten_at(server))
@@ -224,8 +237,9 @@ class Sequences(RuleBasedStateMachine):
             # Once cleanup has taken its successor as well, nothing tells that there was one.
             assert is_known is self.model.beat(server, self.beaten_at(server) if is_known else self.now())
 
-    @rule(sid=SIDS, metadata=METADATA)
-    def update_metadata(self, sid: str, metadata: bytes) -> None:
+    @rule(number=TARGETS, metadata=METADATA)
+    def update_metadata(self, number: int, metadata: bytes) -> None:
+        sid = self.target(number)
         assert self.manager.update_metadata(sid, metadata) is self.model.update_metadata(sid, metadata, self.now())
 
     @rule()
@@ -260,12 +274,14 @@ class Sequences(RuleBasedStateMachine):
             self.typed(self.model.connections[detached.sid]) for detached in expected.detached
         }
 
-    @rule(sid=SIDS)
-    def unregister(self, sid: str) -> None:
+    @rule(number=TARGETS)
+    def unregister(self, number: int) -> None:
+        sid = self.target(number)
         self.same(self.manager.unregister_connection(sid), self.model.unregister(sid, self.now()))
 
-    @rule(sid=SIDS, grace_seconds=GRACES)
-    def detach(self, sid: str, grace_seconds: int) -> None:
+    @rule(number=TARGETS, grace_seconds=GRACES)
+    def detach(self, number: int, grace_seconds: int) -> None:
+        sid = self.target(number)
         before = self.now()
         detached = self.manager.unregister_connection(sid, grace_seconds=grace_seconds)
         score = self.client.zscore(f"{{{self.namespace}}}:last_seen", sid)
@@ -274,14 +290,18 @@ class Sequences(RuleBasedStateMachine):
             assert before <= -int(score) - grace_seconds * 1000 <= self.now()
         self.same(detached, self.model.detach(sid, before, -int(score or 0)))
 
-    @rule(sid=SIDS, game_id=GAMES, capacity=CAPACITIES)
-    def join(self, sid: str, game_id: str, capacity: int | None) -> None:
+    @rule(number=TARGETS, game_id=GAMES, capacity=CAPACITIES)
+    def join(self, number: int, game_id: str, capacity: int | None) -> None:
+        self.put_in_game(self.target(number), game_id, capacity)
+
+    def put_in_game(self, sid: str, game_id: str, capacity: int | None) -> None:
         joined, left_game_id, is_full = self.model.join(sid, game_id, self.now(), capacity)
         result = self.manager.join_game(sid, game_id, capacity=capacity)
         assert result == presence.JoinResult(joined, left_game_id, is_full)
 
-    @rule(sid=SIDS, other=SIDS)
-    def act_for_another_registration(self, sid: str, other: str) -> None:
+    @rule(number=TARGETS, other=SIDS)
+    def act_for_another_registration(self, number: int, other: str) -> None:
+        sid = self.target(number)
         mine, another = self.model.live(sid, self.now()), self.model.connections.get(other)
         epoch = another.epoch if another and sid != other else 1
         if mine:
@@ -290,12 +310,14 @@ class Sequences(RuleBasedStateMachine):
             assert self.manager.leave_game(sid, epoch=epoch) is None
             assert self.manager.unregister_connection(sid, epoch=epoch) is None
 
-    @rule(sid=SIDS)
-    def leave(self, sid: str) -> None:
+    @rule(number=TARGETS)
+    def leave(self, number: int) -> None:
+        sid = self.target(number)
         assert self.manager.leave_game(sid) == self.model.leave(sid, self.now())
 
-    @rule(sid=SIDS)
-    def heartbeat(self, sid: str) -> None:
+    @rule(number=TARGETS)
+    def heartbeat(self, number: int) -> None:
+        sid = self.target(number)
         before = self.now()
         is_known = self.manager.update_heartbeat(sid)
         assert is_known == (self.model.live(sid, before) is not None)
