@@ -38,6 +38,7 @@ local key_prefix = last_seen_key:sub(1, prefix_length)
 local sid = conn_key:sub(prefix_length + #'conn:' + 1)
 local user_id = user_conns_key:sub(prefix_length + #'user_conns:' + 1)
 
+-- In us as well, to compare and to pack.
 local now = now_us + 0
 -- @include token_length
 -- Eight bytes rather than sixteen digits: every list keeps them, and in most it spares a size class of the allocator.
