@@ -27,6 +27,7 @@ import presence
 import presence.sync
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
+from tests.follower import Follower
 from tests.invariants import read_keyspace, violations
 from tests.model import Model, ModelCleanup, ModelConnection
 
@@ -51,6 +52,11 @@ CONN_TTL_SECONDS = 305
 HEARTBEAT_SECONDS = 95 / 3
 
 
+def without_last_seen(connection: ConnectionInfo) -> ConnectionInfo:
+    """Make it what it was before its heartbeats, of which no event tells."""
+    return replace(connection, last_seen=connection.connected_at)
+
+
 class Sequences(RuleBasedStateMachine):
     """Every operation through an asyncio and a blocking manager of no game server and of two, at random."""
 
@@ -70,6 +76,7 @@ class Sequences(RuleBasedStateMachine):
             "connections_per_user": self.connections_per_user,
             "displacement": self.displacement,
             "server_grace_seconds": self.server_grace_seconds,
+            "events": "stream",
         }
         self.options = options
         self.client = self.stack.enter_context(redis.Redis.from_url(self.url))
@@ -86,6 +93,8 @@ class Sequences(RuleBasedStateMachine):
             self.connections_per_user,
             displacement=self.displacement,
         )
+        self.events = self.stack.enter_context(self.managers[1].subscribe())
+        self.follower = Follower(without_last_seen)
         self.calls = 0
 
     def new_manager(self, server_id: str | None, *, is_blocking: bool) -> Any:
@@ -347,6 +356,7 @@ class Sequences(RuleBasedStateMachine):
     def let_time_pass(self, seconds: int) -> None:
         let_time_pass(self.client, self.namespace, seconds)
         self.model.age(seconds * 1000)
+        self.follower.age(seconds)
 
     @invariant()
     def every_read_answers_as_the_model_does(self) -> None:
@@ -406,6 +416,16 @@ class Sequences(RuleBasedStateMachine):
             sid: -connection.detached_until if connection.detached_until else connection.last_seen
             for sid, connection in connections.items()
         }
+
+    @invariant()
+    def who_follows_the_events_knows_all_but_the_heartbeats(self) -> None:
+        end = self.manager.get_game_snapshot("game-1").position
+        while self.events.position != end:
+            self.follower.follow(next(self.events))
+        assert self.follower.misfits == []
+        connections = self.model.connections
+        assert self.follower.parts == {sid: without_last_seen(self.typed(one)) for sid, one in connections.items()}
+        assert self.follower.online == {one.user_id for one in connections.values() if not one.detached_until}
 
     @invariant()
     def every_key_outlives_the_connections_in_it(self) -> None:

@@ -12,7 +12,9 @@ from redis.asyncio.connection import UnixDomainSocketConnection
 
 import presence
 from bench.contenders.interface import CONN_TTL_SECONDS, State, Told
+from presence.replies import Position
 from tests.clock import let_time_pass
+from tests.follower import Follower
 from tests.invariants import read_keyspace, violations
 
 if TYPE_CHECKING:
@@ -195,28 +197,46 @@ class Presence:
         return await asyncio.to_thread(run)
 
     async def read_state(self) -> State:
-        """Read every key, and ask the tests' own check what is wrong in them."""
+        """Read every key, and ask the tests' own check what is wrong in them and in what the events told."""
         keyspace = await self._with_blocking_client(lambda client: read_keyspace(client, self._namespace))
+        tells = [
+            Told(
+                sid,
+                record["user_id"],
+                record["game_id"] or None,
+                "last_seen" in record,
+                record["server"].partition(":")[2] or None,
+                record["metadata"].encode("latin-1"),
+            )
+            for sid, record in sorted(keyspace.records.items(), key=lambda item: int(item[1]["epoch"]))
+        ]
+        wrong = violations(keyspace, self._connections_per_user)
+        if self._manager.operations.events_mode == "stream":
+            wrong += await self._violations_of_events(tells)
         return State(
             records={sid: (record["user_id"], record["game_id"] or None) for sid, record in keyspace.records.items()},
             users=keyspace.users,
             games={game_id: set(members) for game_id, members in keyspace.games.items()},
-            more_violations=[
-                f"presence: {violation}" for violation in violations(keyspace, self._connections_per_user)
-            ],
-            told=[
-                Told(
-                    sid,
-                    record["user_id"],
-                    record["game_id"] or None,
-                    "last_seen" in record,
-                    record["server"].partition(":")[2] or None,
-                    record["metadata"].encode("latin-1"),
-                )
-                for sid, record in sorted(keyspace.records.items(), key=lambda item: int(item[1]["epoch"]))
-            ],
+            more_violations=[f"presence: {violation}" for violation in wrong],
+            told=tells,
             connections_per_user=self._connections_per_user,
         )
+
+    async def _violations_of_events(self, tells: list[Told]) -> list[str]:
+        """Tell where who follows the events from the first on knows anything else than what is stored."""
+        follower, position, is_at_end = Follower(told), Position(), False
+        while not is_at_end:
+            (batch,) = await self._manager.pipeline([self._manager.operations.read_events(position)])
+            for event in batch.events:
+                follower.follow(event)
+            is_at_end, position = batch.position == position, batch.position
+        wrong = [f"event {event.type.value} does not fit those before: {event}" for event in follower.misfits]
+        if follower.parts != {one.sid: one for one in tells}:
+            wrong.append(f"events told of {follower.parts}, stored is {tells}")
+        online = {one.user_id for one in tells if not one.is_detached}
+        if follower.online != online:
+            wrong.append(f"events told that {follower.online} are online, and {online} are")
+        return wrong
 
     async def age(self, seconds: float) -> None:
         """Move every time in the namespace into the past."""

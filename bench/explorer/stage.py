@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from bench.contenders.library import Presence
 from bench.contenders.lock import Locked
 from bench.explorer.gate import Gate, gated_pool
 
@@ -157,8 +158,12 @@ class Stage:
         self._pattern = f"*{self._namespace}*"
         self._admin: Any = Redis.from_url(url, socket_timeout=None)
         self._client: Any = Redis.from_url(url, decode_responses=True, socket_timeout=None)
-        self._observer = _make(contender, self._client, self._namespace, pair.settings)
-        self._actors = [_Actor(url, contender, self._namespace, pair.settings, call) for call in pair.calls]
+        settings = dict(pair.settings)
+        if contender is Presence:
+            # At the end the events are compared with what is stored.
+            settings["events"] = "stream"
+        self._observer = _make(contender, self._client, self._namespace, settings)
+        self._actors = [_Actor(url, contender, self._namespace, settings, call) for call in pair.calls]
         self._restore = self._admin.register_script(_RESTORE)
         self._dump: list[bytes | int] = []
         self._dumped_at = -float("inf")
