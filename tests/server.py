@@ -72,19 +72,24 @@ class LocalServer:
             command = [*self._command, *arguments, *self._arguments]
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
         deadline = time.monotonic() + START_SECONDS
+        cause = ""
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0)) as client:
                     client.ping()
             except redis.AuthenticationError:
                 return self
-            except redis.ConnectionError:
+            except redis.ConnectionError as error:
+                cause = f"did not answer on port {self.port} within {START_SECONDS} s ({error})"
                 time.sleep(0.02)
             else:
                 return self
+        status = self._process.poll()
+        if status is not None:
+            cause = f"ended with status {status} before it answered on port {self.port}"
         text = log.read_text(errors="replace")
         self.stop()
-        raise NoServerError(f"{self._command[0]} did not start on port {self.port}:\n{text}")
+        raise NoServerError(f"{self._command[0]} {cause}; its log:\n{text}")
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
