@@ -301,6 +301,24 @@ _SERVERS = (
     Pair("detach server‖members", _OF_SERVER, (_DETACH_SERVER, _MEMBERS)),
     Pair("clean up server‖join", _OF_SERVER, (_CLEAN_UP_SERVER, _join("game-2"))),
 )
+_SILENT = (*_OF_SERVER, Call("age", (STALE_AGE_SECONDS,)), _HEARTBEAT, Call("heartbeat", ("other",)))
+"""The connections were seen just now, and their game servers were not."""
+_SILENT_SERVERS = tuple(
+    Pair(f"{name}, silent servers{of_what}", _SILENT, calls, settings)
+    for of_what, settings in (("", {}), (" whose seats are kept", {"server_grace_seconds": GRACE_SECONDS}))
+    for name, calls in (
+        ("cleanup‖cleanup", (_CLEANUP, _CLEANUP)),
+        ("cleanup‖register", (_CLEANUP, _tell("new"))),
+        ("cleanup‖register‖register", (_CLEANUP, _tell("new-1"), _tell("new-2"))),
+        ("cleanup‖register again for server-3", (_CLEANUP, _ELSEWHERE)),
+        ("cleanup‖restart", (_CLEANUP, _RESTART)),
+        ("cleanup‖detach server", (_CLEANUP, _DETACH_SERVER)),
+        ("cleanup‖heartbeat", (_CLEANUP, _HEARTBEAT)),
+        ("cleanup‖join", (_CLEANUP, _join("game-2"))),
+        ("cleanup‖unregister", (_CLEANUP, _UNREGISTER)),
+        ("cleanup‖members", (_CLEANUP, _MEMBERS)),
+    )
+)
 _METADATA = (
     Pair(
         "update metadata‖update metadata",
@@ -322,6 +340,7 @@ FLEET_GROUPS = {
     "capacity": _ROOM,
     "epochs": _EPOCHS,
     "game servers": _SERVERS,
+    "silent game servers": _SILENT_SERVERS,
     "metadata": _METADATA,
 }
 FLEET_PAIRS = {pair.name: pair for group in FLEET_GROUPS.values() for pair in group}

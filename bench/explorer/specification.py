@@ -69,7 +69,9 @@ class Specification:
     """
 
     def __init__(self, set_up: Iterable[Call], settings: Mapping[str, Any] | None = None) -> None:
-        self._model = Model(CONN_TTL_SECONDS * 1000, STALE_SECONDS * 1000, **(settings or {}))
+        settings = dict(settings or {})
+        self._server_grace_ms = 1000 * settings.pop("server_grace_seconds", 0)
+        self._model = Model(CONN_TTL_SECONDS * 1000, STALE_SECONDS * 1000, **settings)
         self._now = 1_000_000_000_000
         self._epoch = 0
         for call in set_up:
@@ -96,9 +98,9 @@ class Specification:
     def run_part(self, call: Call, answered: object) -> tuple[object, bool]:
         """Make the next part of a call; give its answer, the parts before it included, and whether it is the last."""
         if call.method == "cleanup":
-            batch = self._clean_up_batch(*call.arguments)
+            batch, is_last = self._clean_up_batch(*call.arguments)
             earlier = answered if isinstance(answered, list) else []
-            return sorted([*earlier, *batch]), len(batch) < CLEANUP_BATCH_SIZE
+            return sorted([*earlier, *batch]), is_last
         if call.method == "sent_twice":
             if isinstance(answered, _Answered) and answered.is_kept:
                 return answered.answer, True
@@ -140,13 +142,19 @@ class Specification:
     def _heartbeat(self, sid: str) -> bool:
         return self._model.heartbeat(sid, self._now)
 
-    def _clean_up_batch(self, threshold_seconds: int) -> list[str]:
-        stale = self.copy()._model.cleanup(threshold_seconds * 1000, self._now)
-        batch = sorted(stale, key=lambda one: one.last_seen)[:CLEANUP_BATCH_SIZE]
-        for one in batch:
-            del self._model.connections[one.sid]
-            self._model.registered.remove(one.sid)
-        return [one.sid for one in batch]
+    def _clean_up_batch(self, threshold_seconds: int) -> tuple[list[str], bool]:
+        after = self.copy()._model
+        ended = after.clean_up(threshold_seconds * 1000, self._now, self._server_grace_ms)
+        is_last = len(ended.removed) + len(ended.detached) < CLEANUP_BATCH_SIZE
+        removed = sorted(ended.removed, key=lambda one: one.last_seen)
+        if is_last:
+            self._model = after
+        else:
+            removed = removed[:CLEANUP_BATCH_SIZE]
+            for one in removed:
+                del self._model.connections[one.sid]
+                self._model.registered.remove(one.sid)
+        return [one.sid for one in removed], is_last
 
     def _is_online(self, user_id: str) -> bool:
         return self._model.is_online(user_id, self._now)
