@@ -4,7 +4,8 @@ A schedule says which caller makes each step; a step is one write and its replie
 it executes is one, and so is a script. Every schedule starts from the same keys, runs to its end, and then the
 invariants of the keyspace are checked, and that the answers and the end are those of some serial order, as the model of
 the tests has it: an order of atomic parts, of which an operation is one, and a cleanup one for each of its batches. Of
-*presence*, each step is such a part, so they must be those of the very order in which the steps were made.
+*presence*, each step is such a part, so they must be those of the very order in which the steps were made, and its
+events must tell of what is there in the end.
 
 Then each of the callers dies after each of its steps, while the others run on. What it sent takes effect, the reply to
 its last step is lost, and it sends nothing more; where its operation is one step, nothing else can be lost. A server
