@@ -152,7 +152,8 @@ class SharedConnection:
                     await asyncio.sleep(0)
         except Exception as error:
             for request in self._take_unanswered():
-                request.answer.set_exception(error)
+                with suppress(asyncio.InvalidStateError):  # See _answer.
+                    request.answer.set_exception(error)
         except BaseException:
             # Whoever cancels all tasks there are, as asyncio.run does in the end, cancels this one, but not those who
             # then call, as to unregister in their `finally`. Nor does a signal's handler that raises in here.
@@ -296,8 +297,8 @@ class SharedConnection:
                     is_alone = request.count == 1
                     if is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
                         self._refused.append(request)
-                    elif not request.answer.done():
-                        request.answer.set_result(request.replies)
+                    else:
+                        _answer(request, request.replies)
                     sent.popleft()
                     self._commands_sent -= request.count
                     self._bytes_sent -= request.size
@@ -374,5 +375,7 @@ def _write(connection: AbstractConnection, packed: bytes) -> None:
 
 
 def _answer(request: _Request, replies: list[Any]) -> None:
-    if not request.answer.done():
+    try:  # noqa: SIM105  # suppress() costs a microsecond.
         request.answer.set_result(replies)
+    except asyncio.InvalidStateError:
+        pass  # It was cancelled, perhaps in this moment, by a signal's handler such as asyncio.run's.

@@ -23,10 +23,11 @@ from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port
-from tests.watching import is_held, refuse_next_write, scripts_run, wait_until
+from tests.watching import is_held, refuse_next_write, scripts_run, traced, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
+    from types import FrameType
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -393,6 +394,38 @@ class TestCancellationOfOne:
 
         run(work())
 
+    def test_by_a_signals_handler_in_any_line_harms_no_other_call(self, own_server: LocalServer) -> None:
+        """As asyncio.run's handler of Ctrl-C does, which cancels the main task wherever the loop is just then."""
+
+        async def work(manager: presence.ConnectionManager, at_line: int) -> bool:
+            """Tell whether it was cancelled while the calls were carried."""
+            calls = [asyncio.create_task(manager.update_heartbeat(f"sid-{number}")) for number in range(4)]
+            lines = 0
+
+            def cancel(frame: FrameType, event: str, _: object) -> Any:
+                nonlocal lines
+                if frame.f_code.co_filename != pipelining.__file__:
+                    return None
+                if event == "line":
+                    lines += 1
+                    if lines == at_line:
+                        calls[1].cancel()
+                return cancel
+
+            with traced(cancel):
+                first, _, *others = await asyncio.gather(*calls, return_exceptions=True)
+            assert [first, *others] == [True] * 3
+            return lines >= at_line
+
+        async def count_lines() -> None:
+            async with warm_manager(own_server.url, 4) as manager:
+                at_line = 1
+                while await work(manager, at_line):
+                    at_line += 1
+                assert at_line > 50
+
+        run(count_lines())
+
 
 class TestCancellationOfAllTasks:
     """As a shutdown does it, and asyncio.run in its end: the task that carries the calls is one of them."""
@@ -474,6 +507,45 @@ class TestCancellationOfAllTasks:
             gc.collect()  # A connection that was left open would warn.
 
         asyncio.run(work())
+
+    def test_between_two_replies_leaves_no_connection_half_read_in_the_pool(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipelining, "REPLIES_PER_TURN", 1)
+
+        async def work() -> None:
+            pool = redis.asyncio.BlockingConnectionPool.from_url(own_server.url, max_connections=1)
+            async with redis.asyncio.Redis.from_pool(pool) as client, presence.ConnectionManager(client) as manager:
+                assert await manager.get_connection_count() == 0
+                assert not await manager.update_heartbeat("unknown")
+                admin.client_pause(300, all=False)  # So the server answers the read, and not yet the write after it.
+
+                async def read() -> None:
+                    assert await manager.get_connection_count() == 0
+                    await cancel_all_after(0, but=shutting_down)
+
+                shutting_down = asyncio.current_task()
+                await asyncio.gather(read(), manager.update_heartbeat("unknown"), return_exceptions=True)
+                assert await client.echo("the answer") == b"the answer"
+
+        asyncio.run(work())
+
+    def test_while_replies_are_read_lets_nothing_be_written_into_the_next_greeting(
+        self, own_server: LocalServer
+    ) -> None:
+        async def work(proxy: Proxy) -> None:
+            async with asyncio.timeout(BOUND_SECONDS), warm_manager(proxy.url, 2) as manager:
+                proxy.fates = [Fate.HOLD_REPLY]
+                call = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                await is_held(proxy)
+                proxy.delay, accepted = 0.1, proxy.accepted
+                await cancel_all_after(0, but=call)
+                await until(lambda: proxy.accepted > accepted)
+                assert await manager.get_connection_count() == 2
+                assert await call is True
+
+        with Proxy(own_server.port) as proxy:
+            asyncio.run(work(proxy))
 
 
 def test_what_has_failed_does_not_count_as_on_the_wire(own_server: LocalServer) -> None:
@@ -610,7 +682,7 @@ class InterruptedConnection(redis.asyncio.Connection):
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
 def test_a_loop_that_is_interrupted_can_still_close_the_manager(
-    own_server: LocalServer, interruption: type[BaseException]
+    own_server: LocalServer, interruption: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever is interrupted closes the manager in a `finally`, and that waits for the calls under way."""
 
@@ -632,6 +704,8 @@ def test_a_loop_that_is_interrupted_can_still_close_the_manager(
         loop.run_until_complete(pool.aclose())
     finally:
         loop.close()
+    gc.collect()  # A task whose exception nobody has looked at would be logged.
+    assert caplog.records == []
 
 
 class TestTheBound:
@@ -666,8 +740,9 @@ class TestTheBound:
                 async with warm_manager(proxy.url, 0) as manager:
                     admin.config_resetstat()
                     proxy.fates = [Fate.HOLD_REPLY] * 8
-                    calls = [asyncio.create_task(manager.update_heartbeat(f"{n:0100}")) for n in range(100)]
+                    calls = [asyncio.create_task(manager.update_heartbeat(f"{n:0100}")) for n in range(50)]
                     await is_held(proxy)
+                    calls += [asyncio.create_task(manager.update_heartbeat(f"{n:0100}")) for n in range(50, 100)]
                     for _ in range(20):
                         await asyncio.sleep(0)
                         assert 0 < scripts_run(admin) < 10
@@ -703,6 +778,33 @@ def test_a_connection_of_another_class_is_given_all_that_is_sent(own_server: Loc
     run(work())
     # One more where the script was not there yet.
     assert b"".join(CountingConnection.sent).count(b"EVALSHA") >= 300
+
+
+class Credentials(redis.CredentialProvider):
+    """A service that may be away, which is no fault of the server or the network."""
+
+    is_away = False
+
+    def get_credentials(self) -> tuple[str, str]:
+        if self.is_away:
+            raise LookupError("the service is away")
+        return "default", "any password"
+
+
+def test_credentials_that_cannot_be_fetched_harm_no_connection_in_use(own_server: LocalServer) -> None:
+    async def work() -> None:
+        provider = Credentials()
+        pool = redis.asyncio.ConnectionPool.from_url(own_server.url, credential_provider=provider)
+        async with redis.asyncio.Redis.from_pool(pool) as client, presence.ConnectionManager(client) as manager:
+            in_use = await pool.get_connection()
+            provider.is_away = True
+            with pytest.raises(LookupError):
+                await manager.update_heartbeat("unknown")
+            await in_use.send_command("PING")
+            assert await in_use.read_response() == b"PONG"
+            await pool.release(in_use)
+
+    run(work())
 
 
 class RefusedConnection(redis.asyncio.Connection):
