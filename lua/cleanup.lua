@@ -8,6 +8,9 @@ server_grace_ms its connections are detached, not removed, so that their users c
 have expired). With a server its clients fall silent, some of them before it is taken for dead: so a stale one whose
 server has missed a heartbeat and a half is detached as well.
 
+A batch that runs after not_after_ms does nothing: it was held up, as by a server that stood still, and so may the
+heartbeats be that were sent since, or still come in the same moment. See run_cleanup.
+
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still
 to come, since the clock was set back, counts as one that came now. The batch bounds the time that the script holds the
@@ -16,9 +19,11 @@ fewer than it asked for.
 
 KEYS  last_seen, servers, reply
 ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at most 1000), server_threshold_ms,
-      server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off)
-Reply {now ms, number examined (batch_size when there may be more), the connections: the stale ones, longest silent
-      first, then those past their grace, then those of dead servers; as they were if removed, as they are if detached}
+      server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
+      not_after_ms ('' = any time)
+Reply {now ms, number examined (batch_size when there may be more; -1 when it is after not_after_ms), the connections:
+      the stale ones, longest silent first, then those past their grace, then those of dead servers; as they were if
+      removed, as they are if detached}
       a connection = sid, record (see split_record), score (see find_record)
 Cost  O(log N) for each connection that it removes, detaches or, where the clock was set back, moves to now, N =
       connections in the namespace; O(S) for the S dead servers, or with a server_id, all servers
@@ -39,6 +44,11 @@ local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local key_lifetime_ms, batch_size, server_threshold_ms = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8] or '', ARGV[9] or ''
+local not_after_ms = ARGV[10] or ''
+
+if not_after_ms ~= '' and tonumber(now_ms) > tonumber(not_after_ms) then
+  return earlier_answer(reply_key) or {now_ms, -1}
+end
 
 -- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 25 KiB for a batch of 20.
 local MAX_BYTES = 1280 * batch_size

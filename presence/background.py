@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from presence.errors import PresenceError
 from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS, Operation
-from presence.replies import CleanupBatch
 
 if TYPE_CHECKING:
     from presence.operations import Operations
+    from presence.replies import CleanupBatch
 
 logger = logging.getLogger("presence")
 
@@ -23,42 +23,41 @@ class RepeatedCleanup:
     """What a ``run_cleanup`` sends next, and how many seconds it pauses after the answer or the fault.
 
     A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before while
-    the answer is kept, and what it removed is still reported. While no batch comes through, no heartbeat may either:
-    when that has lasted so long that all may look stale, the next one waits until the server answers, and then for a
-    heartbeat of everyone. So it does after a pause that may hide such a time.
+    the answer is kept, and what it removed is still reported.
+
+    While the server is away or stands still, no heartbeat comes through, and all may come to look stale; a batch that
+    was sent meanwhile may run before them when it goes on. So a batch says until when it may run, by the server's own
+    clock: as long after the one before as nobody who was there then can look stale. One that comes later does nothing,
+    and the next one comes after a heartbeat of everyone. So it is with the first, since nobody knows what was before.
     """
 
     def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
         self._operations = operations
         self._interval = interval
         self._threshold_seconds = threshold_seconds
-        self._batch = operations.cleanup_batch(threshold_seconds)
+        heartbeat = operations.heartbeat_seconds
+        # Game servers look dead after three heartbeats, whatever the threshold.
+        heartbeats = HEARTBEATS_UNTIL_STALE * heartbeat
+        shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
+        # With a shorter threshold, cleanup does not go by heartbeats.
+        self._goes_by_heartbeats = shortest > heartbeat
+        # A heartbeat at least, or with a threshold of little more than one the usual pause would make each too late.
+        self._harmless_seconds = max(shortest - heartbeat, heartbeat)
+        self._batch = self._describe(not_after_ms=0)
         self._sent_at: float | None = None
         """When this batch was sent first."""
-        self._cleaned_at = monotonic()
-        self._has_failed = self._only_asks = self._has_waited = False
-        # Game servers look dead after three heartbeats, whatever the threshold.
-        heartbeats = HEARTBEATS_UNTIL_STALE * operations.heartbeat_seconds
-        shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
-        self._harmless_seconds = shortest - operations.heartbeat_seconds
+
+    def _describe(self, not_after_ms: float) -> Operation[CleanupBatch]:
+        limit = round(not_after_ms) if self._goes_by_heartbeats else None
+        return self._operations.repeated_cleanup_batch(self._threshold_seconds, limit)
 
     def next(self) -> Operation[CleanupBatch]:
         """Give the operation to send."""
-        now = monotonic()
-        seconds = now - self._cleaned_at
-        # With a threshold below a heartbeat, cleanup does not go by heartbeats.
-        may_look_stale = 0 < self._harmless_seconds <= seconds
-        may_be_outage = self._has_failed or seconds > self._operations.heartbeat_seconds
-        self._only_asks = may_look_stale and may_be_outage and not self._has_waited
-        if self._only_asks:
-            count = self._operations.get_connection_count()
-            return Operation(count.script, count.keys, count.arguments, lambda _: CleanupBatch((), is_last=True))
-        self._sent_at = self._sent_at or now
+        self._sent_at = self._sent_at or monotonic()
         return self._batch
 
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""
-        self._has_failed, self._has_waited = True, False
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         pause = min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
@@ -67,12 +66,11 @@ class RepeatedCleanup:
 
     def succeed(self, done: CleanupBatch) -> float:
         """Give the seconds to pause after an answer, none when there is more to remove."""
-        if self._only_asks:
-            self._has_waited = True
-            return self._operations.heartbeat_seconds
-        self._batch = self._operations.cleanup_batch(self._threshold_seconds)
-        self._sent_at, self._has_failed, self._has_waited = None, False, False
-        self._cleaned_at = monotonic()
+        self._sent_at = None
+        for_heartbeats = self._operations.heartbeat_seconds if done.is_late else 0
+        self._batch = self._describe(done.now_ms + 1000 * (for_heartbeats + self._harmless_seconds))
+        if done.is_late:
+            return for_heartbeats
         return self._interval if done.is_last else 0
 
     def fail_to_report(self, done: CleanupBatch) -> None:

@@ -91,6 +91,8 @@ class _Repetition:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.step: asyncio.Future[float | None] | None = None
+        self.is_closing = False
+        """Whether its step, which is a callback of a cleanup then, waits for the manager to be closed."""
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -264,6 +266,11 @@ class ConnectionManager:
         """
         self._closes += 1
         loop, cancellations = asyncio.get_running_loop(), clients.cancellations()
+        # A callback of a cleanup may close the manager, itself or in a task; so may several at the same time.
+        own_step = _step.get()
+        own = next((running for running in self._repetitions if own_step and running.step is own_step), None)
+        if own is not None:
+            own.is_closing = True
         for running in tuple(self._repetitions):
             try:
                 running.loop.call_soon_threadsafe(running.stop.set)
@@ -271,12 +278,12 @@ class ConnectionManager:
                 # Its loop was closed, without ending its tasks.
                 self._repetitions.discard(running)
                 continue
-            # A callback of a cleanup may close the manager, itself or in a task; what another loop runs ends there.
-            if running.loop is loop and (running.step is None or _step.get() is not running.step):
+            # What another loop runs ends there.
+            if running.loop is loop and not (own is not None and running.is_closing):
                 await running.ended.wait()
-        own = self._own_clients.pop(loop, None)
-        if own is not None:
-            self._put_aside.setdefault(loop, []).append(own)
+        open_client = self._own_clients.pop(loop, None)
+        if open_client is not None:
+            self._put_aside.setdefault(loop, []).append(open_client)
         for each in tuple(self._put_aside.get(loop, ())):
             # A close that is cancelled here leaves it to the next.
             while each.in_flight:
@@ -747,10 +754,10 @@ class ConnectionManager:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
-        run it. Any error, of a call or of ``on_removed``, is logged and does not end it. After an outage in which all
-        connections have come to look stale, it lets a heartbeat of everyone come first. A cancellation waits until
-        ``on_removed``, which may be a plain function too, has dealt with the current batch; only the end of the event
-        loop itself can lose that.
+        run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first cleanup, and
+        after an outage in which all connections may have come to look stale, it lets a heartbeat of everyone come. A
+        cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch;
+        only the end of the event loop itself can lose that.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.

@@ -138,6 +138,7 @@ CLEANUP = scripts.load(
         "server_grace_ms",
         "server_id",
         "events",
+        "not_after_ms",
     ),
 )
 START_SERVER = scripts.load(
@@ -686,12 +687,28 @@ class Operations:
             ``is_last``: whether there was no more to do.
 
         """
+        return self.repeated_cleanup_batch(threshold_seconds, None)
+
+    def repeated_cleanup_batch(
+        self, threshold_seconds: float | None, not_after_ms: int | None
+    ) -> Operation[CleanupBatch]:
+        """Describe one bounded batch of a ``run_cleanup``: the same, which may be told to do nothing when it is late.
+
+        Args:
+            threshold_seconds: as of ``cleanup_batch``.
+            not_after_ms: the server's time in milliseconds since 1970, 0 or more, until which it may run; None for any.
+
+        Returns:
+            The operation, whose result has ``now_ms``, the server's time, and ``is_late``, too.
+
+        """
         threshold_ms = (
             self._stale_ms
             if threshold_seconds is None
             else arguments.milliseconds("threshold_seconds", threshold_seconds, allow_zero=True)
         )
-        return self._clean_up(threshold_ms, self._server_grace_ms, b"")
+        not_after = b"" if not_after_ms is None else b"%d" % not_after_ms
+        return self._clean_up(threshold_ms, self._server_grace_ms, b"", not_after)
 
     def cleanup_server_batch(self, server_id: str, *, grace_seconds: float | None = None) -> Operation[CleanupBatch]:
         """Describe one bounded batch of the cleanup of a game server's connections: see ``cleanup_server``.
@@ -706,9 +723,11 @@ class Operations:
         """
         server_bytes = arguments.encode("server_id", server_id)
         grace_ms = self._server_grace_ms if grace_seconds is None else self._grace_ms("grace_seconds", grace_seconds)
-        return self._clean_up(0, grace_ms, server_bytes)
+        return self._clean_up(0, grace_ms, server_bytes, b"")
 
-    def _clean_up(self, threshold_ms: int, server_grace_ms: int, server_id: bytes) -> Operation[CleanupBatch]:
+    def _clean_up(
+        self, threshold_ms: int, server_grace_ms: int, server_id: bytes, not_after: bytes
+    ) -> Operation[CleanupBatch]:
         return Operation(
             CLEANUP,
             (self.last_seen_key, self._servers_key, self._reply()),
@@ -722,6 +741,7 @@ class Operations:
                 b"%d" % server_grace_ms,
                 server_id,
                 self._events,
+                not_after,
             ),
             partial(parse_cleanup, self._cleanup_batch_size, server_grace_ms > 0),
         )

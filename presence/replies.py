@@ -77,6 +77,10 @@ class CleanupBatch(NamedTuple):
     removed: tuple[ConnectionInfo, ...]
     is_last: bool
     detached: tuple[ConnectionInfo, ...] = ()
+    now_ms: int = 0
+    """The server's time."""
+    is_late: bool = False
+    """Whether it did nothing, since it ran after the time that it was given."""
 
 
 class _Unfrozen(_Times):
@@ -295,4 +299,4 @@ def parse_cleanup(batch_size: int, has_server_grace: bool, reply: list[Any]) -> 
         # One whose grace is over has been detached before; what is detached now has it still before it.
         detached = tuple(gone for gone in ended if gone.detached_until and gone.detached_until > gone.observed_at)
         ended = tuple(gone for gone in ended if not gone.detached_until or gone.detached_until <= gone.observed_at)
-    return CleanupBatch(ended, examined < batch_size, detached)
+    return CleanupBatch(ended, examined < batch_size, detached, int(now), is_late=examined < 0)

@@ -702,9 +702,10 @@ class ConnectionManager:
         """Clean up again and again, until the manager is closed; run it in a background thread.
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
-        fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. After an outage in
-        which all connections have come to look stale, it lets a heartbeat of everyone come first. On a manager that is
-        closed already it ends at once, and logs an error: it may have been closed before the thread began.
+        fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first
+        cleanup, and after an outage in which all connections may have come to look stale, it lets a heartbeat of
+        everyone come. On a manager that is closed already it ends at once, and logs an error: it may have been closed
+        before the thread began.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ import redis
 import presence
 import presence.sync
 from presence.background import RepeatedCleanup
-from presence.operations import CLEANUP, CLEANUP_BATCH_SIZE, Operations
+from presence.operations import CLEANUP_BATCH_SIZE, Operations
 from presence.replies import CleanupBatch
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
@@ -41,7 +43,8 @@ class Background:
     def __init__(self, kind: str, url: str, **options: Any) -> None:
         self._kind = kind
         self._url = url
-        self._options = options
+        # A cleanup comes after a heartbeat of everyone.
+        self._options = {"heartbeat_seconds": 0.1} | options
         self._is_to_close = threading.Event()
         self.is_closed = threading.Event()
         self.has_ended = threading.Event()
@@ -98,28 +101,48 @@ def sids_of(result: CleanupResult) -> list[str]:
     return [connection.sid for connection in result.removed]
 
 
-@pytest.fixture
-def skip(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Let seconds pass by the clock of the process that a repeated cleanup goes by, without waiting."""
-    skipped = 0.0
-    monkeypatch.setattr("presence.background.monotonic", lambda: time.monotonic() + skipped)
-
-    def skip(seconds: float) -> None:
-        nonlocal skipped
-        skipped += seconds
-
-    return skip
+@contextmanager
+def standing_still(server: LocalServer) -> Iterator[None]:
+    """Let the server neither answer nor close anything meanwhile; then it goes on with what was sent."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
 
 
-def test_a_cleanup_with_a_threshold_of_few_heartbeats_does_not_wait_for_one_between_its_batches(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("threshold_seconds", "harmless_seconds"),
+    [
+        # Three heartbeats less one; game servers look dead after three, whatever the threshold.
+        (None, 60),
+        (90, 60),
+        (HOUR, 60),
+        (75, 45),
+        # A heartbeat at least, or the next cleanup would be late although nothing went wrong.
+        (45, 30),
+        # It does not go by heartbeats.
+        (30, None),
+        (0, None),
+    ],
+)
+def test_a_batch_may_run_until_someone_who_was_there_may_look_stale(
+    threshold_seconds: float | None, harmless_seconds: int | None
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("presence.background.monotonic", lambda: now)
-    cleanup = RepeatedCleanup(Operations(heartbeat_seconds=30), 20, 45)
-    for _ in range(3):
-        assert cleanup.next().script is CLEANUP
-        now += cleanup.succeed(CleanupBatch((), is_last=True))
+    cleanup = RepeatedCleanup(Operations(heartbeat_seconds=30), 20, threshold_seconds)
+
+    def may_run_for() -> float | None:
+        not_after_ms = cleanup.next().arguments[-1]
+        return (int(not_after_ms) - 5000) / 1000 if not_after_ms else None
+
+    # Nobody knows when the one before the first was.
+    assert may_run_for() == (None if harmless_seconds is None else -5)
+    assert cleanup.succeed(CleanupBatch((), is_last=True, now_ms=5000, is_late=True)) == 30
+    assert may_run_for() == (None if harmless_seconds is None else 30 + harmless_seconds)
+    assert cleanup.succeed(CleanupBatch((), is_last=False, now_ms=5000)) == 0
+    assert may_run_for() == harmless_seconds
+    assert cleanup.succeed(CleanupBatch((), is_last=True, now_ms=5000)) == 20
+    assert may_run_for() == harmless_seconds
 
 
 @both_managers
@@ -140,7 +163,7 @@ class TestRunCleanup:
             wait_until(lambda: len(batches) == 3)
             time.sleep(A_MOMENT)
         assert batches == [CLEANUP_BATCH_SIZE, CLEANUP_BATCH_SIZE, 1]
-        assert scripts_run(own_client) == 3
+        assert scripts_run(own_client) == 4  # The first asks for the time.
 
     def test_reports_nothing_when_it_removed_nothing(
         self, own_server: LocalServer, own_client: redis.Redis, kind: str
@@ -171,23 +194,21 @@ class TestRunCleanup:
             finally:
                 may_go_on.set()
 
-    def test_after_a_long_outage_lets_the_heartbeats_come_first(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str, skip: Callable[[float], None]
+    def test_after_an_outage_lets_the_heartbeats_come_first(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
     ) -> None:
         reported: list[str] = []
         with (
-            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=2) as manager,
+            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager,
             Proxy(own_server.port) as proxy,
         ):
-            manager.register_connection("there", "user-1")
-            manager.register_connection("gone", "user-2")
-            background = Background(kind, proxy.url, heartbeat_seconds=2, **one_attempt(kind))
+            background = Background(kind, proxy.url, heartbeat_seconds=1, **one_attempt(kind))
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 3)
+                manager.register_connection("there", "user-1")
+                manager.register_connection("gone", "user-2")
                 proxy.fates = [Fate.LOSE_REQUEST] * 1000
-                wait_until(lambda: len(proxy.fates) < 1000)
-                skip(6.1)
-                let_time_pass(own_client, "presence", 6.1)
+                time.sleep(3.1)
                 own_client.config_resetstat()
                 proxy.fates.clear()
                 wait_until(lambda: scripts_run(own_client) == 1)  # It has seen that the server answers again.
@@ -195,20 +216,52 @@ class TestRunCleanup:
                 wait_until(lambda: reported)
         assert reported == ["gone"]
 
-    def test_after_a_pause_that_hides_an_outage_lets_the_heartbeats_come_first(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str, skip: Callable[[float], None]
+    def test_a_batch_that_waits_in_a_server_that_stands_still_lets_the_heartbeats_come_first(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
     ) -> None:
         reported: list[str] = []
-        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=2) as manager:
-            background = Background(kind, own_server.url, heartbeat_seconds=2)
-            with repeating(background, "run_cleanup", 1, lambda result: reported.extend(sids_of(result))):
-                wait_until(lambda: scripts_run(own_client) >= 1)
+        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager:
+            background = Background(kind, own_server.url, heartbeat_seconds=1)
+            with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
+                wait_until(lambda: scripts_run(own_client) >= 3)
+                manager.register_connection("there", "user-1")
+                manager.register_connection("gone", "user-2")
+                with standing_still(own_server):
+                    time.sleep(3.1)
+                assert manager.update_heartbeat("there")
+                wait_until(lambda: reported)
+        assert reported == ["gone"]
+
+    def test_after_a_long_pause_lets_the_heartbeats_come_first(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        """It would hide an outage."""
+        reported: list[str] = []
+        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.5) as manager:
+            background = Background(kind, own_server.url, heartbeat_seconds=0.5)
+            with repeating(background, "run_cleanup", 1.6, lambda result: reported.extend(sids_of(result))):
+                wait_until(lambda: scripts_run(own_client) == 2)
                 manager.register_connection("there", "user-1")
                 manager.register_connection("gone", "user-2")
                 own_client.config_resetstat()
-                skip(6.1)
-                let_time_pass(own_client, "presence", 6.1)
-                wait_until(lambda: scripts_run(own_client) >= 1)  # It sees that the server is there.
+                wait_until(lambda: scripts_run(own_client) == 1)  # It sees that the server is there.
+                assert manager.update_heartbeat("there")
+                wait_until(lambda: reported)
+        assert reported == ["gone"]
+
+    def test_lets_the_heartbeats_come_before_its_first_batch(
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+    ) -> None:
+        """Nobody knows whether there was an outage before its process began."""
+        reported: list[str] = []
+        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager:
+            manager.register_connection("there", "user-1")
+            manager.register_connection("gone", "user-2")
+            let_time_pass(own_client, "presence", 3.1)
+            own_client.config_resetstat()
+            background = Background(kind, own_server.url, heartbeat_seconds=1)
+            with repeating(background, "run_cleanup", HOUR, lambda result: reported.extend(sids_of(result))):
+                wait_until(lambda: scripts_run(own_client) == 1)
                 assert manager.update_heartbeat("there")
                 wait_until(lambda: reported)
         assert reported == ["gone"]
@@ -229,7 +282,7 @@ class TestRunCleanup:
             manager.register_connection("sid", "user")
             assert not manager.cleanup_stale_connections()  # The server has the script now.
             let_time_pass(own_client, "presence", 91)
-            proxy.fates = [fate]
+            proxy.fates = [Fate.PASS, fate]
             background = Background(kind, proxy.url, **one_attempt(kind))
             with repeating(background, "run_cleanup", interval, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: reported)
@@ -304,7 +357,7 @@ def reporting(url: str, on_removed: Callable[[presence.ConnectionManager, Cleanu
     """Let a cleanup report a connection, and wait until what runs it has ended, in good order."""
 
     async def run() -> None:
-        async with presence.ConnectionManager.from_url(url) as manager:
+        async with presence.ConnectionManager.from_url(url, heartbeat_seconds=0.1) as manager:
             async with asyncio.timeout(BOUND_SECONDS):
                 await manager.run_cleanup(0.01, on_removed=lambda result: on_removed(manager, result))
 
@@ -333,6 +386,32 @@ def test_who_cancels_a_task_and_awaits_it_in_the_callback_does_not_end_the_clean
     reporting(own_server.url, on_removed)
     assert reported == ["sid", "another sid"]
     assert ["on_removed failed" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_shutdown_that_cancels_the_callback_is_no_error_of_it(
+    own_server: LocalServer, own_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        is_reporting = asyncio.Event()
+
+        async def on_removed(_: CleanupResult) -> None:
+            is_reporting.set()
+            await asyncio.sleep(HOUR)
+
+        async with presence.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.1) as manager:
+            cleaning = asyncio.create_task(manager.run_cleanup(HOUR, on_removed=on_removed))
+            async with asyncio.timeout(BOUND_SECONDS):
+                await is_reporting.wait()
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+                await asyncio.wait([cleaning])
+            assert cleaning.cancelled()
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        manager.register_connection("sid", "user")
+    let_time_pass(own_client, "presence", 91)
+    asyncio.run(run())
+    assert caplog.records == []
 
 
 async def _in_a_group(closing: Coroutine[Any, Any, None]) -> None:
@@ -364,13 +443,34 @@ def test_the_callback_may_close_the_manager_in_any_way(
     reporting(own_server.url, on_removed)
 
 
+def test_the_callbacks_of_two_cleanups_may_close_the_manager_at_the_same_time(
+    own_server: LocalServer, own_client: redis.Redis
+) -> None:
+    async def run() -> None:
+        manager = presence.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.1)
+        are_both_there = asyncio.Barrier(2)
+
+        async def on_removed(_: CleanupResult) -> None:
+            await are_both_there.wait()
+            await manager.aclose()
+
+        cleanups = [asyncio.create_task(manager.run_cleanup(0.01, on_removed=on_removed)) for _ in range(2)]
+        assert (await asyncio.wait(cleanups, timeout=BOUND_SECONDS))[1] == set()
+        await manager.aclose()
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        register_many(manager, 2 * CLEANUP_BATCH_SIZE)
+    let_time_pass(own_client, "presence", 91)
+    asyncio.run(run())
+
+
 def test_a_task_that_outlives_the_callback_that_began_it_closes_in_good_order(
     own_server: LocalServer, own_client: redis.Redis
 ) -> None:
     done: list[str] = []
 
     async def run() -> None:
-        manager = presence.ConnectionManager.from_url(own_server.url)
+        manager = presence.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.1)
         is_second = asyncio.Event()
 
         async def close() -> None:
@@ -403,7 +503,7 @@ def test_a_plain_callback_may_give_anything(own_server: LocalServer, own_client:
     reported: list[str] = []
 
     async def run() -> None:
-        async with presence.ConnectionManager.from_url(own_server.url) as manager:
+        async with presence.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.1) as manager:
 
             def report(result: CleanupResult) -> int:
                 reported.extend(sids_of(result))

@@ -147,6 +147,19 @@ def test_it_goes_on_until_nothing_stale_is_left(
     assert keys().ttls_ms == {}
 
 
+def test_each_script_brings_a_bounded_batch_back_to_a_clock_that_was_set_back(
+    manager: ConnectionManager, wait: Callable[[float], None], keys: Keys
+) -> None:
+    register_many(manager, 2 * CLEANUP_BATCH_SIZE + 5)
+    wait(-7200)
+
+    for left in (CLEANUP_BATCH_SIZE + 5, 5, 0):
+        (batch,) = manager.pipeline([manager.operations.cleanup_batch()])
+        seen = keys().last_seen.values()
+        assert sum(score > min(seen) + 3_600_000 for score in seen) == left
+        assert batch.is_last is (left == 0)
+
+
 @pytest.mark.parametrize("count", [CLEANUP_BATCH_SIZE - 1, CLEANUP_BATCH_SIZE, CLEANUP_BATCH_SIZE + 1])
 def test_each_script_removes_a_bounded_batch(
     manager: ConnectionManager, wait: Callable[[float], None], count: int
@@ -242,7 +255,9 @@ def test_run_cleanup_reports_what_it_removes_until_the_manager_is_closed(
     reported: list[CleanupResult] = []
 
     async def run() -> None:
-        async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+        async with presence.ConnectionManager.from_url(
+            server_url, namespace=namespace, heartbeat_seconds=0.1
+        ) as manager:
             cleaned = asyncio.Event()
 
             async def on_removed(result: CleanupResult) -> None:
@@ -266,7 +281,9 @@ def test_run_cleanup_takes_a_plain_function_too(
     server_url: str, namespace: str, wait: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+        async with presence.ConnectionManager.from_url(
+            server_url, namespace=namespace, heartbeat_seconds=0.1
+        ) as manager:
             reported: asyncio.Queue[CleanupResult] = asyncio.Queue()
             await manager.register_connection("sid", "user")
             wait(91)
@@ -288,7 +305,7 @@ def test_run_cleanup_of_the_blocking_manager_ends_with_it(
         reported.append(result)
         cleaned.set()
 
-    with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+    with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, heartbeat_seconds=0.1) as manager:
         thread = threading.Thread(
             target=manager.run_cleanup, args=(0.01,), kwargs={"on_removed": on_removed}, daemon=True
         )

@@ -273,6 +273,19 @@ class TestScriptsThatTheServerLost:
         assert isinstance(failed, presence.UnexpectedReplyError)
         assert (in_game, connections) == (0, 2)
 
+    def test_one_that_cannot_be_loaded_again_takes_no_answer_that_it_gave_before(
+        self, own_manager: ConnectionManager
+    ) -> None:
+        set_the_scene(own_manager)
+        assert own_manager.get_connection_count() == 2
+        before, after = (own_manager.operations.get_connection_count() for _ in range(2))
+        before.script = after.script = replace(before.script, source="!# flags")
+        with pytest.raises(presence.PipelineError, match="1 of 3 operations failed") as raised:
+            pipeline(own_manager, before, ScriptFlush(before.script, (), (), bool), after)
+        *worked, failed = raised.value.results
+        assert worked == [2, True]
+        assert isinstance(failed, presence.UnexpectedReplyError)
+
 
 class ScriptFlush(Operation[bool]):
     """What another client may do in the midst of a pipeline."""
@@ -578,15 +591,17 @@ class TestFailover:
         assert pipeline(promoted_manager, count, operations.leave_game("sid-1"), count) == [2, "game", 2]
         assert promoted_manager.get_game_connection_count("game") == 1
 
+    @pytest.mark.parametrize("size", [2, 5])
     def test_while_no_replica_is_promoted_one_write_of_a_pipeline_is_tried_again_for_all(
-        self, own_client: redis.Redis, hasty_manager: ConnectionManager
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, size: int
     ) -> None:
         set_the_scene(hasty_manager)
         hasty_manager.leave_game("unknown")
         own_client.replicaof("127.0.0.1", str(free_port()))
-        with counted(own_client) as counts, pytest.raises(presence.PipelineError, match="5 of 5 operations failed"):
-            hasty_manager.pipeline([hasty_manager.operations.leave_game("sid-1") for _ in range(5)])
-        assert counts["evalsha that failed"] == 6
+        failing = pytest.raises(presence.PipelineError, match=f"{size} of {size} operations failed")
+        with counted(own_client) as counts, failing:
+            hasty_manager.pipeline([hasty_manager.operations.leave_game("sid-1") for _ in range(size)])
+        assert counts["evalsha that failed"] == size + 1
 
 
 def promote(replica: LocalServer, primary: LocalServer, address: Proxy) -> None:
@@ -899,6 +914,18 @@ class TestAPipelineWithAFault:
         assert raised.value.__cause__ is failed
         assert_cause(failed, redis.ResponseError)
 
+    def test_keeps_them_beside_a_reply_that_cannot_be_read(
+        self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str
+    ) -> None:
+        operations = hasty_manager.operations
+        set_the_scene(hasty_manager)
+        own_client.set(f"{{{namespace}}}:conn:sid-2", "9:what another program wrote", keepttl=True)
+        with pytest.raises(presence.PipelineError, match=r"1 of 2 operations failed.*use another namespace") as raised:
+            pipeline(hasty_manager, operations.leave_game("sid-1"), operations.get_connection("sid-2"))
+        left, failed = raised.value.results
+        assert left == "game"
+        assert isinstance(failed, presence.UnexpectedReplyError)
+
     def test_of_a_bulk_call_tells_what_was_answered_for_each_id(
         self, own_client: redis.Redis, hasty_manager: ConnectionManager, namespace: str
     ) -> None:
@@ -1084,7 +1111,7 @@ class TestRunCleanup:
         self, own_server: LocalServer, own_client: redis.Redis, namespace: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         reported: list[str] = []
-        options = {"namespace": namespace} | one_attempt("blocking")
+        options: dict[str, Any] = {"namespace": namespace, "heartbeat_seconds": 0.1, **one_attempt("blocking")}
         with Proxy(own_server.port) as proxy:
             with presence.sync.ConnectionManager.from_url(proxy.url, **options) as manager:
                 operations = manager.operations
@@ -1092,7 +1119,7 @@ class TestRunCleanup:
                 manager.pipeline([operations.register_connection(f"sid-{n}", f"user-{n}") for n in range(count)])
                 let_time_pass(own_client, namespace, 91)
                 manager.pipeline([operations.cleanup_batch(threshold_seconds=1000)])
-                proxy.fates = [Fate.PASS, Fate.LOSE_REQUEST]
+                proxy.fates = [Fate.PASS, Fate.PASS, Fate.LOSE_REQUEST]
                 thread = threading.Thread(
                     target=manager.run_cleanup,
                     args=(0.01,),
@@ -1116,11 +1143,13 @@ class TestRunCleanup:
 
         async def run() -> None:
             with Proxy(own_server.port) as proxy:
-                async with presence.ConnectionManager.from_url(proxy.url, namespace=namespace) as manager:
+                async with presence.ConnectionManager.from_url(
+                    proxy.url, namespace=namespace, heartbeat_seconds=0.1
+                ) as manager:
                     await manager.register_connection("sid", "user")
                     await manager.cleanup_stale_connections(threshold_seconds=1000)
                     let_time_pass(own_client, namespace, 91)
-                    proxy.fates = [Fate.HOLD_REPLY]
+                    proxy.fates = [Fate.PASS, Fate.HOLD_REPLY]
                     task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
                     await is_held(proxy)
                     for _ in range(3):
@@ -1144,11 +1173,11 @@ class TestRunCleanup:
 
         async def run() -> None:
             with Proxy(own_server.port) as proxy:
-                manager = presence.ConnectionManager.from_url(proxy.url, namespace=namespace)
+                manager = presence.ConnectionManager.from_url(proxy.url, namespace=namespace, heartbeat_seconds=0.1)
                 await manager.register_connection("sid", "user")
                 await manager.cleanup_stale_connections(threshold_seconds=1000)
                 let_time_pass(own_client, namespace, 91)
-                proxy.fates = [Fate.HOLD_REPLY]
+                proxy.fates = [Fate.PASS, Fate.HOLD_REPLY]
                 task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
                 await is_held(proxy)
                 closing = asyncio.create_task(manager.aclose())

@@ -83,6 +83,9 @@ def test_results_and_errors_can_be_pickled_and_copied(manager: ConnectionManager
         assert again.results[0] == registration
         assert isinstance(again.results[1], presence.ServerBusyError)
         assert str(again) == str(error)
+    lost = presence.EventsLostError("the stream was trimmed")
+    for lost_again in (pickle.loads(pickle.dumps(lost)), copy.copy(lost)):
+        assert (lost_again.reason, str(lost_again)) == (lost.reason, str(lost))
     assert pickle.loads(pickle.dumps(registration)) == registration
 
 
@@ -150,8 +153,8 @@ class TestClosing:
         self, server_url: str, namespace: str, wait: Callable[[float], None], how: str
     ) -> None:
         reported: list[str] = []
-        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
-        blocking = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace)
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace, heartbeat_seconds=0.1)
+        blocking = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, heartbeat_seconds=0.1)
 
         async def report_and_close(result: CleanupResult) -> None:
             reported.extend(gone.sid for gone in result)
@@ -304,7 +307,9 @@ class TestCancellation:
             first_report.set()
 
         async def run() -> None:
-            async with presence.ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+            async with presence.ConnectionManager.from_url(
+                server_url, namespace=namespace, heartbeat_seconds=0.1
+            ) as manager:
                 task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
                 await asyncio.wait_for(first_report.wait(), 10)
                 task.cancel()
@@ -326,7 +331,7 @@ class TestTheEndOfRunCleanup:
     @staticmethod
     def run(work: Callable[[presence.ConnectionManager], Coroutine[Any, Any, None]], url: str, namespace: str) -> None:
         async def bounded() -> None:
-            manager = presence.ConnectionManager.from_url(url, namespace=namespace)
+            manager = presence.ConnectionManager.from_url(url, namespace=namespace, heartbeat_seconds=0.1)
             await asyncio.wait_for(work(manager), 10)
             assert not manager._repetitions
             await manager.aclose()
@@ -349,7 +354,7 @@ class TestTheEndOfRunCleanup:
     def test_when_the_callbacks_of_two_threads_close_it(
         self, server_url: str, namespace: str, wait: Callable[[float], None]
     ) -> None:
-        manager = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace)
+        manager = presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, heartbeat_seconds=0.1)
         for sid in ("sid-1", "sid-2"):
             manager.register_connection(sid, f"user of {sid}")
         wait(91)
@@ -597,6 +602,34 @@ class TestAStateThatTheServerLostInPart:
         assert [gone.sid for gone in registration.displaced] == ["sid"] * (sid == "new")
         assert manager.get_user_connection("user") == registration.connection
 
+    def test_a_member_whose_score_was_lost_is_not_counted_and_holds_no_seat(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+    ) -> None:
+        for sid in ("lost", "sid"):
+            manager.register_connection(sid, f"user of {sid}")
+        manager.join_game("lost", "game")
+        client.zrem(f"{{{namespace}}}:last_seen", "lost")
+
+        assert manager.get_game_connection_count("game") == 0
+        assert manager.join_game("sid", "game", capacity=1)
+
+        assert manager.get_game_connection_count("game") == 1
+        assert manager.get_game_connections("game") == [manager.get_connection("sid")]
+        manager.register_connection("lost", "user of lost")
+
+    def test_a_large_game_can_be_counted_although_all_scores_were_lost(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+    ) -> None:
+        operations, sids = manager.operations, [f"sid-{number}" for number in range(51)]
+        manager.pipeline([operations.register_connection(sid, f"user of {sid}") for sid in sids])
+        manager.pipeline([operations.join_game(sid, "game") for sid in sids])
+        client.delete(f"{{{namespace}}}:last_seen")
+
+        assert manager.get_game_connection_count("game") <= len(sids)
+
+        manager.pipeline([operations.register_connection(sid, f"user of {sid}") for sid in sids])
+        assert manager.get_game_connection_count("game") == 0
+
     @pytest.mark.parametrize("user_id", ["user", "another"])
     @pytest.mark.parametrize("connections_per_user", [1, 2])
     def test_a_sid_whose_score_was_lost_is_registered_anew_and_stays_in_no_game_or_list_of_before(
@@ -621,6 +654,29 @@ class TestAStateThatTheServerLostInPart:
         assert manager.get_game_connections("game") == []
         keyspace = keys()
         assert (keyspace.users, keyspace.games, keyspace.servers) == ({user_id: ["sid"]}, {}, {})
+
+    @pytest.mark.parametrize("events", ["off", "stream"])
+    def test_who_comes_back_after_the_record_was_evicted_displaces_nobody(
+        self,
+        make_manager: ManagerFactory,
+        client: redis.Redis,
+        namespace: str,
+        wait: Callable[[float], None],
+        keys: Keys,
+        events: EventsMode,
+    ) -> None:
+        manager = make_manager(events=events)
+        manager.register_connection("evicted", "user")
+        client.delete(f"{{{namespace}}}:conn:evicted")
+
+        registration = manager.register_connection("new", "user")
+
+        assert registration.displaced == ()
+        assert manager.get_all_user_connections("user") == [registration.connection]
+        wait(91)
+        manager.update_heartbeat("new")
+        assert not manager.cleanup_stale_connections()
+        assert list(keys().last_seen) == ["new"]
 
     @pytest.mark.parametrize(
         ("owner", "metadata"),

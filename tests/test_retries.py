@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -515,6 +516,60 @@ def test_an_answer_is_kept_for_a_minute_and_no_longer(manager: ConnectionManager
 
     assert len(answers) == 4
     assert all(0 < ttl <= 60_000 for ttl in answers)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda manager: manager.register_connection("new", "user"), id="register, refused"),
+        pytest.param(lambda manager: manager.unregister_connection("unknown"), id="unregister"),
+        pytest.param(lambda manager: manager.unregister_connection("rests", grace_seconds=60), id="detach again"),
+        pytest.param(lambda manager: manager.join_game("unknown", "game"), id="join"),
+        pytest.param(lambda manager: manager.join_game("sid", "game"), id="join the own game"),
+        pytest.param(lambda manager: manager.join_game("sid", "full", capacity=1), id="join a full game"),
+        pytest.param(lambda manager: manager.leave_game("rests"), id="leave"),
+        pytest.param(lambda manager: manager.update_metadata("rests", "new"), id="update the metadata"),
+        pytest.param(lambda manager: manager.update_metadata("sid", "old"), id="update to the same metadata"),
+        pytest.param(lambda manager: manager.cleanup_stale_connections(), id="clean up"),
+        pytest.param(lambda manager: manager.cleanup_server("unknown"), id="clean up a server"),
+    ],
+)
+def test_a_call_that_finds_nothing_to_do_keeps_no_answer(
+    make_manager: ManagerFactory, keys: Keys, call: Callable[[ConnectionManager], object]
+) -> None:
+    manager = make_manager(displacement="reject_while_alive")
+    for sid, user_id, game_id in (("sid", "user", "game"), ("rests", "another user", "full")):
+        manager.register_connection(sid, user_id, metadata="old")
+        manager.join_game(sid, game_id)
+    manager.unregister_connection("rests", grace_seconds=60)
+    before = keys()
+
+    call(manager)
+
+    after = keys()
+    assert after.other_ttls_ms.keys() == before.other_ttls_ms.keys()
+    assert (after.records, after.last_seen) == (before.records, before.last_seen)
+
+
+def test_a_batch_of_a_cleanup_that_comes_late_removes_nothing_and_answers_what_it_had_removed_in_time(
+    manager: ConnectionManager, client: redis.Redis, wait: Callable[[float], None], keys: Keys
+) -> None:
+    one_plays(manager)
+    wait(91)
+    before = keys()
+    seconds, microseconds = client.time()
+    now_ms = int(seconds) * 1000 + int(microseconds) // 1000
+
+    late = send(client, manager.operations.repeated_cleanup_batch(None, now_ms - 1))
+    assert (late.removed, late.is_late, late.is_last) == ((), True, True)
+    assert keys().records == before.records
+    assert keys().other_ttls_ms.keys() == before.other_ttls_ms.keys()
+
+    operation = manager.operations.repeated_cleanup_batch(None, now_ms + 2000)
+    in_time = send(client, operation)
+    assert ([gone.sid for gone in in_time.removed], in_time.is_late) == (["old"], False)
+    time.sleep(2)
+    assert send(client, operation) == in_time
 
 
 class TestTheAnswerOfARegister:

@@ -286,6 +286,8 @@ SAMPLES: dict[str, Any] = {
     "user_id": "user",
     "current_user_id": "user",
     "game_id": "game",
+    "threshold_seconds": None,
+    "not_after_ms": 4000,
 }
 
 EXPECTED_KEYS = {
@@ -325,6 +327,7 @@ EXPECTED_ARGUMENTS = {
     "after_number": b"3",
     "limit": b"%d" % operations.EVENTS_BATCH_SIZE,
     "again": b"",
+    "not_after_ms": b"",
 }
 
 
@@ -332,6 +335,7 @@ DIFFERENT_ARGUMENTS: dict[str, dict[str, Any]] = {
     "register_connection": {"metadata": b""},
     "update_metadata": {"metadata": b"metadata"},
     "cleanup_batch": {"server_id": b""},
+    "repeated_cleanup_batch": {"server_id": b"", "not_after_ms": b"4000"},
     "cleanup_server_batch": {"server_id": b"server", "threshold_ms": b"0"},
     "start_server": {"server_id": b"server"},
 }

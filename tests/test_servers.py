@@ -184,6 +184,16 @@ class TestADeadServer:
         result = other.cleanup_stale_connections()
         assert (result.removed, sids(result.detached)) == ((), ["sid"])
 
+    def test_a_silent_client_of_a_server_that_nobody_knows_any_more_is_detached(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, wait: Callable[[float], None]
+    ) -> None:
+        manager = make_manager(server_id="server", server_grace_seconds=60)
+        manager.register_connection("sid", "user")
+        client.delete(f"{{{namespace}}}:servers")
+        wait(91)
+        result = manager.cleanup_stale_connections()
+        assert (result.removed, sids(result.detached)) == ((), ["sid"])
+
     def test_a_client_that_falls_silent_alone_is_removed_at_once(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:
@@ -324,6 +334,21 @@ class TestADeadServer:
 
         assert sids(other.cleanup_stale_connections().removed) == names
         assert keys().known_servers == {}
+
+    @pytest.mark.parametrize("grace_seconds", [0, 60])
+    def test_one_of_its_connections_whose_score_was_lost_is_removed_too(
+        self,
+        make_manager: ManagerFactory,
+        client: redis.Redis,
+        namespace: str,
+        wait: Callable[[float], None],
+        grace_seconds: float,
+    ) -> None:
+        make_manager(server_id="dead").register_connection("sid", "user")
+        client.zrem(f"{{{namespace}}}:last_seen", "sid")
+        wait(91)
+        result = make_manager(server_grace_seconds=grace_seconds).cleanup_stale_connections()
+        assert (sids(result.removed), result.detached) == (["sid"], ())
 
     @pytest.mark.parametrize("is_there", [True, False])
     def test_what_eviction_left_in_its_list_ends_no_connection_of_another_and_stays_nowhere(
@@ -710,7 +735,7 @@ class TestRunServerHeartbeat:
         reported: list[CleanupResult] = []
         if isinstance(make_manager(), presence.sync.ConnectionManager):
             with presence.sync.ConnectionManager.from_url(
-                server_url, namespace=namespace, server_grace_seconds=60
+                server_url, namespace=namespace, server_grace_seconds=60, heartbeat_seconds=0.1
             ) as manager:
 
                 def on_removed(result: CleanupResult) -> None:
@@ -722,7 +747,7 @@ class TestRunServerHeartbeat:
 
             async def run() -> None:
                 async with presence.ConnectionManager.from_url(
-                    server_url, namespace=namespace, server_grace_seconds=60
+                    server_url, namespace=namespace, server_grace_seconds=60, heartbeat_seconds=0.1
                 ) as manager:
 
                     async def on_removed(result: CleanupResult) -> None:
