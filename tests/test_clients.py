@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import threading
 import time
 import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count, product
@@ -267,6 +269,18 @@ class TestClosing:
 
         monkeypatch.setattr(clients, "connect_blocking", connect_slowly)
         return has_begun
+
+    def test_keeps_nothing_of_a_client_that_it_has_closed(self, server_url: str, namespace: str) -> None:
+        async def run() -> None:
+            manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
+            for _ in range(2):
+                assert await manager.get_connection_count() == 0
+                client = weakref.ref(manager._open_client().client)
+                await manager.aclose()
+                gc.collect()
+                assert client() is None
+
+        asyncio.run(run())
 
     def test_waits_for_the_calls_under_way(self, own_server: LocalServer) -> None:
         async def run() -> None:

@@ -30,6 +30,8 @@ from presence.operations import (
     GET_GAMES,
     GET_USERS_CONNECTIONS,
     HEARTBEATS,
+    Command,
+    Operation,
 )
 from presence.scripts import lua_folder
 from tests.clock import let_time_pass
@@ -1069,6 +1071,29 @@ class TestCluster:
                 assert manager.update_heartbeat("sid-2")
             manager.close()
 
+    def test_a_script_that_is_lost_twice_is_loaded_though_another_shard_is_down(
+        self, make_manager: ManagerFactory
+    ) -> None:
+        """The second time all primaries get it, of those that can be reached."""
+        with Cluster().running() as cluster:
+            node = cluster.clients[0]
+            node.config_set("cluster-require-full-coverage", "no")
+            manager = make_manager(cluster.url, namespace="one")
+            assert manager.get_connection_count() == 0
+            cluster.nodes[1].kill()
+            losses = [node.script_flush, node.script_flush]
+
+            class Unlucky(Operation[int]):
+                def command(self) -> Command:
+                    if losses:
+                        losses.pop()()
+                    return super().command()
+
+            count = manager.operations.get_connection_count()
+            assert manager.pipeline([Unlucky(count.script, count.keys, count.arguments, count.parse)]) == [0]
+            assert losses == []
+            manager.close()
+
     def test_sends_nothing_again_when_it_took_too_long_to_learn_the_layout(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1257,7 +1282,9 @@ class TestAClusterThatCannotServe:
         cause = raised.value.__cause__
         assert PermissionError in (type(cause), type(cause and cause.__cause__))
 
-    @pytest.mark.parametrize("error", [PermissionError, LookupError], ids=["a fault", "another error"])
+    @pytest.mark.parametrize(
+        "error", [PermissionError, LookupError, RuntimeError], ids=["a fault", "another error", "as of an event loop"]
+    )
     def test_credentials_that_cannot_be_fetched_once_leave_no_connection_half_greeted(
         self, make_manager: ManagerFactory, own_server: LocalServer, error: type[Exception]
     ) -> None:

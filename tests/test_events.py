@@ -21,12 +21,13 @@ from redis.backoff import NoBackoff
 import presence
 import presence.sync
 from presence import EventsLostError, EventType
-from presence.operations import EVENTS_BATCH_SIZE
+from presence.operations import EVENTS_BATCH_SIZE, Operations
 from presence.replies import Position
 from presence.subscriptions import Feed
 from tests.conftest import Awaited
 from tests.processes import spawn
-from tests.watching import traced
+from tests.test_pooling import raising_after
+from tests.watching import traced, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -229,6 +230,16 @@ CASES: dict[str, tuple[Any, Any, list[Told]]] = {
         lambda scene: scene.register_connection("b", "alice"),
         [("displaced", "a", "g"), ("registered", "b", None)],
     ),
+    "register again when it had expired": (
+        resting,
+        lambda scene: scene.register_connection("a", "alice"),
+        [("displaced", "a", "g"), ("registered", "a", None)],
+    ),
+    "register again after a grace": (
+        detached,
+        lambda scene: (scene.forget("a"), scene.register_connection("a", "alice")),
+        [("displaced", "a", "g"), ("registered", "a", None), ("user_online", "a", None)],
+    ),
     "join": (online, lambda scene: scene.join_game("a", "g"), [("joined", "a", "g")]),
     "join another": (
         playing,
@@ -370,6 +381,38 @@ def test_a_first_registration_is_told_as_any_when_the_clock_ran_back(
         found = until_the_end(manager, events)
     assert [told(event) for event in found] == [("registered", "a", None), ("user_online", "a", None)]
     assert [event.connection.epoch for event in found] == [epoch, epoch] == [ahead + 1, ahead + 1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_comes_back_after_the_score_of_the_last_connection_was_lost_is_online_again(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
+) -> None:
+    manager = make_manager(events=mode)
+    manager.register_connection("a", "alice")
+    client.zrem(f"{{{namespace}}}:last_seen", "a")
+    with subscribed(manager) as events:
+        manager.register_connection("b", "alice")
+        found = until_the_end(manager, events)
+    assert [told(event) for event in found] == [
+        ("displaced", "a", None),
+        ("registered", "b", None),
+        ("user_online", "b", None),
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_user_goes_offline_with_the_last_connection_whose_score_is_there(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
+) -> None:
+    manager = make_manager(events=mode, connections_per_user=2)
+    for sid in ("a", "b"):
+        manager.register_connection(sid, "alice")
+    client.zrem(f"{{{namespace}}}:last_seen", "a")
+    with subscribed(manager) as events:
+        manager.unregister_connection("b")
+        found = until_the_end(manager, events)
+    assert [told(event) for event in found] == [("unregistered", "b", None), ("user_offline", "b", None)]
+    manager.register_connection("a", "alice")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -667,6 +710,35 @@ class TestTheStream:
             with subscribed(manager, game_id="quiet", after=events.position) as again:
                 assert told(again.next()) == ("left", "sid", "quiet")
 
+    def test_has_come_past_what_others_did_right_after_its_own(self, make_manager: ManagerFactory) -> None:
+        """What it read together, and has given the last of its own of."""
+        manager = make_manager(events="stream")
+        manager.register_connection("sid", "user")
+        start = manager.get_game_snapshot("quiet").position
+        manager.join_game("sid", "quiet")
+        self.act(manager)
+        with subscribed(manager, game_id="quiet", after=start) as events:
+            assert told(events.next()) == ("joined", "sid", "quiet")
+            assert events.position == manager.get_game_snapshot("quiet").position
+
+    def test_has_not_come_past_what_it_was_interrupted_before_it_gave(
+        self, client: redis.Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        manager = presence.sync.ConnectionManager(client, namespace=namespace, events="stream")
+        start = manager.get_game_snapshot("g").position
+        manager.register_connection("sid", "user")
+        with manager.subscribe(after=start) as events:
+
+            def raise_once(_: object) -> Event:
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(Feed, "give", raise_once)
+            with pytest.raises(KeyboardInterrupt):
+                next(events)
+            assert events.position == start
+            assert next(events).connection.sid == "sid"
+
     def test_tells_no_position_through_pubsub(self, make_manager: ManagerFactory) -> None:
         with subscribed(make_manager(events="pubsub")) as events:
             assert events.position is None
@@ -735,6 +807,16 @@ class TestTheStream:
             else:
                 with subscribed(manager, after=event.position) as events:
                     assert events.take(17 - index) == everything[index:]
+        self.lost(manager, start)
+
+    def test_that_was_trimmed_says_so_from_its_beginning_on_however_much_is_left(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+        register = manager.operations.register_connection
+        manager.pipeline([register("sid", "alice") for _ in range(EVENTS_BATCH_SIZE + 2)])
+        client.xtrim(events_key(namespace), maxlen=EVENTS_BATCH_SIZE + 1, approximate=False)
         self.lost(manager, start)
 
     def test_that_is_trimmed_under_a_subscriber_says_so(
@@ -1225,6 +1307,29 @@ def test_a_subscription_may_be_entered_again_after_another_thread_has_closed_it(
                 later.join()
 
 
+def test_who_may_not_read_a_channel_is_told_and_leaves_no_connection(
+    make_manager: ManagerFactory, own_server: LocalServer, admin: Any
+) -> None:
+    admin.acl_setuser("deaf", enabled=True, nopass=True, keys=["*"], commands=["+@all"])
+    manager = make_manager(own_server.url.replace("//", "//deaf:any@"), events="pubsub")
+    subscription = manager.subscribe()
+    with pytest.raises(presence.PermissionDeniedError):
+        Subscribed(manager, subscription)
+    manager.close()
+    wait_until(lambda: len(admin.client_list()) == 1)
+
+
+def test_an_error_of_a_signal_handler_ends_a_wait_and_is_not_taken_for_one_of_the_connection(
+    client: redis.Redis, namespace: str
+) -> None:
+    manager = presence.sync.ConnectionManager(client, namespace=namespace, events="pubsub")
+    with manager.subscribe() as events:
+        with pytest.raises(LookupError, match="of the handler"), raising_after(0.1, LookupError("of the handler")):
+            next(events)
+        with pytest.raises(EventsLostError, match="a read was interrupted"):
+            next(events)
+
+
 def test_after_a_message_of_another_program_the_subscription_goes_on(
     make_manager: ManagerFactory, client: redis.Redis, namespace: str
 ) -> None:
@@ -1235,6 +1340,17 @@ def test_after_a_message_of_another_program_the_subscription_goes_on(
         with pytest.raises(presence.UnexpectedReplyError):
             events.next()
         assert events.next().connection.sid == "sid"
+
+
+@pytest.mark.parametrize(
+    ("socket_timeout", "wait_ms"), [(None, 1000), (60, 1000), (1, 500), (0.4, 200), (0.2, 50), (0.1, 1)]
+)
+def test_a_wait_for_the_stream_takes_a_second_or_half_of_a_shorter_timeout_with_room_for_a_tick_of_the_server(
+    socket_timeout: float | None, wait_ms: int
+) -> None:
+    feed = Feed(Operations(events="stream"), None, None, "0-0/0")
+    (command,) = next(feed.wait(socket_timeout))
+    assert command[:3] == ("xread", b"BLOCK", b"%d" % wait_ms)
 
 
 @pytest.mark.parametrize("kind", ["asyncio", "blocking"])

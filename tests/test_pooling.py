@@ -15,7 +15,7 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, clients
+from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, clients, pooling
 from presence.sync import ConnectionManager
 from tests.fault_proxy import Fate, Proxy
 from tests.server import LocalServer, free_port, program
@@ -234,6 +234,23 @@ def test_a_call_that_is_interrupted_leaves_those_of_other_threads_alone(node: Lo
         plain.connection_pool.release(in_use)
 
 
+def test_nor_does_it_end_what_other_threads_ask_the_sentinels(own_server: LocalServer, sentinel: LocalServer) -> None:
+    with (
+        ConnectionManager.from_url(f"redis+sentinel://127.0.0.1:{sentinel.port}/game") as manager,
+        redis.Redis.from_url(own_server.url) as other,
+    ):
+        beat_one(manager)
+        pool: Any = pooling.pool_of(manager._client())
+        asked = pool.sentinel_manager.sentinels[0].connection_pool
+        in_use = asked.get_connection()
+        in_use.send_command("PING")
+        with interrupted(OutOfTimeError, is_slow=other):
+            beat_one(manager)
+
+        assert in_use.read_response() == b"PONG"
+        asked.release(in_use)
+
+
 def test_no_attempts_are_made_for_a_call_whose_time_is_over(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +264,20 @@ def test_no_attempts_are_made_for_a_call_whose_time_is_over(
         with pytest.raises(ServerUnreachableError):
             manager.update_heartbeat("sid")
         assert proxy.accepted <= accepted + 10
+
+
+def test_an_error_reply_costs_no_connection(own_server: LocalServer) -> None:
+    with (
+        Proxy(own_server.port) as proxy,
+        ConnectionManager.from_url(proxy.url) as manager,
+        redis.Redis.from_url(own_server.url) as other,
+    ):
+        other.set("{presence}:game_conns:foreign", "what another program wrote")
+        assert manager.get_game_user_sids("game") == {}
+        for _ in range(3):
+            with pytest.raises(UnexpectedReplyError):
+                manager.get_game_user_sids("foreign")
+        assert proxy.accepted == 1
 
 
 def test_a_client_of_a_single_connection_needs_no_other(server_url: str, namespace: str) -> None:
