@@ -199,16 +199,16 @@ class TestRunCleanup:
     ) -> None:
         reported: list[str] = []
         with (
-            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager,
+            presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.5) as manager,
             Proxy(own_server.port) as proxy,
         ):
-            background = Background(kind, proxy.url, heartbeat_seconds=1, **one_attempt(kind))
+            background = Background(kind, proxy.url, heartbeat_seconds=0.5, **one_attempt(kind))
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 3)
                 manager.register_connection("there", "user-1")
                 manager.register_connection("gone", "user-2")
                 proxy.fates = [Fate.LOSE_REQUEST] * 1000
-                time.sleep(3.1)
+                time.sleep(1.6)
                 own_client.config_resetstat()
                 proxy.fates.clear()
                 wait_until(lambda: scripts_run(own_client) == 1)  # It has seen that the server answers again.
@@ -220,14 +220,14 @@ class TestRunCleanup:
         self, own_server: LocalServer, own_client: redis.Redis, kind: str
     ) -> None:
         reported: list[str] = []
-        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager:
-            background = Background(kind, own_server.url, heartbeat_seconds=1)
+        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.5) as manager:
+            background = Background(kind, own_server.url, heartbeat_seconds=0.5)
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 3)
                 manager.register_connection("there", "user-1")
                 manager.register_connection("gone", "user-2")
                 with standing_still(own_server):
-                    time.sleep(3.1)
+                    time.sleep(1.6)
                 assert manager.update_heartbeat("there")
                 wait_until(lambda: reported)
         assert reported == ["gone"]
