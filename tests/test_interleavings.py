@@ -161,10 +161,11 @@ def test_the_explorer_sees_where_only_presence_keeps_its_word(name: str, url: st
 
 @each(PAIRS | FLEET_PAIRS)
 def test_nothing_goes_wrong_where_the_server_has_lost_the_scripts(pair: Pair, url: str) -> None:
-    result = explore("presence", replace(pair, forget_scripts=True), url=url, limit=20, seed=SEED)
+    orders = multinomial([1] * len(pair.calls))
+    limit = len(pair.calls) * orders + 2
+    result = explore("presence", replace(pair, forget_scripts=True), url=url, limit=limit, seed=SEED)
 
     # A call may take an EVALSHA, a SCRIPT LOAD and another EVALSHA, and its caller die between them.
-    orders = multinomial([1] * len(pair.calls))
     assert result.alive.schedules > orders
     assert result.crashed.schedules > len(pair.calls) * orders
     assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
