@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from presence.errors import PresenceError
-from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS, Operation
+from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS
 
 if TYPE_CHECKING:
-    from presence.operations import Operations
+    from presence.operations import Operation, Operations
     from presence.replies import CleanupBatch
 
 logger = logging.getLogger("presence")
 
 RESENDING_SECONDS = 5
 """The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
+
+LEAST_SECONDS = 0.1
+"""The time that a batch of a ``run_cleanup`` has at least, for its round trip."""
 
 
 class RepeatedCleanup:
@@ -27,8 +31,9 @@ class RepeatedCleanup:
 
     While the server is away or stands still, no heartbeat comes through, and all may come to look stale; a batch that
     was sent meanwhile may run before them when it goes on. So a batch says until when it may run, by the server's own
-    clock: as long after the one before as nobody who was there then can look stale. One that comes later does nothing,
-    and the next one comes after a heartbeat of everyone. So it is with the first, since nobody knows what was before.
+    clock: within the time after the one before it in which nobody who was there then can come to look stale. One that
+    comes later does nothing, and the next one comes after a heartbeat of everyone; if that meets a fault, so may the
+    heartbeats, and it is late again. The first is late in any case, since nobody knows what was before.
     """
 
     def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
@@ -41,15 +46,17 @@ class RepeatedCleanup:
         shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
         # With a shorter threshold, cleanup does not go by heartbeats.
         self._goes_by_heartbeats = shortest > heartbeat
-        # A heartbeat at least, or with a threshold of little more than one the usual pause would make each too late.
-        self._harmless_seconds = max(shortest - heartbeat, heartbeat)
+        # With a threshold of few heartbeats a compromise, or a pause of one would make each batch late.
+        self._harmless_seconds = max(shortest - heartbeat, 1.5 * heartbeat, LEAST_SECONDS)
         self._batch = self._describe(not_after_ms=0)
+        self._has_waited = False
+        """Whether the batch before this one was late."""
         self._sent_at: float | None = None
         """When this batch was sent first."""
 
     def _describe(self, not_after_ms: float) -> Operation[CleanupBatch]:
-        limit = round(not_after_ms) if self._goes_by_heartbeats else None
-        return self._operations.repeated_cleanup_batch(self._threshold_seconds, limit)
+        not_after = round(not_after_ms) if self._goes_by_heartbeats else None
+        return self._operations.repeated_cleanup_batch(self._threshold_seconds, not_after)
 
     def next(self) -> Operation[CleanupBatch]:
         """Give the operation to send."""
@@ -58,6 +65,9 @@ class RepeatedCleanup:
 
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""
+        if self._has_waited and self._goes_by_heartbeats:
+            # It may not run any more; if it has, it is answered as before.
+            self._batch = replace(self._batch, arguments=(*self._batch.arguments[:-1], b"0"))
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         pause = min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
@@ -66,11 +76,13 @@ class RepeatedCleanup:
 
     def succeed(self, done: CleanupBatch) -> float:
         """Give the seconds to pause after an answer, none when there is more to remove."""
-        self._sent_at = None
-        for_heartbeats = self._operations.heartbeat_seconds if done.is_late else 0
-        self._batch = self._describe(done.now_ms + 1000 * (for_heartbeats + self._harmless_seconds))
+        self._sent_at, self._has_waited = None, done.is_late
+        heartbeat = self._operations.heartbeat_seconds
         if done.is_late:
-            return for_heartbeats
+            # Not much later than that, for the server may stand still once more.
+            self._batch = self._describe(done.now_ms + 1000 * (heartbeat + max(heartbeat / 2, LEAST_SECONDS)))
+            return heartbeat
+        self._batch = self._describe(done.now_ms + 1000 * self._harmless_seconds)
         return self._interval if done.is_last else 0
 
     def fail_to_report(self, done: CleanupBatch) -> None:

@@ -92,7 +92,7 @@ class _Repetition:
         self.loop = asyncio.get_running_loop()
         self.step: asyncio.Future[float | None] | None = None
         self.is_closing = False
-        """Whether its step, which is a callback of a cleanup then, waits for the manager to be closed."""
+        """Whether its step, which is a callback of a cleanup then, has asked for the manager to be closed."""
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -268,7 +268,9 @@ class ConnectionManager:
         loop, cancellations = asyncio.get_running_loop(), clients.cancellations()
         # A callback of a cleanup may close the manager, itself or in a task; so may several at the same time.
         own_step = _step.get()
-        own = next((running for running in self._repetitions if own_step and running.step is own_step), None)
+        own = next(
+            (running for running in self._repetitions if own_step is not None and running.step is own_step), None
+        )
         if own is not None:
             own.is_closing = True
         for running in tuple(self._repetitions):
@@ -755,12 +757,13 @@ class ConnectionManager:
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
         run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first cleanup, and
-        after an outage in which all connections may have come to look stale, it lets a heartbeat of everyone come. A
-        cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch;
-        only the end of the event loop itself can lose that.
+        after an outage in which all connections may have come to look stale, it lets a heartbeat of everyone come (not
+        with a threshold of a heartbeat or less). A cancellation waits until ``on_removed``, which may be a plain
+        function too, has dealt with the current batch; only the end of the event loop itself can lose that.
 
         Args:
-            interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
+            interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years. From
+                two heartbeats on (less with a shorter threshold), a heartbeat is added each time.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: awaited with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
