@@ -443,7 +443,7 @@ class TestClosing:
             time.sleep(OPENING_SECONDS / 2)  # Now all of them wait.
             threads.submit(manager.close).result(BOUND_SECONDS)
             assert [call.done() and call.result() for call in calls] == [0] * 8
-            assert connections() == 0
+            wait_until(lambda: connections() == 0)
             manager.run_cleanup()  # It ends at once: the manager is closed.
 
     def test_in_a_signal_handler_waits_for_nobody_when_it_has_interrupted_the_opening(

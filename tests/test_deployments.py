@@ -988,8 +988,12 @@ class TestCluster:
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
         asyncio.run(run())
-        connected: Any = [client.client_list() for client in cluster.clients]
-        assert "p" not in [client["name"] for clients in connected for client in clients]
+
+        def names() -> list[str]:
+            connected: Any = [client.client_list() for client in cluster.clients]
+            return [client["name"] for clients in connected for client in clients]
+
+        wait_until(lambda: "p" not in names())
 
     def test_serves_a_call_in_the_finally_of_a_first_call_that_is_cancelled_with_all_tasks(
         self, cluster: Cluster

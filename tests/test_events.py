@@ -939,7 +939,8 @@ class TestAConnection:
                 if mode == "pubsub":
                     assert len(client.execute_command("PUBSUB", "SHARDCHANNELS")) == 1
             manager.close()
-            assert [found["cmd"] for found in client.client_list()] == ["client|list"]
+            # The server learns of it a moment later.
+            wait_until(lambda: [found["cmd"] for found in client.client_list()] == ["client|list"])
 
     def test_is_refused_with_the_reason(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
         manager = make_manager("redis://127.0.0.1:1", events=mode, socket_connect_timeout=1)
