@@ -161,6 +161,19 @@ def test_a_batch_that_meets_a_fault_after_the_wait_for_the_heartbeats_is_late_ag
     assert cleanup.next() is first
 
 
+def register_two(manager: presence.sync.ConnectionManager) -> None:
+    for sid in ("there", "gone"):
+        manager.register_connection(sid, f"user of {sid}")
+
+
+def who_beats_stays(manager: presence.sync.ConnectionManager, reported: list[str]) -> None:
+    """Let one of the two beat, and see that a cleanup takes the other alone."""
+    assert manager.update_heartbeat("there")
+    wait_until(lambda: reported)
+    time.sleep(A_MOMENT)
+    assert reported == ["gone"]
+
+
 @both_managers
 class TestRunCleanup:
     """It pauses when nothing is left or it met a fault."""
@@ -221,16 +234,13 @@ class TestRunCleanup:
             background = Background(kind, proxy.url, heartbeat_seconds=0.5, **one_attempt(kind))
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 3)
-                manager.register_connection("there", "user-1")
-                manager.register_connection("gone", "user-2")
+                register_two(manager)
                 proxy.fates = [Fate.LOSE_REQUEST] * 1000
                 time.sleep(1.6)
                 own_client.config_resetstat()
                 proxy.fates.clear()
                 wait_until(lambda: scripts_run(own_client) == 1)  # It has seen that the server answers again.
-                assert manager.update_heartbeat("there")
-                wait_until(lambda: reported)
-        assert reported == ["gone"]
+                who_beats_stays(manager, reported)
 
     def test_a_batch_that_waits_in_a_server_that_stands_still_lets_the_heartbeats_come_first(
         self, own_server: LocalServer, own_client: redis.Redis, kind: str
@@ -240,13 +250,10 @@ class TestRunCleanup:
             background = Background(kind, own_server.url, heartbeat_seconds=0.5)
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 3)
-                manager.register_connection("there", "user-1")
-                manager.register_connection("gone", "user-2")
+                register_two(manager)
                 with standing_still(own_server):
                     time.sleep(1.6)
-                assert manager.update_heartbeat("there")
-                wait_until(lambda: reported)
-        assert reported == ["gone"]
+                who_beats_stays(manager, reported)
 
     def test_after_a_long_pause_lets_the_heartbeats_come_first(
         self, own_server: LocalServer, own_client: redis.Redis, kind: str
@@ -257,13 +264,10 @@ class TestRunCleanup:
             background = Background(kind, own_server.url, heartbeat_seconds=0.5)
             with repeating(background, "run_cleanup", 1.6, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) == 2)
-                manager.register_connection("there", "user-1")
-                manager.register_connection("gone", "user-2")
+                register_two(manager)
                 own_client.config_resetstat()
                 wait_until(lambda: scripts_run(own_client) == 1)  # It sees that the server is there.
-                assert manager.update_heartbeat("there")
-                wait_until(lambda: reported)
-        assert reported == ["gone"]
+                who_beats_stays(manager, reported)
 
     def test_lets_the_heartbeats_come_before_its_first_batch(
         self, own_server: LocalServer, own_client: redis.Redis, kind: str
@@ -271,16 +275,13 @@ class TestRunCleanup:
         """Nobody knows whether there was an outage before its process began."""
         reported: list[str] = []
         with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager:
-            manager.register_connection("there", "user-1")
-            manager.register_connection("gone", "user-2")
+            register_two(manager)
             let_time_pass(own_client, "presence", 3.1)
             own_client.config_resetstat()
             background = Background(kind, own_server.url, heartbeat_seconds=1)
             with repeating(background, "run_cleanup", HOUR, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) == 1)
-                assert manager.update_heartbeat("there")
-                wait_until(lambda: reported)
-        assert reported == ["gone"]
+                who_beats_stays(manager, reported)
 
     @pytest.mark.parametrize(("fate", "interval"), [(Fate.LOSE_REQUEST, 0.05), (Fate.LOSE_REPLY, HOUR)])
     def test_reports_after_a_fault_what_a_batch_removed_or_would_have(
