@@ -61,5 +61,5 @@ __all__ = [
     "sync",
 ]
 
-connection_manager = ConnectionManager()
+connection_manager: ConnectionManager = ConnectionManager()
 """A ready manager. It connects on first use: to ``PRESENCE_REDIS_URL``, ``REDIS_URL``, or the local server."""

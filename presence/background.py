@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from presence.operations import Operation, Operations
     from presence.replies import CleanupBatch
 
-logger = logging.getLogger("presence")
+logger: logging.Logger = logging.getLogger("presence")
 
 RESENDING_SECONDS = 5
 """The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""

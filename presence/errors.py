@@ -67,7 +67,7 @@ class PipelineError(PresenceError):
         failed = [result for result in results if isinstance(result, PresenceError)]
         super().__init__(f"{len(failed)} of {len(results)} operations failed, the first with: {failed[0]}")
         self.results = results
-        self.__cause__ = failed[0]
+        self.__cause__: BaseException | None = failed[0]
 
     def __reduce__(self) -> tuple[type[PipelineError], tuple[list[Any]]]:
         return type(self), (self.results,)

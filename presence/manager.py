@@ -165,7 +165,7 @@ class ConnectionManager:
         events: EventsMode = "off",
         events_max_length: int = 100_000,
     ) -> None:
-        self.operations = Operations(
+        self.operations: Operations = Operations(
             namespace,
             conn_ttl_seconds=conn_ttl_seconds,
             heartbeat_seconds=heartbeat_seconds,

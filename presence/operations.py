@@ -61,7 +61,7 @@ EventsMode: TypeAlias = Literal["off", "pubsub", "stream"]
 HEARTBEATS_UNTIL_STALE = 3
 SERVER_HEARTBEATS_UNTIL_WARNING = 2
 
-logger = logging.getLogger("presence")
+logger: logging.Logger = logging.getLogger("presence")
 SERVER_IS_SILENT = (
     "the game server %r has sent no heartbeat for %.0f s, or none gets through: after three are missing, cleanups take "
     "all of its players, whether these beat or not; keep run_server_heartbeat() running in the background"
@@ -255,7 +255,7 @@ class Operations:
         events: EventsMode = "off",
         events_max_length: int = 100_000,
     ) -> None:
-        self.namespace = arguments.check_namespace(namespace)
+        self.namespace: str = arguments.check_namespace(namespace)
         self._conn_ttl_ms = arguments.milliseconds("conn_ttl_seconds", conn_ttl_seconds)
         self._stale_ms = HEARTBEATS_UNTIL_STALE * arguments.milliseconds("heartbeat_seconds", heartbeat_seconds)
         self.heartbeat_seconds = heartbeat_seconds
@@ -267,7 +267,7 @@ class Operations:
         self._cleanup_batch_size = min(CLEANUP_BATCH_SIZE, listed)
         self._heartbeat_batch_size = min(HEARTBEAT_BATCH_SIZE, 5 * listed)
         policy: Displacement = arguments.check_choice("displacement", displacement, get_args(Displacement))
-        self.server_id = None if server_id is None else arguments.encode("server_id", server_id).decode()
+        self.server_id: str | None = None if server_id is None else arguments.encode("server_id", server_id).decode()
         self._server_grace_ms = self._grace_ms("server_grace_seconds", server_grace_seconds)
         self.events_mode: EventsMode = arguments.check_choice("events", events, get_args(EventsMode))
         max_length = arguments.check_count("events_max_length", events_max_length, MAX_EVENTS)
@@ -283,12 +283,12 @@ class Operations:
         self._user_conns_prefix = self._prefix + b"user_conns:"
         self._game_conns_prefix = self._prefix + b"game_conns:"
         self._reply_prefix = self._prefix + b"reply:"
-        self.last_seen_key = self._prefix + b"last_seen"
+        self.last_seen_key: bytes = self._prefix + b"last_seen"
         self._servers_key = self._prefix + b"servers"
         # With one of its keys there and one not, a cluster's node answers TRYAGAIN while it moves the slot: otherwise a
         # script would run where records that it names itself are missing.
         self._bulk_keys = (self.last_seen_key, self._prefix + b"absent")
-        self.events_key = self._prefix + b"events"
+        self.events_key: bytes = self._prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
         self._beaten_at = inf
@@ -767,7 +767,7 @@ class Batches(Generic[Key, Result_co]):
     ) -> None:
         self.ids = different
         self._parts = [different[start : start + size] for start in range(0, len(different), size)]
-        self.operations = [describe(part) for part in self._parts]
+        self.operations: list[Operation[list[Result_co]]] = [describe(part) for part in self._parts]
 
     def answers(self, results: Sequence[list[Result_co] | PresenceError]) -> list[Result_co | PresenceError]:
         """Give the answer for each id, or the error that its script met."""

@@ -66,7 +66,7 @@ class Feed:
             )
         if game_id is not None and user_id is not None:
             raise ValueError("at most one of game_id and user_id can be given; for both, subscribe twice")
-        self.is_stream = operations.events_mode == "stream"
+        self.is_stream: bool = operations.events_mode == "stream"
         if after is not None and not self.is_stream:
             raise ValueError('after needs events="stream": pub/sub keeps nothing')
         self._operations = operations
@@ -75,8 +75,9 @@ class Feed:
         self._received = _Received(start, (), start)
         self._game_id = self._user_id = None
         self._is_asked = False
-        self.is_at_end = False
-        self.key = self.channel = operations.events_key
+        self.is_at_end: bool = False
+        self.key: bytes = operations.events_key
+        self.channel: bytes = self.key
         if game_id is not None:
             self._game_id = game_id
             self.channel += b":game:" + arguments.encode("game_id", game_id)

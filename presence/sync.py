@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
-logger = logging.getLogger("presence")
+logger: logging.Logger = logging.getLogger("presence")
 
 Result = TypeVar("Result")
 
@@ -119,7 +119,7 @@ class ConnectionManager:
         events: EventsMode = "off",
         events_max_length: int = 100_000,
     ) -> None:
-        self.operations = Operations(
+        self.operations: Operations = Operations(
             namespace,
             conn_ttl_seconds=conn_ttl_seconds,
             heartbeat_seconds=heartbeat_seconds,
