@@ -20,15 +20,18 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis
 import redis.asyncio
+import redis.asyncio.client
+import redis.asyncio.cluster
 import redis.asyncio.connection
 import redis.asyncio.retry
 import redis.asyncio.sentinel
+import redis.client
 import redis.cluster
 import redis.connection
+import redis.exceptions
 import redis.retry
 import redis.sentinel
 from redis.backoff import EqualJitterBackoff, NoBackoff
-from redis.exceptions import ReadOnlyError
 
 from presence import arguments
 from presence.errors import FAULTS, as_fault
@@ -296,7 +299,7 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
         # RESP2, redis-py sends more before it reads, and may find only that the connection is closed.
         "protocol": 3,
         # A primary that became a replica answers READONLY: connect again, the name may lead to the new primary.
-        "retry_on_error": [ReadOnlyError],
+        "retry_on_error": [redis.exceptions.ReadOnlyError],
         "socket_timeout": 5,
         "socket_connect_timeout": 5,
         "socket_keepalive": True,

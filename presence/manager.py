@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import redis.asyncio
+import redis.exceptions
 from redis.asyncio import Redis, RedisCluster
 
 from presence import arguments, clients
