@@ -188,6 +188,9 @@ class CuttingProxy:
                 if ready is self._listener:
                     client = self._listener.accept()[0]
                     server = socket.create_connection(("127.0.0.1", self._server_port))
+                    for each in (client, server):
+                        # Or the kernel may hold a short message for 40 ms, until the one before is acknowledged.
+                        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     self._peers |= {client: server, server: client}
                     self._clients.add(client)
                 elif ready in self._peers and not self._pass_on(ready):
