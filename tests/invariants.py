@@ -38,48 +38,67 @@ def key_pattern(prefix: str) -> str:
     return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in prefix) + "*"
 
 
+_READS = {
+    "conn": ("GET",),
+    "user_conns": ("GET",),
+    "game_conns": ("HGETALL",),
+    "server_conns": ("SMEMBERS",),
+    "servers": ("ZRANGE", 0, -1),
+    "last_seen": ("ZRANGE", 0, -1),
+    "reply": ("EXISTS",),
+    "events": ("EXISTS",),
+}
+"""How each kind of key is read; of two kinds, only the TTL counts. There must be no other."""
+
+
 def read_keyspace(client: redis.Redis, namespace: str) -> Keyspace:
     """Read all keys of a namespace; nothing may write to it meanwhile."""
     prefix = f"{{{namespace}}}:"
     keyspace = Keyspace()
-    for raw in client.scan_iter(match=key_pattern(prefix).encode(), count=10_000):
-        key = (raw if isinstance(raw, bytes) else raw.encode()).decode()
-        kind, _, name = key.removeprefix(prefix).partition(":")
+    found = client.scan_iter(match=key_pattern(prefix).encode(), count=10_000)
+    keys = [(key if isinstance(key, bytes) else key.encode()).decode() for key in found]
+    parts = [key.removeprefix(prefix).partition(":") for key in keys]
+    commands: list[tuple[Any, ...]] = []
+    for key, (kind, _, _) in zip(keys, parts, strict=True):
+        command, *rest = _READS[kind]
+        commands += [("PTTL", key), (command, key, *rest)]
+    replies = _ask(client, commands)
+    for key, (kind, _, name), ttl_ms, value in zip(keys, parts, replies[::2], replies[1::2], strict=True):
         ttls = keyspace.other_ttls_ms if kind in ("reply", "servers", "events") else keyspace.ttls_ms
-        ttls[key] = int(_ask(client, "PTTL", key))
+        ttls[key] = int(ttl_ms)
         if kind == "conn":
-            record = _ask(client, "GET", key)
-            length, _, rest = record.partition(b":")
+            length, _, rest = value.partition(b":")
             keyspace.records[name] = _body(rest[int(length) :]) | {"game_id": rest[: int(length)].decode()}
         elif kind == "user_conns":
-            keyspace.users[name] = _sids(_ask(client, "GET", key))
+            keyspace.users[name] = _sids(value)
         elif kind == "game_conns":
-            keyspace.games[name] = {sid.decode(): _body(body) for sid, body in _pairs(_ask(client, "HGETALL", key))}
+            keyspace.games[name] = {sid.decode(): _body(body) for sid, body in _pairs(value)}
         elif kind == "server_conns":
-            keyspace.servers[name] = {sid.decode() for sid in _ask(client, "SMEMBERS", key)}
+            keyspace.servers[name] = {sid.decode() for sid in value}
         elif kind == "servers":
-            keyspace.known_servers = _scores(client, key)
+            keyspace.known_servers = _scores(client, key, value)
         elif kind == "last_seen":
-            keyspace.last_seen = _scores(client, key)
+            keyspace.last_seen = _scores(client, key, value)
             keyspace.epoch = -keyspace.last_seen.pop("", 0)
             if not keyspace.last_seen:
                 keyspace.other_ttls_ms[key] = keyspace.ttls_ms.pop(key)
-        elif kind not in ("reply", "events"):
-            raise AssertionError(f"unknown key {key!r}")
     return keyspace
 
 
-def _ask(client: redis.Redis, *command: Any) -> Any:
-    return client.execute_command(*command, NEVER_DECODE=True)
+def _ask(client: redis.Redis, commands: list[tuple[Any, ...]]) -> list[Any]:
+    """Run commands, in one round trip."""
+    with client.pipeline(transaction=False) as pipeline:
+        for command in commands:
+            pipeline.execute_command(*command, NEVER_DECODE=True)
+        return pipeline.execute()
 
 
 def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
     return list(reply.items()) if isinstance(reply, dict) else list(zip(reply[::2], reply[1::2], strict=True))
 
 
-def _scores(client: redis.Redis, key: str) -> dict[str, int]:
-    members = _ask(client, "ZRANGE", key, 0, -1)
-    scores = _ask(client, "ZMSCORE", key, *members)
+def _scores(client: redis.Redis, key: str, members: list[bytes]) -> dict[str, int]:
+    (scores,) = _ask(client, [("ZMSCORE", key, *members)])
     return {member.decode(): int(float(score)) for member, score in zip(members, scores, strict=True)}
 
 

@@ -384,7 +384,8 @@ class Sequences(RuleBasedStateMachine):
         assert manager.get_games_connections(games) == members
 
     @invariant()
-    def every_key_holds_what_the_model_holds(self) -> None:
+    def every_key_holds_what_the_model_holds_and_outlives_it(self) -> None:
+        now = self.now()
         keyspace = read_keyspace(self.client, self.namespace)
         assert violations(keyspace, self.connections_per_user) == []
         connections = self.model.connections
@@ -416,6 +417,16 @@ class Sequences(RuleBasedStateMachine):
             sid: -connection.detached_until if connection.detached_until else connection.last_seen
             for sid, connection in connections.items()
         }
+        prefix = f"{{{self.namespace}}}:"
+        for sid, connection in connections.items():
+            remaining = (connection.detached_until or connection.last_seen + self.model.conn_ttl_ms) - now
+            keys = [f"conn:{sid}", f"user_conns:{connection.user_id}", "last_seen"]
+            if connection.game_id:
+                keys.append(f"game_conns:{connection.game_id}")
+            if connection.server:
+                keys.append(f"server_conns:{connection.server}")
+            for key in keys:
+                assert keyspace.ttls_ms[prefix + key] >= remaining
 
     @invariant()
     def who_follows_the_events_knows_all_but_the_heartbeats(self) -> None:
@@ -426,21 +437,6 @@ class Sequences(RuleBasedStateMachine):
         connections = self.model.connections
         assert self.follower.parts == {sid: without_last_seen(self.typed(one)) for sid, one in connections.items()}
         assert self.follower.online == {one.user_id for one in connections.values() if not one.detached_until}
-
-    @invariant()
-    def every_key_outlives_the_connections_in_it(self) -> None:
-        now = self.now()
-        keyspace = read_keyspace(self.client, self.namespace)
-        prefix = f"{{{self.namespace}}}:"
-        for sid, connection in self.model.connections.items():
-            remaining = (connection.detached_until or connection.last_seen + self.model.conn_ttl_ms) - now
-            keys = [f"conn:{sid}", f"user_conns:{connection.user_id}", "last_seen"]
-            if connection.game_id:
-                keys.append(f"game_conns:{connection.game_id}")
-            if connection.server:
-                keys.append(f"server_conns:{connection.server}")
-            for key in keys:
-                assert keyspace.ttls_ms[prefix + key] >= remaining
 
 
 class SequencesWithTwoConnectionsPerUser(Sequences):
