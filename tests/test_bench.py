@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from bench import __main__ as bench
-from bench import page, prove, report
+from bench import measure, page, prove, report
 from bench.contenders import CONTENDERS, violations
 from bench.crowd import PLAIN, PRESENCE, Crowd
 from bench.fill import NAMESPACE, Population, load_scripts
@@ -255,7 +255,10 @@ def test_each_operation_takes_as_many_round_trips_as_its_contender_has_steps(own
         assert sum(what.startswith(f"{name}: ") for what in trips) == len(trips) / len(CONTENDERS)
 
 
-def test_growth_is_measured_beside_that_of_the_commands_within(own_server: LocalServer) -> None:
+def test_growth_is_measured_beside_that_of_the_commands_within(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "STABLE_SECONDS", 0.1)  # The memory is not what is looked at here.
     scale = replace(TINY, sizes=(100, 200), growth_rounds=1, growth_calls=5, growth_cleanups=1)
     with redis.Redis.from_url(own_server.url) as client:
         found = [row for row in measure_growth(Server(client, own_server.url), scale) if isinstance(row, Row)]

@@ -187,7 +187,8 @@ class TestTLSThatFails:
     def test_since_only_one_side_speaks_it(
         self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
     ) -> None:
-        options = one_attempt(request.node.callspec.params["make_manager"]) | {"socket_timeout": 0.5}
+        options = one_attempt(request.node.callspec.params["make_manager"])
+        options |= {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}
         with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
             for url in (proxy.url.replace("rediss", "redis"), f"rediss://127.0.0.1:{own_server.port}"):
                 manager = make_manager(url, **options)

@@ -942,8 +942,10 @@ class TestAConnection:
             # The server learns of it a moment later.
             wait_until(lambda: [found["cmd"] for found in client.client_list()] == ["client|list"])
 
-    def test_is_refused_with_the_reason(self, make_manager: ManagerFactory, mode: EventsMode) -> None:
-        manager = make_manager("redis://127.0.0.1:1", events=mode, socket_connect_timeout=1)
+    def test_is_refused_with_the_reason(
+        self, make_manager: ManagerFactory, hasty: dict[str, Any], mode: EventsMode
+    ) -> None:
+        manager = make_manager("redis://127.0.0.1:1", events=mode, **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs"), subscribed(manager):
             pass
 

@@ -62,4 +62,5 @@ def test_it_works_in_an_empty_environment(wheel: Path, tmp_path: Path, server_ur
     run([sys.executable, "-m", "venv", tmp_path / "venv"], tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel], tmp_path)
-    assert run([python, "-c", USE_IT, server_url, namespace], tmp_path) == "installed and used\n"
+    # -I: whoever runs the tests may have a PYTHONPATH, which would lead to the checkout.
+    assert run([python, "-I", "-c", USE_IT, server_url, namespace], tmp_path) == "installed and used\n"
