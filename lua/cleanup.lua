@@ -8,8 +8,9 @@ server_grace_ms its connections are detached, not removed, so that their users c
 have expired). With a server its clients fall silent, some of them before it is taken for dead: so a stale one whose
 server has missed a heartbeat and a half is detached as well.
 
-A batch that runs after not_after_ms does nothing: something held it up, such as a server that stood still, and the
-heartbeats that were sent since then may be held up as well, and run only after it. See run_cleanup.
+A batch that runs after not_after_ms is late and does nothing: something held it up, such as a server that stood
+still, and the heartbeats that were sent since then may be held up as well, and run only after it. With a 0 it is always
+late: so run_cleanup looks whether the server answers.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still
@@ -21,9 +22,9 @@ KEYS  last_seen, servers, reply
 ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at most 1000), server_threshold_ms,
       server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
       not_after_ms ('' = any time)
-Reply {now ms, number examined (batch_size when there may be more; -1 when it is after not_after_ms and had not run
-      before), the connections: the stale ones, longest silent first, then those past their grace, then those of dead
-      servers; as they were if removed, as they are if detached}
+Reply {now ms, number examined (batch_size when there may be more; -1 when it is late, and had not run before: that
+      counts as the last one), the connections: the stale ones, longest silent first, then those past their grace, then
+      those of dead servers; as they were if removed, as they are if detached}
       a connection = sid, record (see split_record), score (see find_record)
 Cost  O(log N) for each connection that it removes, detaches or, where the clock was set back, moves to now, N =
       connections in the namespace; O(S) for the S dead servers, or with a server_id, all servers

@@ -18,7 +18,7 @@ MAX_METADATA_BYTES = 4096
 MAX_SECONDS = 10 * 365 * 24 * 60 * 60
 """Ten years: the longest duration. The server's arithmetic on times stays exact far beyond it."""
 
-MAX_EPOCH = (1 << 63) - 1
+MAX_NUMBER = (1 << 63) - 1
 """More than any epoch will ever be; Python makes no text of an int of more than 4,300 digits."""
 
 
@@ -76,17 +76,17 @@ def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int
     return whole
 
 
-def encode_epoch(epoch: object) -> bytes:
-    """Check the epoch of a registration, and give it as the scripts take it: empty for any."""
-    if epoch is None:
+def encode_number(name: str, value: object) -> bytes:
+    """Check an epoch or a time, and give it as the scripts take it: empty for any."""
+    if value is None:
         return b""
-    if isinstance(epoch, bool) or not isinstance(epoch, int):
-        raise TypeError(f"epoch must be an int or None, not {type(epoch).__name__}: {shown(epoch)}")
-    if epoch < 0:
-        raise ValueError(f"epoch must be 0 or more, not {shown(epoch)}")
-    if epoch > MAX_EPOCH:
-        raise ValueError(f"epoch must be at most {MAX_EPOCH}, not {shown(epoch)}")
-    return b"%d" % epoch
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or None, not {type(value).__name__}: {shown(value)}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {shown(value)}")
+    if value > MAX_NUMBER:
+        raise ValueError(f"{name} must be at most {MAX_NUMBER}, not {shown(value)}")
+    return b"%d" % value
 
 
 def check_choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from presence.errors import PresenceError
-from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS
+from presence.operations import KEPT_SECONDS
 
 if TYPE_CHECKING:
     from presence.operations import Operation, Operations
@@ -20,7 +20,7 @@ RESENDING_SECONDS = 5
 """The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
 
 LEAST_SECONDS = 0.1
-"""The time that a batch of a ``run_cleanup`` has at least, for its round trip."""
+"""The time between two looks of a ``run_cleanup`` at the server at least, for their round trips."""
 
 
 class RepeatedCleanup:
@@ -29,45 +29,54 @@ class RepeatedCleanup:
     A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before while
     the answer is kept, and what it removed is still reported.
 
-    While the server is away or stands still, no heartbeat comes through, and all may come to look stale; a batch that
-    was sent meanwhile may run before them when it goes on. So a batch says until when it may run, by the server's own
-    clock: within the time after the one before it in which nobody who was there then can come to look stale. One that
-    comes later does nothing, and the next one comes after a heartbeat of everyone; if that meets a fault, so may the
-    heartbeats, and it is late again. The first is late in any case, since nobody knows what was before.
+    While the server is away or stands still, no heartbeat comes through, and all may come to look stale. So this looks
+    at the server twelve times a heartbeat, and cleans up only where it has answered regularly for a heartbeat and a
+    quarter. Within that, everyone has sent one; the quarter is for those whose last call the outage held up beyond its
+    end. The first answer begins that time, and so does one after a fault, or more than a quarter of a heartbeat after
+    the one before.
+
+    A look is a batch that is too late to do anything. Other batches may be held up, too, such as in a server that
+    stands still, and run before the heartbeats when that goes on: so each says until when it may run, by the server's
+    own clock, which also tells how long after each other the answers were given.
     """
 
     def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
         self._operations = operations
         self._interval = interval
         self._threshold_seconds = threshold_seconds
+        self._operation = operations.cleanup_batch(threshold_seconds, not_after_ms=0)
         heartbeat = operations.heartbeat_seconds
-        # Game servers look dead after three heartbeats, whatever the threshold.
-        heartbeats = HEARTBEATS_UNTIL_STALE * heartbeat
-        shortest = heartbeats if threshold_seconds is None else min(heartbeats, threshold_seconds)
-        # With a shorter threshold, cleanup does not go by heartbeats.
-        self._goes_by_heartbeats = shortest > heartbeat
-        # With a threshold of few heartbeats a compromise, or a pause of one would make each batch late.
-        self._harmless_seconds = max(shortest - heartbeat, 1.5 * heartbeat, LEAST_SECONDS)
-        self._batch = self._describe(not_after_ms=0)
-        self._has_waited = False
-        """Whether the batch before this one was late."""
+        look = max(heartbeat / 12, LEAST_SECONDS)
+        # With a shorter threshold, who sends heartbeats may be removed all the same.
+        self._goes_by_heartbeats = threshold_seconds is None or threshold_seconds > heartbeat
+        self._interval_ms, self._look_ms, self._quarter_ms, self._wait_ms = (
+            round(1000 * seconds) for seconds in (interval, look, 3 * look, heartbeat + 3 * look)
+        )
+        if not self._goes_by_heartbeats:
+            self._describe(None)
         self._sent_at: float | None = None
-        """When this batch was sent first."""
+        """When this operation was sent first."""
+        # The server's times:
+        self._answered_ms: int | None = None
+        """Of the last answer; None where a fault came after it."""
+        self._regular_since_ms = 0
+        self._due_ms = 0
+        """From when on the next cleanup is due."""
 
-    def _describe(self, not_after_ms: float) -> Operation[CleanupBatch]:
-        not_after = round(not_after_ms) if self._goes_by_heartbeats else None
-        return self._operations.repeated_cleanup_batch(self._threshold_seconds, not_after)
+    def _describe(self, not_after_ms: int | None) -> None:
+        self._operation = self._operations.cleanup_batch(self._threshold_seconds, not_after_ms=not_after_ms)
 
     def next(self) -> Operation[CleanupBatch]:
         """Give the operation to send."""
         self._sent_at = self._sent_at or monotonic()
-        return self._batch
+        return self._operation
 
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""
-        if self._has_waited and self._goes_by_heartbeats:
-            # It may not run any more; if it has, it is answered as before.
-            self._batch = replace(self._batch, arguments=(*self._batch.arguments[:-1], b"0"))
+        self._answered_ms = None
+        if self._goes_by_heartbeats:
+            # The same operation, which may not run any more; if it has, it is answered as before.
+            self._operation = replace(self._operation, arguments=(*self._operation.arguments[:-1], b"0"))
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         pause = min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
@@ -75,15 +84,26 @@ class RepeatedCleanup:
         return pause
 
     def succeed(self, done: CleanupBatch) -> float:
-        """Give the seconds to pause after an answer, none when there is more to remove."""
-        self._sent_at, self._has_waited = None, done.is_late
-        heartbeat = self._operations.heartbeat_seconds
-        if done.is_late:
-            # Not much later than that, for the server may stand still once more.
-            self._batch = self._describe(done.now_ms + 1000 * (heartbeat + max(heartbeat / 2, LEAST_SECONDS)))
-            return heartbeat
-        self._batch = self._describe(done.now_ms + 1000 * self._harmless_seconds)
-        return self._interval if done.is_last else 0
+        """Give the seconds to pause after an answer, none when there is more to do at once."""
+        self._sent_at = None
+        if not self._goes_by_heartbeats:
+            self._describe(None)
+            return self._interval if done.is_last else 0
+        now_ms, answered_ms = done.now_ms, self._answered_ms
+        if answered_ms is None and not done.is_late:
+            # It had run before the fault, and this is the answer of then: when it is now is not known.
+            self._describe(0)
+            return 0
+        if answered_ms is None or not 0 <= now_ms - answered_ms <= self._quarter_ms:
+            self._regular_since_ms = now_ms
+        self._answered_ms = now_ms
+        has_cleaned_up = done.is_last and not done.is_late
+        # Not later than an interval from now, in case the clock was set back.
+        self._due_ms = now_ms + self._interval_ms if has_cleaned_up else min(self._due_ms, now_ms + self._interval_ms)
+        pause_ms = max(self._regular_since_ms + self._wait_ms, self._due_ms, now_ms) - now_ms
+        may_run = pause_ms <= self._look_ms
+        self._describe(now_ms + self._quarter_ms if may_run else 0)
+        return min(pause_ms, self._look_ms) / 1000
 
     def fail_to_report(self, done: CleanupBatch) -> None:
         """Log the error of ``on_removed`` that is being handled."""

@@ -389,7 +389,7 @@ class Operations:
                 self._conn_ttl,
                 self._key_lifetime,
                 b"%d" % grace_ms,
-                arguments.encode_epoch(epoch),
+                arguments.encode_number("epoch", epoch),
                 self._events,
             ),
             partial(parse_connection, sid_bytes.decode()),
@@ -411,7 +411,7 @@ class Operations:
                 self._conn_ttl,
                 self._key_lifetime,
                 b"" if capacity is None else b"%d" % arguments.check_count("capacity", capacity, MAX_CAPACITY),
-                arguments.encode_epoch(epoch),
+                arguments.encode_number("epoch", epoch),
                 self._events,
             ),
             parse_join,
@@ -428,7 +428,7 @@ class Operations:
                 sid_bytes,
                 self._conn_ttl,
                 self._key_lifetime,
-                arguments.encode_epoch(epoch),
+                arguments.encode_number("epoch", epoch),
                 self._events,
             ),
             text_or_none,
@@ -446,7 +446,7 @@ class Operations:
                 self._conn_ttl,
                 self._key_lifetime,
                 arguments.encode_metadata(metadata),
-                arguments.encode_epoch(epoch),
+                arguments.encode_number("epoch", epoch),
                 self._events,
             ),
             bool,
@@ -458,7 +458,7 @@ class Operations:
         return Operation(
             HEARTBEAT,
             (self._conn(sid_bytes), self.last_seen_key),
-            (self._key_lifetime, arguments.encode_epoch(epoch)),
+            (self._key_lifetime, arguments.encode_number("epoch", epoch)),
             bool,
         )
 
@@ -676,30 +676,19 @@ class Operations:
             int,
         )
 
-    def cleanup_batch(self, threshold_seconds: float | None = None) -> Operation[CleanupBatch]:
+    def cleanup_batch(
+        self, threshold_seconds: float | None = None, *, not_after_ms: int | None = None
+    ) -> Operation[CleanupBatch]:
         """Describe one bounded batch of a cleanup: see ``cleanup_stale_connections``.
 
         Args:
             threshold_seconds: seconds, 0 to ten years; None for three heartbeats.
+            not_after_ms: when it runs after this time of the server, milliseconds since 1970, it does nothing; None for
+                any time.
 
         Returns:
-            The operation, whose result has ``removed`` and ``detached``, together at most 20 connections, and
-            ``is_last``: whether there was no more to do.
-
-        """
-        return self.repeated_cleanup_batch(threshold_seconds, None)
-
-    def repeated_cleanup_batch(
-        self, threshold_seconds: float | None, not_after_ms: int | None
-    ) -> Operation[CleanupBatch]:
-        """Describe one bounded batch of a ``run_cleanup``: the same, which may be told to do nothing when it is late.
-
-        Args:
-            threshold_seconds: as of ``cleanup_batch``.
-            not_after_ms: the server's time in milliseconds since 1970, 0 or more, until which it may run; None for any.
-
-        Returns:
-            The operation, whose result has ``now_ms``, the server's time, and ``is_late``, too.
+            The operation, whose result has ``removed`` and ``detached``, together at most 20 connections; ``is_last``:
+            whether there was no more to do; ``now_ms``, the server's time; and ``is_late``: whether it came too late.
 
         """
         threshold_ms = (
@@ -707,7 +696,7 @@ class Operations:
             if threshold_seconds is None
             else arguments.milliseconds("threshold_seconds", threshold_seconds, allow_zero=True)
         )
-        not_after = b"" if not_after_ms is None else b"%d" % not_after_ms
+        not_after = arguments.encode_number("not_after_ms", not_after_ms)
         return self._clean_up(threshold_ms, self._server_grace_ms, b"", not_after)
 
     def cleanup_server_batch(self, server_id: str, *, grace_seconds: float | None = None) -> Operation[CleanupBatch]:

@@ -703,23 +703,23 @@ class ConnectionManager:
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
         fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first
-        cleanup, and after an outage in which all connections may have come to look stale, it lets a heartbeat of
-        everyone come (not with a threshold of a heartbeat or less). On a manager that is closed already it ends at
+        cleanup, and after any outage, it waits for a heartbeat and a quarter, so that everyone's comes first (not with
+        a threshold of a heartbeat or less). On a manager that is closed already it ends at
         once, and logs an error: it may have been closed before the thread began.
 
         Args:
-            interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years. From
-                two heartbeats on (less with a shorter threshold), a heartbeat is added each time.
+            interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: called with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
-                inside.
+                inside. Where it takes longer than a quarter of a heartbeat, the next batch waits as after an outage.
 
         Raises:
             TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.
             ValueError: an interval or threshold is out of its bounds.
 
-        Cost: as :meth:`cleanup_stale_connections`, each time.
+        Cost: as :meth:`cleanup_stale_connections`, each time; and twelve times a heartbeat a look at the server, one
+        round trip that asks for the time.
 
         """
         interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000

@@ -13,6 +13,7 @@ import pytest
 
 import presence
 import presence.sync
+from presence import Operations
 
 if TYPE_CHECKING:
     from presence.sync import ConnectionManager
@@ -151,11 +152,21 @@ def test_odd_ids_do_not_reach_each_others_keys(manager: ConnectionManager, keys:
     ],
 )
 def test_a_bad_threshold_is_refused_before_the_network(threshold: Any, error: type[Exception]) -> None:
-    with (
-        presence.sync.ConnectionManager.from_url(NOWHERE) as manager,
-        pytest.raises(error, match="threshold_seconds"),
-    ):
-        manager.cleanup_stale_connections(threshold)
+    with presence.sync.ConnectionManager.from_url(NOWHERE) as manager:
+        with pytest.raises(error, match="threshold_seconds"):
+            manager.cleanup_stale_connections(threshold)
+        with pytest.raises(error, match="threshold_seconds"):
+            manager.run_cleanup(threshold_seconds=threshold)
+    with pytest.raises(error, match="threshold_seconds"):
+        asyncio.run(presence.ConnectionManager.from_url(NOWHERE).run_cleanup(threshold_seconds=threshold))
+
+
+@pytest.mark.parametrize(
+    ("time", "error"), [(-1, ValueError), (1 << 63, ValueError), (1.5, TypeError), ("1", TypeError)]
+)
+def test_a_bad_time_for_a_batch_is_refused(time: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="not_after_ms"):
+        Operations("ns").cleanup_batch(not_after_ms=time)
 
 
 def test_what_cannot_be_called_back_is_refused_before_anything_is_removed() -> None:

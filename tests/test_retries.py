@@ -562,12 +562,12 @@ def test_a_batch_of_a_cleanup_that_comes_late_removes_nothing_and_answers_what_i
         seconds, microseconds = client.time()
         return int(seconds) * 1000 + int(microseconds) // 1000
 
-    late = send(client, manager.operations.repeated_cleanup_batch(None, now_ms() - 1))
+    late = send(client, manager.operations.cleanup_batch(not_after_ms=now_ms() - 1))
     assert (late.removed, late.is_late, late.is_last) == ((), True, True)
     assert keys().records == before.records
     assert keys().other_ttls_ms.keys() == before.other_ttls_ms.keys()
 
-    operation = manager.operations.repeated_cleanup_batch(None, now_ms() + 1000)
+    operation = manager.operations.cleanup_batch(not_after_ms=now_ms() + 1000)
     in_time = send(client, operation)
     assert ([gone.sid for gone in in_time.removed], in_time.is_late) == (["old"], False)
     time.sleep(1)
