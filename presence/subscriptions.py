@@ -7,6 +7,7 @@ the client like any other operation, and a fault there loses nothing.
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
@@ -35,6 +36,9 @@ LATE_MS = 150
 
 SILENCE_SECONDS = 10
 """How long nothing may come through pub/sub before the server is asked whether it is there; then as long again."""
+
+LEAST_WAIT_SECONDS = 0.001
+"""To see what has come meanwhile."""
 
 _BEYOND = Position(number=10**15 - 1)
 """No stream has come as far: to read after it tells where the stream ends."""
@@ -121,6 +125,7 @@ class Feed:
         to the node that has the namespace now.
         """
         batch = yield from perform(self._operations.read_events(_BEYOND))
+        self._is_asked = False
         if self._received.end is _BEYOND:
             self._received = _Received(batch.position, (), batch.position)
 
@@ -229,10 +234,13 @@ class AsyncSubscription(_Subscription):
         self._run = run
         self._wait = wait
         self._client = client
+        self._silent_since = 0.0
+        """Since when nothing came through pub/sub; whoever waits for a moment each time waits on."""
 
     async def __aenter__(self) -> Self:
         feed = self._feed
         await self._run(feed.start())
+        self._lost = None
         client = self._client()
         source: Any = (
             client.get_node_from_key(feed.key)  # type: ignore[arg-type]
@@ -247,6 +255,7 @@ class AsyncSubscription(_Subscription):
                     await self._connection.connect()
                     await self._connection.send_command("SSUBSCRIBE", feed.channel)
                     await self._connection.read_response(disable_decoding=True, push_request=True)
+                    self._silent_since = monotonic()
             except BaseException as met:
                 await self.aclose()
                 error = as_fault(met)
@@ -291,9 +300,11 @@ class AsyncSubscription(_Subscription):
         connection, feed = self._connection, self._feed
         try:
             # What is not all there when the wait ends, or is cancelled, stays in the connection's buffer.
+            timeout = max(self._silent_since + SILENCE_SECONDS - monotonic(), LEAST_WAIT_SECONDS)
             reply = await connection.read_response(
-                disable_decoding=True, timeout=SILENCE_SECONDS, disconnect_on_error=False, push_request=True
+                disable_decoding=True, timeout=timeout, disconnect_on_error=False, push_request=True
             )
+            self._silent_since = monotonic()
             if reply is None:
                 feed.ask()
                 with heeding_cancellation():
@@ -329,6 +340,7 @@ class Subscription(_Subscription):
     def __enter__(self) -> Self:
         feed = self._feed
         self._run(feed.start())
+        self._lost = None
         client: Any = self._client()
         if isinstance(client, redis.RedisCluster):
             client = client.get_redis_connection(client.get_node_from_key(feed.key))

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -1200,6 +1200,30 @@ def test_a_server_that_falls_silent_is_told(
             os.kill(own_server.pid, signal.SIGCONT)
 
 
+def test_a_server_that_falls_silent_is_told_to_who_waits_for_a_moment_each_time(
+    monkeypatch: pytest.MonkeyPatch, own_server: LocalServer
+) -> None:
+    monkeypatch.setattr("presence.subscriptions.SILENCE_SECONDS", 0.2)
+
+    async def poll(events: presence.AsyncSubscription, times: int) -> None:
+        for _ in range(times):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(anext(events), 0.05)
+
+    async def run() -> None:
+        manager = presence.ConnectionManager.from_url(own_server.url, events="pubsub")
+        async with manager, manager.subscribe() as events:
+            await poll(events, 20)  # Silence alone is no loss.
+            os.kill(own_server.pid, signal.SIGSTOP)
+            with pytest.raises(EventsLostError, match="does not answer"):
+                await poll(events, 100)
+
+    try:
+        asyncio.run(run())
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+
+
 def play_at_full_speed(url: str, namespace: str, writer: int, enough: Flag) -> None:
     """Join, leave, drop and come back at random, in a process of its own."""
     chance = random.Random(writer)
@@ -1308,6 +1332,23 @@ def test_a_subscription_may_be_entered_again_after_another_thread_has_closed_it(
                 later.start()
                 list(events)
                 later.join()
+
+
+def test_a_subscription_may_be_entered_again_after_a_loss(
+    make_manager: ManagerFactory, own_server: LocalServer
+) -> None:
+    manager = make_manager(own_server.url, events="pubsub")
+    subscription = manager.subscribe()
+    with redis.Redis.from_url(own_server.url) as client:
+        for _ in range(2):
+            events = Subscribed(manager, subscription)
+            manager.register_connection("sid", "user")
+            assert [event.type.value for event in events.take(1)] == ["registered"]
+            manager.unregister_connection("sid")
+            client.client_kill_filter(_type="pubsub")
+            with pytest.raises(EventsLostError):
+                events.take(100)
+            events.close()
 
 
 def test_who_may_not_read_a_channel_is_told_and_leaves_no_connection(
