@@ -1056,6 +1056,10 @@ class TestACancelledCall:
         asyncio.run(run())
 
 
+AT_ONCE = 30
+"""The threshold of a run_cleanup that waits for no heartbeats: a heartbeat."""
+
+
 class TestRunCleanup:
     """It outlives every fault, and never loses what it removed."""
 
@@ -1111,7 +1115,7 @@ class TestRunCleanup:
         self, own_server: LocalServer, own_client: redis.Redis, namespace: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         reported: list[str] = []
-        options: dict[str, Any] = {"namespace": namespace, "heartbeat_seconds": 0.1, **one_attempt("blocking")}
+        options: dict[str, Any] = {"namespace": namespace, **one_attempt("blocking")}
         with Proxy(own_server.port) as proxy:
             with presence.sync.ConnectionManager.from_url(proxy.url, **options) as manager:
                 operations = manager.operations
@@ -1119,11 +1123,14 @@ class TestRunCleanup:
                 manager.pipeline([operations.register_connection(f"sid-{n}", f"user-{n}") for n in range(count)])
                 let_time_pass(own_client, namespace, 91)
                 manager.pipeline([operations.cleanup_batch(threshold_seconds=1000)])
-                proxy.fates = [Fate.PASS, Fate.PASS, Fate.LOSE_REQUEST]
+                proxy.fates = [Fate.PASS, Fate.LOSE_REQUEST]
                 thread = threading.Thread(
                     target=manager.run_cleanup,
                     args=(0.01,),
-                    kwargs={"on_removed": lambda result: reported.extend(gone.sid for gone in result)},
+                    kwargs={
+                        "threshold_seconds": AT_ONCE,
+                        "on_removed": lambda result: reported.extend(gone.sid for gone in result),
+                    },
                     daemon=True,
                 )
                 thread.start()
@@ -1143,14 +1150,12 @@ class TestRunCleanup:
 
         async def run() -> None:
             with Proxy(own_server.port) as proxy:
-                async with presence.ConnectionManager.from_url(
-                    proxy.url, namespace=namespace, heartbeat_seconds=0.1
-                ) as manager:
+                async with presence.ConnectionManager.from_url(proxy.url, namespace=namespace) as manager:
                     await manager.register_connection("sid", "user")
                     await manager.cleanup_stale_connections(threshold_seconds=1000)
                     let_time_pass(own_client, namespace, 91)
-                    proxy.fates = [Fate.PASS, Fate.HOLD_REPLY]
-                    task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    task = asyncio.create_task(manager.run_cleanup(threshold_seconds=AT_ONCE, on_removed=on_removed))
                     await is_held(proxy)
                     for _ in range(3):
                         task.cancel()
@@ -1173,12 +1178,12 @@ class TestRunCleanup:
 
         async def run() -> None:
             with Proxy(own_server.port) as proxy:
-                manager = presence.ConnectionManager.from_url(proxy.url, namespace=namespace, heartbeat_seconds=0.1)
+                manager = presence.ConnectionManager.from_url(proxy.url, namespace=namespace)
                 await manager.register_connection("sid", "user")
                 await manager.cleanup_stale_connections(threshold_seconds=1000)
                 let_time_pass(own_client, namespace, 91)
-                proxy.fates = [Fate.PASS, Fate.HOLD_REPLY]
-                task = asyncio.create_task(manager.run_cleanup(on_removed=on_removed))
+                proxy.fates = [Fate.HOLD_REPLY]
+                task = asyncio.create_task(manager.run_cleanup(threshold_seconds=AT_ONCE, on_removed=on_removed))
                 await is_held(proxy)
                 closing = asyncio.create_task(manager.aclose())
                 await asyncio.sleep(0)
