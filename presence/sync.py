@@ -45,12 +45,15 @@ logger: logging.Logger = logging.getLogger("presence")
 Result = TypeVar("Result")
 
 
+LONGEST_WAIT_SECONDS = 0.1
+"""How long a close waits before it looks itself: a signal's handler may have kept a call from telling of its end."""
+
 _left_behind: list[RedisCluster] = []
 """Clients that a forked process can neither use nor close."""
 
 
 class _OpenClient:
-    """A client that the manager uses, and the threads that it serves or that wait until it is open."""
+    """A client that the manager uses, and how far one has come to open it."""
 
     client: Redis | RedisCluster
 
@@ -61,7 +64,6 @@ class _OpenClient:
         self.error: Exception | None = None
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
-        self.callers: list[int] = []
 
 
 class ConnectionManager:
@@ -139,6 +141,8 @@ class ConnectionManager:
         self._own_client: _OpenClient | None = None
         self._closing: list[_OpenClient] = []
         """Those that a close has put aside: whoever ends their last call closes them."""
+        self._calls: dict[object, tuple[int, _OpenClient]] = {}
+        """The calls under way, or that wait until a client is open: the thread and the client of each."""
         self._repetitions: dict[threading.Event, threading.Thread] = {}
         self._is_closed = False
         # A signal handler may close the manager in the midst of what its thread does here.
@@ -212,13 +216,13 @@ class ConnectionManager:
         self._changed = threading.Condition(self._lock)
         self._repetitions.clear()
         own_thread = threading.get_ident()
-        for known in self._known_clients():
-            known.callers = [caller for caller in known.callers if caller == own_thread]
-        self._closing = [known for known in self._closing if known.callers]
+        self._calls = {call: about for call, about in self._calls.items() if about[0] == own_thread}
+        in_use = self._in_use()
+        self._closing = [known for known in self._closing if known in in_use]
         own = self._own_client
         if own and not own.is_open and own.opener != own_thread:
             self._own_client = None
-        elif own and own.is_open and not own.callers and self._given_client is None:
+        elif own and own.is_open and own not in in_use and self._given_client is None:
             self._leave_behind(own)
 
     def _leave_behind(self, own: _OpenClient) -> None:
@@ -227,8 +231,9 @@ class ConnectionManager:
             _left_behind.append(own.client)  # To finalize it would take the lock, too.
             self._own_client = None
 
-    def _known_clients(self) -> list[_OpenClient]:
-        return self._closing + ([self._own_client] if self._own_client else [])
+    def _in_use(self) -> list[_OpenClient]:
+        # The list is made in one step; to go through the dict itself would take several.
+        return [known for _, known in list(self._calls.values())]
 
     def __enter__(self) -> Self:
         self._is_closed = False
@@ -253,19 +258,18 @@ class ConnectionManager:
                 stop.set()
             # A signal handler has interrupted a call of its own thread, which may hold what the others need to end
             # theirs: it waits for nobody, and the last call to end closes the client.
-            has_interrupted = any(own_thread in known.callers for known in self._known_clients())
+            has_interrupted = any(thread == own_thread for thread, _ in list(self._calls.values()))
             # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
             if not has_interrupted and threading.current_thread() not in self._repetitions.values():
                 self._changed.wait_for(lambda: not self._repetitions)
             own, self._own_client = self._own_client, None
             if own is not None:
-                own.callers.append(own_thread)
                 self._closing.append(own)
-        if own is not None:
-            self._end(own)
-        if not has_interrupted:
+        self._close_unused()
+        while self._closing and not has_interrupted:
             with self._changed:
-                self._changed.wait_for(lambda: not self._closing)
+                self._changed.wait_for(lambda: not self._closing, LONGEST_WAIT_SECONDS)
+            self._close_unused()
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
@@ -864,12 +868,19 @@ class ConnectionManager:
         return Subscription(feed, self._run, self._client)
 
     def _client(self) -> Redis | RedisCluster:
-        own = self._begin()
-        self._end(own)
-        return own.client
+        call = object()
+        try:
+            return self._begin(call).client
+        finally:
+            self._calls.pop(call, None)
+            self._close_unused()
 
-    def _begin(self) -> _OpenClient:
-        """Give the client, opened if there is none, and count this call as one of its own."""
+    def _begin(self, call: object) -> _OpenClient:
+        """Give the client, opened if there is none, and note that this call uses it.
+
+        Whoever begins a call ends it in the first step of a ``finally``, within whose ``try`` it has begun: so it does
+        not matter where a signal's handler raises, for which Python looks after each call of a function.
+        """
         own_thread = threading.get_ident()
         while True:
             with self._lock:
@@ -881,23 +892,18 @@ class ConnectionManager:
                     # A signal handler cannot wait for the opening that it has interrupted: this is for its call.
                     own = _OpenClient()
                     self._closing.append(own)
-                own.callers.append(own_thread)
+                self._calls[call] = own_thread, own
             if own.is_open or self._open(own):
                 return own
-            self._end(own)
 
     def _open(self, own: _OpenClient) -> bool:
         """Open a client, once for all who wait; tell whether it is open, and not its opener was interrupted."""
-        try:
-            if own.opener == threading.get_ident():
-                self._try_to_open(own)
-            else:
-                own.has_tried.wait()
-            if own.error is not None:
-                raise own.error
-        except BaseException:
-            self._end(own)
-            raise
+        if own.opener == threading.get_ident():
+            self._try_to_open(own)
+        else:
+            own.has_tried.wait()
+        if own.error is not None:
+            raise own.error
         return own.is_open
 
     def _try_to_open(self, own: _OpenClient) -> None:
@@ -930,21 +936,22 @@ class ConnectionManager:
                     raise
                 time.sleep(pause)
 
-    def _end(self, own: _OpenClient) -> None:
-        """End a call; the last one closes what was put aside."""
-        with self._lock:
-            if len(own.callers) > 1 or own is self._own_client:
-                own.callers.remove(threading.get_ident())
+    def _close_unused(self) -> None:
+        """Close what was put aside and serves no call any more (to close it twice does no harm)."""
+        while self._closing:
+            with self._lock:
+                in_use = self._in_use()
+                unused = next((known for known in self._closing if known not in in_use), None)
+            if unused is None:
                 return
-        try:
-            if own.is_open and self._given_client is None:
-                own.client.close()
-        finally:
-            with self._changed:
-                own.callers.clear()
-                if own in self._closing:  # Not where it could not be opened.
-                    self._closing.remove(own)
-                self._changed.notify_all()
+            try:
+                if unused.is_open and self._given_client is None:
+                    unused.client.close()
+            finally:
+                with self._lock:
+                    if unused in self._closing:
+                        self._closing.remove(unused)
+                    self._changed.notify_all()
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
         try:
@@ -952,12 +959,13 @@ class ConnectionManager:
             request = (asked.command(),) if isinstance(asked, Operation) else next(asked)
         except StopIteration as finished:
             return finished.value  # type: ignore[no-any-return]
+        call = object()
         try:
-            own = self._begin()
-        except FAULTS as error:
-            # A cluster's client connects when it is made.
-            raise explain(error) from error
-        try:
+            try:
+                own = self._begin(call)
+            except FAULTS as error:
+                # A cluster's client connects when it is made.
+                raise explain(error) from error
             replies = self._send(own, request)
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
@@ -974,7 +982,8 @@ class ConnectionManager:
         except StopIteration as finished:
             return finished.value  # type: ignore[no-any-return]
         finally:
-            self._end(own)
+            self._calls.pop(call, None)
+            self._close_unused()
 
     def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""

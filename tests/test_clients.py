@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import signal
 import threading
 import time
@@ -408,6 +409,42 @@ class TestClosing:
             assert call.result(BOUND_SECONDS) == 0
             wait_until(lambda: connections() == 0)
             manager.close()
+
+    def test_ends_all_after_calls_that_were_interrupted_at_any_moment(self) -> None:
+        """Python may run a signal's handler at any call of a function, as in what is done before and after a call."""
+
+        class OutOfTimeError(Exception):
+            pass
+
+        class Instant(redis.Redis):
+            """Answers at once, since redis-py and hiredis may break where a handler raises in the midst of them."""
+
+            def execute_command(self, *_: Any, **__: Any) -> list[Any]:
+                return []
+
+        def interrupt(*_: object) -> None:
+            raise OutOfTimeError
+
+        manager = presence.sync.ConnectionManager(Instant())
+        cleaning = threading.Thread(target=manager.run_cleanup, daemon=True)
+        moment = random.Random(0)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with manager:
+                cleaning.start()
+                for _ in range(500):
+                    with suppress(OutOfTimeError):
+                        signal.setitimer(signal.ITIMER_REAL, moment.uniform(1e-5, 2e-4))
+                        while True:
+                            manager.get_connection("sid")
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert not cleaning.is_alive()
+        assert manager._calls == {}
+        closing = threading.Thread(target=manager.close, daemon=True)
+        closing.start()
+        closing.join(BOUND_SECONDS)
+        assert not closing.is_alive()
 
     def test_does_not_wait_for_the_call_that_a_signal_has_interrupted(self, own_server: LocalServer) -> None:
         """The handler runs in the thread of that call, which goes on when the handler has ended."""
