@@ -92,8 +92,8 @@ class _Repetition:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.step: asyncio.Future[float | None] | None = None
-        self.is_closing = False
-        """Whether its step, which is a callback of a cleanup then, has asked for the manager to be closed."""
+        self.has_called_aclose = False
+        """Whether its ``on_removed`` has. Another that does so cannot wait for it: each would wait for the other."""
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -268,12 +268,9 @@ class ConnectionManager:
         self._closes += 1
         loop, cancellations = asyncio.get_running_loop(), clients.cancellations()
         # A callback of a cleanup may close the manager, itself or in a task; so may several at the same time.
-        own_step = _step.get()
-        own = next(
-            (running for running in self._repetitions if own_step is not None and running.step is own_step), None
-        )
-        if own is not None:
-            own.is_closing = True
+        caller = self._repetition_that_calls()
+        if caller is not None:
+            caller.has_called_aclose = True
         for running in tuple(self._repetitions):
             try:
                 running.loop.call_soon_threadsafe(running.stop.set)
@@ -282,7 +279,7 @@ class ConnectionManager:
                 self._repetitions.discard(running)
                 continue
             # What another loop runs ends there.
-            if running.loop is loop and not (own is not None and running.is_closing):
+            if running.loop is loop and (caller is None or not running.has_called_aclose):
                 await running.ended.wait()
         open_client = self._own_clients.pop(loop, None)
         if open_client is not None:
@@ -302,6 +299,13 @@ class ConnectionManager:
                     # Whoever cancels all other tasks cancels that one, and it is begun again.
                     if clients.cancellations() > cancellations or not each.closing.cancelled():
                         raise
+
+    def _repetition_that_calls(self) -> _Repetition | None:
+        """Give that whose ``on_removed`` runs this code, if any."""
+        step = _step.get()
+        return next(
+            (running for running in tuple(self._repetitions) if step is not None and running.step is step), None
+        )
 
     async def _close(self, own: _OpenClient) -> None:
         if own.shared is not None:

@@ -130,16 +130,8 @@ class SharedConnection:
         try:
             while self._take():
                 self._session_start = self._loop.time()
-                try:
-                    connection = await self._pool.get_connection()
-                except BaseException as met:
-                    error = as_fault(met)
-                    if not isinstance(error, RedisError):
-                        # While one was greeted, perhaps, and then redis-py has put it back as if it were ready.
-                        await _close_free(self._pool)
-                    if not isinstance(error, FAULTS):
-                        raise
-                    self._fail(error)
+                connection = await self._take_connection()
+                if connection is None:
                     continue
                 try:
                     await self._use(connection)
@@ -159,6 +151,21 @@ class SharedConnection:
             # then call, as to unregister in their `finally`. Nor does a signal's handler that raises in here.
             self._waiting = deque(self._take_unanswered())
             raise
+
+    async def _take_connection(self) -> AbstractConnection | None:
+        """Take a connection out of the pool; None where that met a fault, which all who wait are told of."""
+        try:
+            connection: AbstractConnection = await self._pool.get_connection()
+        except BaseException as met:
+            error = as_fault(met)
+            if not isinstance(error, RedisError):
+                # While one was greeted, perhaps, and then redis-py has put it back as if it were ready.
+                await _close_free(self._pool)
+            if not isinstance(error, FAULTS):
+                raise
+            self._fail(error)
+            return None
+        return connection
 
     def _take_unanswered(self) -> list[_Request]:
         requests = [request for request in (*self._refused, *self._sent, *self._waiting) if not request.answer.done()]
