@@ -53,17 +53,39 @@ _left_behind: list[RedisCluster] = []
 
 
 class _OpenClient:
-    """A client that the manager uses, and how far one has come to open it."""
+    """A client that the manager uses, the call that opens it, and how far that has come."""
 
     client: Redis | RedisCluster
 
-    def __init__(self) -> None:
+    def __init__(self, call: object) -> None:
+        self.call = call
         self.opener = threading.get_ident()
         self.is_open = False
-        self.has_tried = threading.Event()
+        self.has_tried = False
         self.error: Exception | None = None
         self.tries_again = False
         """Whether calls of a cluster are sent again here, and not by the client."""
+
+
+class _Repetition:
+    """What ``close`` needs to end a ``run_cleanup`` or ``run_server_heartbeat``."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.is_to_end = False
+        # A signal's handler may come in the midst of what a threading.Event does, but not of what a lock does.
+        self._until_the_end = threading.Lock()
+        self._until_the_end.acquire()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, at most until it is to end."""
+        self._until_the_end.acquire(timeout=seconds)
+
+    def end(self) -> None:
+        """Let it end, however long its pause is."""
+        self.is_to_end = True
+        with suppress(RuntimeError):  # That was said before.
+            self._until_the_end.release()
 
 
 class ConnectionManager:
@@ -143,9 +165,10 @@ class ConnectionManager:
         """Those that a close has put aside: whoever ends their last call closes them."""
         self._calls: dict[object, tuple[int, _OpenClient]] = {}
         """The calls under way, or that wait until a client is open: the thread and the client of each."""
-        self._repetitions: dict[threading.Event, threading.Thread] = {}
+        self._repetitions: set[_Repetition] = set()
         self._is_closed = False
-        # A signal handler may close the manager in the midst of what its thread does here.
+        # A signal handler may close the manager in the midst of what its thread does here, so what waits here does so
+        # by this lock alone, which a thread may take twice and leaves while it waits.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         call_in_child(self, ConnectionManager._forget_other_threads)
@@ -220,9 +243,7 @@ class ConnectionManager:
         in_use = self._in_use()
         self._closing = [known for known in self._closing if known in in_use]
         own = self._own_client
-        if own and not own.is_open and own.opener != own_thread:
-            self._own_client = None
-        elif own and own.is_open and own not in in_use and self._given_client is None:
+        if own and own.is_open and own not in in_use and self._given_client is None:
             self._leave_behind(own)
 
     def _leave_behind(self, own: _OpenClient) -> None:
@@ -252,22 +273,23 @@ class ConnectionManager:
         by a subscription that was not ended before.
         """
         own_thread = threading.get_ident()
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            for stop in self._repetitions:
-                stop.set()
+            for running in tuple(self._repetitions):
+                running.end()
             # A signal handler has interrupted a call of its own thread, which may hold what the others need to end
             # theirs: it waits for nobody, and the last call to end closes the client.
             has_interrupted = any(thread == own_thread for thread, _ in list(self._calls.values()))
             # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
-            if not has_interrupted and threading.current_thread() not in self._repetitions.values():
-                self._changed.wait_for(lambda: not self._repetitions)
+            is_callback = any(running.thread is threading.current_thread() for running in tuple(self._repetitions))
+            while self._repetitions and not has_interrupted and not is_callback:
+                self._changed.wait(LONGEST_WAIT_SECONDS)
             own, self._own_client = self._own_client, None
             if own is not None:
                 self._closing.append(own)
         self._close_unused()
         while self._closing and not has_interrupted:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: not self._closing, LONGEST_WAIT_SECONDS)
             self._close_unused()
 
@@ -707,16 +729,17 @@ class ConnectionManager:
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
         fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first
-        cleanup, and after any outage, it waits for a heartbeat and a quarter, so that everyone's comes first (not with
-        a threshold of a heartbeat or less). On a manager that is closed already it ends at
-        once, and logs an error: it may have been closed before the thread began.
+        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter, if that is longer), so
+        that everyone's comes first (with a threshold below two heartbeats less reliably, of one or less not at all). On
+        a manager that is closed already it ends at once, and logs an error: it may have been closed before the thread
+        began.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: called with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
-                inside. Where it takes longer than a quarter of a heartbeat, the next batch waits as after an outage.
+                inside. Where it takes longer than a sixth of a heartbeat, the next batch waits as after an outage.
 
         Raises:
             TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.
@@ -757,24 +780,24 @@ class ConnectionManager:
 
     def _repeat(self, step: Callable[[], float | None]) -> None:
         """Do the step until the manager is closed; it answers how many seconds to pause, or None to end."""
-        stop = threading.Event()
-        with self._lock:
-            if self._is_closed:
-                logger.error(
-                    "the manager was closed before, so what was to run until then ends at once: use `with manager:` "
-                    "around it"
-                )
-                return
-            self._repetitions[stop] = threading.current_thread()
+        running = _Repetition()
         try:
-            while not stop.is_set():
+            with self._lock:
+                if self._is_closed:
+                    logger.error(
+                        "the manager was closed before, so what was to run until then ends at once: use "
+                        "`with manager:` around it"
+                    )
+                    return
+                self._repetitions.add(running)
+            while not running.is_to_end:
                 pause = step()
                 if pause is None:
                     return
-                stop.wait(pause)
+                running.pause(pause)
         finally:
-            with self._changed:
-                self._repetitions.pop(stop, None)
+            self._repetitions.discard(running)  # The first step: see _begin.
+            with self._lock:
                 self._changed.notify_all()
 
     def _beat_for_server(self, heartbeat: RepeatedServerHeartbeat) -> float | None:
@@ -885,12 +908,12 @@ class ConnectionManager:
         while True:
             with self._lock:
                 own = self._own_client
-                if own is None:
-                    own = self._own_client = _OpenClient()
+                if own is None or self._is_given_up(own):
+                    own = self._own_client = _OpenClient(call)
                     self._is_closed = False
                 elif not own.is_open and own.opener == own_thread:
                     # A signal handler cannot wait for the opening that it has interrupted: this is for its call.
-                    own = _OpenClient()
+                    own = _OpenClient(call)
                     self._closing.append(own)
                 self._calls[call] = own_thread, own
             if own.is_open or self._open(own):
@@ -901,10 +924,17 @@ class ConnectionManager:
         if own.opener == threading.get_ident():
             self._try_to_open(own)
         else:
-            own.has_tried.wait()
+            with self._lock:
+                while not own.has_tried and not self._is_given_up(own):
+                    self._changed.wait(LONGEST_WAIT_SECONDS)
         if own.error is not None:
             raise own.error
         return own.is_open
+
+    def _is_given_up(self, own: _OpenClient) -> bool:
+        """Tell whether a client is not open, and nobody is about to open it, as after an interruption."""
+        is_opening = not own.has_tried and self._calls.get(own.call, (0, None))[1] is own
+        return not own.is_open and not is_opening
 
     def _try_to_open(self, own: _OpenClient) -> None:
         # Without a lock, since a cluster's client connects when it is made.
@@ -914,12 +944,9 @@ class ConnectionManager:
         except Exception as error:
             own.error = error
         finally:
-            try:
-                with self._lock:
-                    if self._own_client is own and not own.is_open:
-                        self._own_client = None
-            finally:
-                own.has_tried.set()
+            own.has_tried = True
+            with self._lock:
+                self._changed.notify_all()
 
     def _make_client(self) -> tuple[Redis | RedisCluster, bool]:
         if self._given_client is not None:
@@ -944,14 +971,13 @@ class ConnectionManager:
                 unused = next((known for known in self._closing if known not in in_use), None)
             if unused is None:
                 return
-            try:
-                if unused.is_open and self._given_client is None:
+            if unused.is_open and self._given_client is None:
+                with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come. It is closed all the same.
                     unused.client.close()
-            finally:
-                with self._lock:
-                    if unused in self._closing:
-                        self._closing.remove(unused)
-                    self._changed.notify_all()
+            with self._lock:
+                if unused in self._closing:
+                    self._closing.remove(unused)
+                self._changed.notify_all()
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
         try:

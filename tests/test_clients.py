@@ -243,6 +243,17 @@ class TestEventLoops:
 OPENING_SECONDS = 0.4
 
 
+class OutOfTimeError(Exception):
+    """As a signal's handler raises that bounds the time of a call."""
+
+
+class Instant(redis.Redis):
+    """Answers at once, since redis-py and hiredis may break where a handler raises in the midst of them."""
+
+    def execute_command(self, *_: Any, **__: Any) -> list[Any]:
+        return []
+
+
 class TestClosing:
     """It waits for the calls under way, and leaves no connection open that belongs to what it closes."""
 
@@ -413,15 +424,6 @@ class TestClosing:
     def test_ends_all_after_calls_that_were_interrupted_at_any_moment(self) -> None:
         """Python may run a signal's handler at any call of a function, as in what is done before and after a call."""
 
-        class OutOfTimeError(Exception):
-            pass
-
-        class Instant(redis.Redis):
-            """Answers at once, since redis-py and hiredis may break where a handler raises in the midst of them."""
-
-            def execute_command(self, *_: Any, **__: Any) -> list[Any]:
-                return []
-
         def interrupt(*_: object) -> None:
             raise OutOfTimeError
 
@@ -445,6 +447,20 @@ class TestClosing:
         closing.start()
         closing.join(BOUND_SECONDS)
         assert not closing.is_alive()
+
+    def test_waits_for_no_client_whose_opening_was_interrupted_before_it_began(self) -> None:
+        def interrupt(frame: FrameType, event: str, _: object) -> None:
+            if event == "call" and frame.f_code.co_name == "_try_to_open":
+                raise OutOfTimeError
+
+        manager = presence.sync.ConnectionManager(Instant())
+        with traced(interrupt), pytest.raises(OutOfTimeError):
+            manager.get_connection("sid")
+        for use in (lambda: manager.get_connection("sid"), manager.close):
+            thread = threading.Thread(target=use, daemon=True)
+            thread.start()
+            thread.join(BOUND_SECONDS)
+            assert not thread.is_alive()
 
     def test_does_not_wait_for_the_call_that_a_signal_has_interrupted(self, own_server: LocalServer) -> None:
         """The handler runs in the thread of that call, which goes on when the handler has ended."""
