@@ -22,6 +22,15 @@ RESENDING_SECONDS = 5
 LEAST_SECONDS = 0.1
 """The time between two looks of a ``run_cleanup`` at the server at least, for their round trips."""
 
+HELD_UP_SECONDS = 7.5
+"""How long a call may be held up beyond the end of an outage: the client's timeout, of 5 seconds, and pauses."""
+
+ROUND_TRIP_SECONDS = 1
+"""What the answers may be apart at least, however short the heartbeats are."""
+
+GAPS_UNTIL_WARNING = 10
+"""How often a ``run_cleanup`` begins to wait anew, without a cleanup between, before it is logged."""
+
 
 class RepeatedCleanup:
     """What a ``run_cleanup`` sends next, and how many seconds it pauses after the answer or the fault.
@@ -31,9 +40,9 @@ class RepeatedCleanup:
 
     While the server is away or stands still, no heartbeat comes through, and all may come to look stale. So this looks
     at the server twelve times a heartbeat, and cleans up only where it has answered regularly for a heartbeat and a
-    quarter. Within that, everyone has sent one; the quarter is for those whose last call the outage held up beyond its
-    end. The first answer begins that time, and so does one after a fault, or more than a quarter of a heartbeat after
-    the one before.
+    quarter (more where heartbeats are short). Within that, everyone has sent one; the quarter is for those whose last
+    call the outage held up beyond its end. The first answer begins that time, and so does one after a fault, or more
+    than a quarter of a heartbeat after the one before.
 
     A look is a batch that is too late to do anything. Other batches may be held up, too, such as in a server that
     stands still, and run before the heartbeats when that goes on: so each says until when it may run, by the server's
@@ -47,10 +56,13 @@ class RepeatedCleanup:
         self._operation = operations.cleanup_batch(threshold_seconds, not_after_ms=0)
         heartbeat = operations.heartbeat_seconds
         look = max(heartbeat / 12, LEAST_SECONDS)
+        quarter = 3 * look
+        held_up = max(quarter, min(HELD_UP_SECONDS, 2 * heartbeat))
+        longest_gap = max(quarter, min(ROUND_TRIP_SECONDS, 2 * heartbeat))
         # With a shorter threshold, who sends heartbeats may be removed all the same.
         self._goes_by_heartbeats = threshold_seconds is None or threshold_seconds > heartbeat
-        self._interval_ms, self._look_ms, self._quarter_ms, self._wait_ms = (
-            round(1000 * seconds) for seconds in (interval, look, 3 * look, heartbeat + 3 * look)
+        self._interval_ms, self._look_ms, self._longest_gap_ms, self._wait_ms = (
+            round(1000 * seconds) for seconds in (interval, look, longest_gap, heartbeat + held_up)
         )
         if not self._goes_by_heartbeats:
             self._describe(None)
@@ -62,6 +74,8 @@ class RepeatedCleanup:
         self._regular_since_ms = 0
         self._due_ms = 0
         """From when on the next cleanup is due."""
+        self._gaps = 0
+        """How often the answers came too far apart since the last cleanup."""
 
     def _describe(self, not_after_ms: int | None) -> None:
         self._operation = self._operations.cleanup_batch(self._threshold_seconds, not_after_ms=not_after_ms)
@@ -79,7 +93,7 @@ class RepeatedCleanup:
             self._operation = replace(self._operation, arguments=(*self._operation.arguments[:-1], b"0"))
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
-        pause = min(self._interval, RESENDING_SECONDS) if is_kept else self._interval
+        pause = min(self._interval, RESENDING_SECONDS if is_kept else self._operations.heartbeat_seconds)
         _log_failure("cleanup failed", pause, error)
         return pause
 
@@ -94,16 +108,31 @@ class RepeatedCleanup:
             # It had run before the fault, and this is the answer of then: when it is now is not known.
             self._describe(0)
             return 0
-        if answered_ms is None or not 0 <= now_ms - answered_ms <= self._quarter_ms:
+        if answered_ms is None or not 0 <= now_ms - answered_ms <= self._longest_gap_ms:
             self._regular_since_ms = now_ms
+            if answered_ms is not None:
+                self._note_gap(now_ms - answered_ms)
         self._answered_ms = now_ms
+        if not done.is_late:
+            self._gaps = 0
         has_cleaned_up = done.is_last and not done.is_late
         # Not later than an interval from now, in case the clock was set back.
         self._due_ms = now_ms + self._interval_ms if has_cleaned_up else min(self._due_ms, now_ms + self._interval_ms)
         pause_ms = max(self._regular_since_ms + self._wait_ms, self._due_ms, now_ms) - now_ms
         may_run = pause_ms <= self._look_ms
-        self._describe(now_ms + self._quarter_ms if may_run else 0)
+        self._describe(now_ms + self._longest_gap_ms if may_run else 0)
         return min(pause_ms, self._look_ms) / 1000
+
+    def _note_gap(self, gap_ms: int) -> None:
+        self._gaps += 1
+        if self._gaps % GAPS_UNTIL_WARNING == 0:
+            logger.warning(
+                "no cleanup since %d waits for heartbeats: the server's answers came more than %g s apart each time, "
+                "at last %g s; see whether the server, the network, this process or on_removed takes so long",
+                self._gaps,
+                self._longest_gap_ms / 1000,
+                gap_ms / 1000,
+            )
 
     def fail_to_report(self, done: CleanupBatch) -> None:
         """Log the error of ``on_removed`` that is being handled."""

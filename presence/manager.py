@@ -762,16 +762,17 @@ class ConnectionManager:
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
         run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first cleanup, and
-        after any outage, it waits for a heartbeat and a quarter, so that everyone's comes first (not with a threshold
-        of a heartbeat or less). A cancellation waits until ``on_removed``, which may be a plain
-        function too, has dealt with the current batch; only the end of the event loop itself can lose that.
+        after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter, if that is longer), so that everyone's
+        comes first (with a threshold below two heartbeats less reliably, of one or less not at all). A cancellation
+        waits until ``on_removed``, which may be a plain function too, has dealt with the current batch; only the end of
+        the event loop itself can lose that.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: awaited with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
-                inside. Where it takes longer than a quarter of a heartbeat, the next batch waits as after an outage.
+                inside. Where it takes longer than a sixth of a heartbeat, the next batch waits as after an outage.
 
         Raises:
             TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.

@@ -44,7 +44,7 @@ class Background:
     def __init__(self, kind: str, url: str, **options: Any) -> None:
         self._kind = kind
         self._url = url
-        # A cleanup comes after a heartbeat and a quarter.
+        # A cleanup comes after some heartbeats.
         self._options = {"heartbeat_seconds": 0.1} | options
         self._is_to_close = threading.Event()
         self.is_closed = threading.Event()
@@ -119,8 +119,12 @@ def register_two(manager: presence.sync.ConnectionManager) -> None:
 
 def who_beats_stays(manager: presence.sync.ConnectionManager, reported: list[str]) -> None:
     """Let one of the two beat, and see that a cleanup takes the other alone."""
-    assert manager.update_heartbeat("there")
-    wait_until(lambda: reported)
+
+    def beats_until_then() -> bool:
+        assert manager.update_heartbeat("there")
+        return bool(reported)
+
+    wait_until(beats_until_then)
     time.sleep(A_MOMENT)
     assert reported == ["gone"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HEARTBEAT = 30
-THRESHOLD = 90
-WAIT = 37.5
-"""A heartbeat and a quarter."""
+HELD_UP = 7.5
+WAIT = HEARTBEAT + HELD_UP
 
 # As clients.RETRIES and what bounds them have it, without chance.
 TIMEOUT = 5
@@ -66,16 +65,16 @@ def call(outages: list[Outage], at: float) -> Call:
     return Call(at, outage.end if outage.kind == "frozen" else None, is_answered=False)
 
 
-def heartbeats(outages: list[Outage], first: float, until: float) -> list[float]:
+def heartbeats(outages: list[Outage], heartbeat: float, first: float, until: float) -> list[float]:
     """Give when the heartbeats of a player run, who sends each a heartbeat after the end of the one before."""
-    ran, at = [-HEARTBEAT + first], first
+    ran, at = [first - heartbeat], first
     while at < until:
         one = call(outages, at)
         if one.is_answered:
             assert one.runs_at is not None
             # Of what waits in a server that stands still, it runs last.
             ran.append(one.runs_at + 2 * ROUND_TRIP)
-        at = one.ends + HEARTBEAT
+        at = one.ends + heartbeat
     return ran
 
 
@@ -104,50 +103,63 @@ def cleanups(
             at = one.ends + cleanup.fail(presence.ServerUnreachableError())
 
 
-@pytest.mark.parametrize("interval", [1, 10, 30, 50, 100])
+@pytest.mark.parametrize(
+    ("heartbeat", "interval"), [*product([30], [1, 10, 30, 50, 100]), (120, 30), (15, 30), (10, 10), (5, 30)]
+)
 @pytest.mark.parametrize("kind", ["refused", "silent", "frozen"])
 def test_who_sends_heartbeats_is_never_removed_after_an_outage_and_cleanups_go_on(
-    kind: str, interval: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, heartbeat: float, interval: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = random.Random(f"{kind} {interval}")
-    for _ in range(200):
-        begin = choice.uniform(100, 200)
+    choice = random.Random(f"{kind} {heartbeat} {interval}")
+    wait = heartbeat + max(heartbeat / 4, HELD_UP)
+    for _ in range(40):
+        begin = 4 * heartbeat + choice.uniform(0, 100)
         outage = Outage(begin, begin + choice.choice([choice.uniform(1, 40), choice.uniform(1, 200)]), kind)
-        until = outage.end + 200
-        beats = heartbeats([outage], choice.uniform(0, HEARTBEAT), until)
-        cleanup = RepeatedCleanup(Operations(heartbeat_seconds=HEARTBEAT), interval, None)
-        ran = [choice.uniform(0, HEARTBEAT)]
-        for at in cleanups([outage], cleanup, ran[0], until, monkeypatch):
-            assert at - beats[bisect(beats, at) - 1] <= THRESHOLD, f"{outage} {beats} {ran}"
-            ran.append(at)
-        # The fault that met the end of the outage has ended after 40 seconds, and then it looks again at the latest
-        # after the interval; and what it found due before may not have been so for an interval.
-        longest = {True: outage.end - outage.begin + 40 + WAIT + 2 * interval, False: max(WAIT, interval) + 5}
-        for earlier, later in pairwise(ran):
-            assert later - earlier < longest[earlier <= outage.end and later > outage.begin], f"{outage} {ran}"
-        assert until - ran[-1] < longest[False]
+        until = outage.end + 2 * wait + 2 * interval + 50
+        players = [heartbeats([outage], heartbeat, heartbeat * phase / 30, until) for phase in range(30)]
+        # The fault that met the end of the outage has ended after 40 seconds, and the look after it comes within a
+        # heartbeat; and what it found due before may not have been so for an interval.
+        longest = {
+            True: outage.end - outage.begin + 40 + heartbeat + wait + interval,
+            False: max(wait, interval) + heartbeat / 4,
+        }
+        for first in [choice.uniform(0, heartbeat), choice.uniform(0, begin), outage.end]:
+            cleanup = RepeatedCleanup(Operations(heartbeat_seconds=heartbeat), interval, None)
+            ran = [first]
+            for at in cleanups([outage], cleanup, first, until, monkeypatch):
+                for beats in players:
+                    assert at - beats[bisect(beats, at) - 1] <= 3 * heartbeat, f"{outage} {beats} {ran}"
+                ran.append(at)
+            for earlier, later in pairwise(ran):
+                is_around_it = earlier <= outage.end and later > outage.begin
+                assert later - earlier < longest[is_around_it], f"{outage} {ran}"
+            assert until - ran[-1] < longest[False]
 
 
 def test_two_outages_at_the_worst_moment_remove_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a long one the server is back, and away again in the very time in which all were to send a heartbeat."""
     choice = random.Random(0)
-    for _ in range(300):
+    for _ in range(60):
         begin = choice.uniform(100, 130)
         first = Outage(begin, begin + choice.uniform(60, 120), choice.choice(["refused", "silent"]))
         back = first.end + choice.uniform(3, WAIT)
-        second = Outage(back, back + choice.uniform(10, 60), first.kind)
-        until = second.end + 100
-        beats = heartbeats([first, second], choice.uniform(0, HEARTBEAT), until)
-        cleanup = RepeatedCleanup(Operations(heartbeat_seconds=HEARTBEAT), HEARTBEAT, None)
-        for at in cleanups([first, second], cleanup, choice.uniform(0, HEARTBEAT), until, monkeypatch):
-            assert at - beats[bisect(beats, at) - 1] <= THRESHOLD, f"{first} {second} {beats} {at}"
+        outages = [first, Outage(back, back + choice.uniform(10, 60), first.kind)]
+        until = outages[-1].end + 100
+        players = [heartbeats(outages, HEARTBEAT, phase, until) for phase in range(HEARTBEAT)]
+        for at in cleanups(
+            outages, RepeatedCleanup(Operations(), HEARTBEAT, None), choice.uniform(0, HEARTBEAT), until, monkeypatch
+        ):
+            for beats in players:
+                assert at - beats[bisect(beats, at) - 1] <= 3 * HEARTBEAT, f"{outages} {beats} {at}"
 
 
 class Answers:
     """Answers what a ``run_cleanup`` asks, and says in seconds what it is told then."""
 
-    def __init__(self, interval: float = 20, threshold_seconds: float | None = None) -> None:
-        self.cleanup = RepeatedCleanup(Operations(heartbeat_seconds=HEARTBEAT), interval, threshold_seconds)
+    def __init__(
+        self, interval: float = 20, threshold_seconds: float | None = None, heartbeat: float = HEARTBEAT
+    ) -> None:
+        self.cleanup = RepeatedCleanup(Operations(heartbeat_seconds=heartbeat), interval, threshold_seconds)
         self.seconds = 0.0
 
     def give(self, after: float = 0, *, is_last: bool = True) -> tuple[float, float | None]:
@@ -204,6 +216,22 @@ def test_an_answer_that_is_not_very_late_does_not() -> None:
     for _ in range(5):
         answers.give(7.5)
     assert answers.may_run_for() == 7.5
+
+
+def test_nor_does_a_round_trip_that_is_long_beside_the_heartbeats() -> None:
+    answers = Answers(heartbeat=1)
+    assert [answers.give(0.4)[1] is None for _ in range(9)] == [*[True] * 8, False]
+
+
+def test_answers_that_always_come_too_late_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    answers = Answers()
+    for _ in range(31):
+        answers.give(8)
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
+        f"no cleanup since {count} waits for heartbeats: the server's answers came more than 7.5 s apart each time, "
+        "at last 8 s"
+        for count in (10, 20, 30)
+    ]
 
 
 def test_a_fault_begins_it_anew_and_what_met_it_may_run_no_more() -> None:
