@@ -40,9 +40,9 @@ class RepeatedCleanup:
 
     While the server is away or stands still, no heartbeat comes through, and all may come to look stale. So this looks
     at the server twelve times a heartbeat, and cleans up only where it has answered regularly for a heartbeat and a
-    quarter (more where heartbeats are short). Within that, everyone has sent one; the quarter is for those whose last
-    call the outage held up beyond its end. The first answer begins that time, and so does one after a fault, or more
-    than a quarter of a heartbeat after the one before.
+    quarter. Within that, everyone has sent one; the quarter is for those whose last call the outage held up beyond its
+    end. The first answer begins that time, and so does one after a fault, or more than a quarter of a heartbeat after
+    the one before. (Where heartbeats are short, both quarters are longer: see the constants above.)
 
     A look is a batch that is too late to do anything. Other batches may be held up, too, such as in a server that
     stands still, and run before the heartbeats when that goes on: so each says until when it may run, by the server's

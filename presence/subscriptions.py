@@ -38,7 +38,7 @@ SILENCE_SECONDS = 10
 """How long nothing may come through pub/sub before the server is asked whether it is there; then as long again."""
 
 LEAST_WAIT_SECONDS = 0.001
-"""To see what has come meanwhile."""
+"""How long is waited at least, to see what has come meanwhile."""
 
 _BEYOND = Position(number=10**15 - 1)
 """No stream has come as far: to read after it tells where the stream ends."""

@@ -71,7 +71,7 @@ class _Repetition:
     """What ``close`` needs to end a ``run_cleanup`` or ``run_server_heartbeat``."""
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread()
+        self.thread = threading.get_ident()
         self.is_to_end = False
         # A signal's handler may come in the midst of what a threading.Event does, but not of what a lock does.
         self._until_the_end = threading.Lock()
@@ -281,7 +281,7 @@ class ConnectionManager:
             # theirs: it waits for nobody, and the last call to end closes the client.
             has_interrupted = any(thread == own_thread for thread, _ in list(self._calls.values()))
             # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
-            is_callback = any(running.thread is threading.current_thread() for running in tuple(self._repetitions))
+            is_callback = any(running.thread == own_thread for running in tuple(self._repetitions))
             while self._repetitions and not has_interrupted and not is_callback:
                 self._changed.wait(LONGEST_WAIT_SECONDS)
             own, self._own_client = self._own_client, None
