@@ -7,7 +7,7 @@ connections of a server do not all refresh theirs together. (That the previous h
 client that beats every 30 seconds would never refresh them.)
 A full memory does not stop it: a player who is there must not be cleaned up because the server is full.
 
-KEYS  conn, last_seen
+KEYS  conn, last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), epoch ('' = any)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace

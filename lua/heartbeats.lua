@@ -30,6 +30,7 @@ for position, score in ipairs(redis.call('ZMSCORE', last_seen_key, unpack(sids))
     if chance >= 1 then
       chance = chance % 1
       is_seen = refresh_ttls(key_prefix, last_seen_key, sids[position], key_lifetime_ms, now_ms)
+      last_seen = is_seen and last_seen
     end
   end
   if is_seen then

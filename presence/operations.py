@@ -121,7 +121,7 @@ UPDATE_METADATA = scripts.load(
     keys=("conn", "last_seen", "reply"),
     arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "metadata", "epoch", "events"),
 )
-HEARTBEAT = scripts.load("heartbeat", keys=("conn", "last_seen"), arguments=("key_lifetime_ms", "epoch"))
+HEARTBEAT = scripts.load("heartbeat", keys=("conn", "last_seen", "absent"), arguments=("key_lifetime_ms", "epoch"))
 HEARTBEATS = scripts.load(
     "heartbeats", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
 )
@@ -287,7 +287,7 @@ class Operations:
         self._servers_key = self._prefix + b"servers"
         # With one of its keys there and one not, a cluster's node answers TRYAGAIN while it moves the slot: otherwise a
         # script would run where records that it names itself are missing.
-        self._bulk_keys = (self.last_seen_key, self._prefix + b"absent")
+        self._guarded_keys = (self.last_seen_key, self._prefix + b"absent")
         self.events_key: bytes = self._prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
@@ -457,7 +457,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             HEARTBEAT,
-            (self._conn(sid_bytes), self.last_seen_key),
+            (self._conn(sid_bytes), *self._guarded_keys),
             (self._key_lifetime, arguments.encode_number("epoch", epoch)),
             bool,
         )
@@ -478,7 +478,7 @@ class Operations:
             raise ValueError(f"sids must be 1 to {self._heartbeat_batch_size} ids, not {len(sids_bytes)}")
         return Operation(
             HEARTBEATS,
-            self._bulk_keys,
+            self._guarded_keys,
             (self._prefix, self._conn_ttl, self._key_lifetime, *sids_bytes),
             lambda reply: parse_heartbeats(len(sids_bytes), reply),
         )
@@ -505,7 +505,7 @@ class Operations:
         """Describe the read of all connections of a user."""
         user_bytes = arguments.encode_user_id("user_id", user_id)
         return Operation(
-            GET_ALL_USER_CONNECTIONS, self._bulk_keys, (self._prefix, self._conn_ttl, user_bytes), parse_listed
+            GET_ALL_USER_CONNECTIONS, self._guarded_keys, (self._prefix, self._conn_ttl, user_bytes), parse_listed
         )
 
     def users_connections_batch(self, user_ids: Sequence[str | UUID]) -> Operation[list[ConnectionInfo | None]]:
@@ -532,7 +532,7 @@ class Operations:
         users = self._users_of_one_script(name, user_ids)
         return Operation(
             GET_USERS_CONNECTIONS,
-            self._bulk_keys,
+            self._guarded_keys,
             (self._prefix, self._conn_ttl, *users),
             lambda reply: select(parse_users(reply)),
         )
@@ -571,7 +571,7 @@ class Operations:
         users = self._users_of_one_script(name, user_ids)
         return Operation(
             ARE_USERS_ONLINE,
-            self._bulk_keys,
+            self._guarded_keys,
             (self._prefix, b"%d" % min(self._stale_ms, self._conn_ttl_ms), *users),
             parse,
         )
@@ -602,7 +602,7 @@ class Operations:
                 for game, of_game in zip(games, members, strict=True)
             ]
 
-        return Operation(GET_GAMES, self._bulk_keys, (self._prefix, *games), parse)
+        return Operation(GET_GAMES, self._guarded_keys, (self._prefix, *games), parse)
 
     def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
         """Describe the snapshot of any number of games, in scripts of bounded size."""

@@ -2,7 +2,7 @@
 
 Connections and retries are as in redis-py's ``execute_command``, but each attempt connects once, and none begins when
 the answer may be forgotten. In redis-py's own method, the reply that an interrupted call did not read may answer the
-next one, and a quarter of a call's time goes into options and telemetry, which these calls do not need.
+next one, and each call spends microseconds on options and telemetry, which these calls do not need.
 """
 
 from __future__ import annotations

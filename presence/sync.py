@@ -729,10 +729,10 @@ class ConnectionManager:
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
         fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first
-        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter, if that is longer), so
-        that everyone's comes first (with a threshold below two heartbeats less reliably, of one or less not at all). On
-        a manager that is closed already it ends at once, and logs an error: it may have been closed before the thread
-        began.
+        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter, if that is longer; for
+        three heartbeats of less than 3.75 seconds), so that everyone's comes first. (With a threshold below two
+        heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) On a manager that is
+        closed already it ends at once, and logs an error: it may have been closed before the thread began.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
@@ -883,8 +883,8 @@ class ConnectionManager:
             PresenceError: when the block is entered or, with the stream, while it iterates: a fault.
             RuntimeError: it is iterated over without ``with``.
 
-        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace, and one each
-        second.
+        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace and, while
+        nothing happens, each second one read and one wait (the waits of an event loop's subscriptions are one).
 
         """
         feed = Feed(self.operations, game_id, user_id, after)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import redis
 
+import presence
 from presence.operations import RETENTION_MS
 from presence.scripts import lua_folder
 
@@ -202,6 +203,16 @@ def test_an_evicted_record_is_not_made_again_and_is_missed_after_15_minutes(
     wait(15 * 60)
     assert not manager.update_heartbeat("sid")
     assert keys().ttls_ms == {}
+
+
+def test_one_of_many_whose_record_was_evicted_is_unknown_from_the_heartbeat_on_that_misses_it(
+    manager: ConnectionManager, client: redis.Redis, namespace: str, wait: Callable[[float], None]
+) -> None:
+    manager.register_connection("sid", "user")
+    client.delete(f"{{{namespace}}}:conn:sid", f"{{{namespace}}}:user_conns:user")
+    wait(15 * 60)
+    assert manager.update_heartbeats(["sid"]) == {"sid": presence.HeartbeatStatus.UNKNOWN}
+    assert manager.update_heartbeats(["sid"]) == {"sid": presence.HeartbeatStatus.UNKNOWN}
 
 
 def test_a_refresh_brings_back_an_evicted_list_of_the_user(
