@@ -292,7 +292,7 @@ class Operations:
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
         self._beaten_at = inf
-        """When the game server was started or beat; infinite from a warning to the next heartbeat."""
+        """When its start or heartbeat was answered last; infinite from a warning to the next heartbeat."""
         self._start: Operation[int] | None = None
         self._start_anew()
         call_in_child(self, Operations._start_anew)
@@ -326,11 +326,13 @@ class Operations:
             return b""
         if self.boot_epoch is None:
             raise ServerNotStartedError
+        return f"{self.boot_epoch}:{self.server_id}".encode()
+
+    def _warn_if_silent(self) -> None:
         silence = monotonic() - self._beaten_at
         if silence > SERVER_HEARTBEATS_UNTIL_WARNING * self.heartbeat_seconds:
             logger.warning(SERVER_IS_SILENT, self.server_id, silence)
             self._beaten_at = inf
-        return f"{self.boot_epoch}:{self.server_id}".encode()
 
     def _conn(self, sid: bytes) -> bytes:
         return self._conn_prefix + sid
@@ -352,6 +354,8 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         user_bytes = arguments.encode_user_id("user_id", user_id)
         metadata_bytes = b"" if metadata is None else arguments.encode_metadata(metadata)
+        server = self._server()
+        self._warn_if_silent()
         return Operation(
             REGISTER,
             (
@@ -364,7 +368,7 @@ class Operations:
                 self._key_lifetime,
                 self._most_connections,
                 self._reject,
-                self._server(),
+                server,
                 metadata_bytes,
                 self._events,
                 self._resumes,
@@ -743,9 +747,12 @@ class Operations:
 
     def update_server_heartbeat(self) -> Operation[bool]:
         """Describe a heartbeat of this game server."""
-        self.start_server()
+        self.start_server()  # Refuses one without a server_id.
+        return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime), self._beaten)
+
+    def _beaten(self, reply: int) -> bool:
         self._beaten_at = monotonic()
-        return Operation(SERVER_HEARTBEAT, (self._servers_key,), (self._server(), self._key_lifetime), bool)
+        return bool(reply)
 
 
 class Batches(Generic[Key, Result_co]):
