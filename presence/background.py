@@ -7,8 +7,9 @@ from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from presence import arguments
 from presence.errors import PresenceError
-from presence.operations import KEPT_SECONDS
+from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS
 
 if TYPE_CHECKING:
     from presence.operations import Operation, Operations
@@ -49,9 +50,9 @@ class RepeatedCleanup:
     own clock, which also tells how long after each other the answers were given.
     """
 
-    def __init__(self, operations: Operations, interval: float, threshold_seconds: float | None) -> None:
+    def __init__(self, operations: Operations, interval_seconds: float, threshold_seconds: float | None) -> None:
         self._operations = operations
-        self._interval = interval
+        self._interval = interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         self._threshold_seconds = threshold_seconds
         self._operation = operations.cleanup_batch(threshold_seconds, not_after_ms=0)
         heartbeat = operations.heartbeat_seconds
@@ -143,9 +144,17 @@ class RepeatedCleanup:
 class RepeatedServerHeartbeat:
     """How many seconds a ``run_server_heartbeat`` pauses after an answer or a fault."""
 
-    def __init__(self, operations: Operations, interval: float) -> None:
+    def __init__(self, operations: Operations, interval_seconds: float | None) -> None:
+        operations.start_server()  # Refuses one without a server_id.
         self._server_id = operations.server_id
-        self._interval = interval
+        seconds = operations.heartbeat_seconds if interval_seconds is None else interval_seconds
+        self._interval = arguments.milliseconds("interval_seconds", seconds) / 1000
+        dead_after = HEARTBEATS_UNTIL_STALE * operations.heartbeat_seconds
+        if self._interval >= dead_after:
+            raise ValueError(
+                f"interval_seconds must be less than three heartbeat_seconds, {dead_after:g}, not {self._interval:g}: "
+                "after three without a heartbeat of the server, cleanups take all of its players"
+            )
 
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""

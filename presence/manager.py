@@ -783,9 +783,8 @@ class ConnectionManager:
         round trip that asks for the time.
 
         """
-        interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         arguments.check_callback("on_removed", on_removed, is_awaited=True)
-        cleanup = RepeatedCleanup(self.operations, interval, threshold_seconds)
+        cleanup = RepeatedCleanup(self.operations, interval_seconds, threshold_seconds)
         return self._repeat(lambda: self._clean_up_batch(cleanup, on_removed), self._closes, to_its_end=True)
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
@@ -796,7 +795,8 @@ class ConnectionManager:
         it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
 
         Args:
-            interval_seconds: seconds between two heartbeats, 0.001 to ten years. None is ``heartbeat_seconds``.
+            interval_seconds: seconds between two heartbeats, 0.001 to less than three ``heartbeat_seconds``. None is
+                one of these.
 
         Raises:
             TypeError: the interval has the wrong type.
@@ -805,10 +805,7 @@ class ConnectionManager:
         Cost: as :meth:`update_server_heartbeat`, each time.
 
         """
-        self.operations.start_server()  # A manager without a server_id is refused here, not in the background.
-        seconds = self.operations.heartbeat_seconds if interval_seconds is None else interval_seconds
-        interval = arguments.milliseconds("interval_seconds", seconds) / 1000
-        heartbeat = RepeatedServerHeartbeat(self.operations, interval)
+        heartbeat = RepeatedServerHeartbeat(self.operations, interval_seconds)
         return self._repeat(lambda: self._beat_for_server(heartbeat), self._closes, to_its_end=False)
 
     async def _repeat(

@@ -254,7 +254,7 @@ class TestRunCleanup:
 @pytest.mark.parametrize("name", ["run_cleanup", "run_server_heartbeat"])
 def test_a_fault_is_followed_by_the_pause(kind: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
     url = f"redis://127.0.0.1:{free_port()}/0"
-    background = Background(kind, url, server_id="server", **one_attempt(kind))
+    background = Background(kind, url, server_id="server", heartbeat_seconds=HOUR, **one_attempt(kind))
     with repeating(background, name, HOUR):
         wait_until(lambda: caplog.records)
         time.sleep(A_MOMENT)
@@ -292,7 +292,7 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_ends_neither(
 def test_a_close_ends_the_pause_of_run_server_heartbeat(
     own_server: LocalServer, own_client: redis.Redis, kind: str
 ) -> None:
-    background = Background(kind, own_server.url, server_id="server")
+    background = Background(kind, own_server.url, server_id="server", heartbeat_seconds=HOUR)
     with repeating(background, "run_server_heartbeat", HOUR):
         wait_until(lambda: scripts_run(own_client) == 2)  # The start, and the heartbeat.
         time.sleep(A_MOMENT)

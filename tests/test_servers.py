@@ -631,6 +631,12 @@ class TestRunServerHeartbeat:
         with pytest.raises((TypeError, ValueError), match="interval_seconds"):
             make_manager(server_id="server").run_server_heartbeat(interval)
 
+    def test_an_interval_after_which_the_server_would_be_taken_for_dead_is_refused(
+        self, make_manager: ManagerFactory
+    ) -> None:
+        with pytest.raises(ValueError, match="interval_seconds must be less than three heartbeat_seconds, 30, not 30"):
+            make_manager(server_id="server", heartbeat_seconds=10).run_server_heartbeat(30)
+
     def test_it_beats_at_once_and_then_each_interval_until_the_manager_is_closed(
         self, server_url: str, namespace: str, keys: Keys, wait: Callable[[float], None]
     ) -> None:
