@@ -35,24 +35,25 @@ AS_BYTES = {"NEVER_DECODE": True}
 """redis-py's option for replies that stay bytes, however the client decodes."""
 
 
-def perform_all(operations: Sequence[Operation[Any]]) -> Exchange[list[Any]]:
-    """Converse with the server to run operations, together and in order.
+def perform_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
+    """Converse with the server to run operations together.
 
     A script that the server does not have is loaded and exactly the calls that missed it are repeated; nothing of them
-    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Of different scripts some could be there and
-    others not, and the calls would run out of order: so these are loaded in the same breath.
+    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Some could be there and others not, or
+    another client could load one between two calls, and calls would run after those that follow them: where the order
+    matters, the scripts are loaded in the same breath.
 
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
 
     """
-    different = list(dict.fromkeys(operation.script for operation in operations))
-    loads = [load_command(script) for script in different] if len(different) > 1 else []
+    different = dict.fromkeys(operation.script for operation in operations)
+    loads = [load_command(script) for script in different] if in_order and len(operations) > 1 else []
     replies = yield [*loads, *(operation.command() for operation in operations)]
-    return (yield from _settle(operations, replies[len(loads) :]))
+    return (yield from _settle(operations, replies[len(loads) :], in_order=in_order))
 
 
-def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchange[list[Any]]:
+def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
     for load in (load_command, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -77,9 +78,9 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any]) -> Exchang
     if refused and len(operations) > 1:
         # Nothing of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
         first, *rest = refused
-        (results[first],) = yield from perform_all((operations[first],))
+        (results[first],) = yield from perform_all((operations[first],), in_order=in_order)
         if rest and not isinstance(results[first], ReadOnlyServerError):
-            repeated = yield from perform_all([operations[index] for index in rest])
+            repeated = yield from perform_all([operations[index] for index in rest], in_order=in_order)
             for index, result in zip(rest, repeated, strict=True):
                 results[index] = result
     return results
@@ -140,7 +141,7 @@ def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Resul
     """Converse with the server to run operations together; raises ``PipelineError`` when some failed."""
     if not operations:
         return []
-    results = yield from perform_all(operations)
+    results = yield from perform_all(operations, in_order=True)
     if any(isinstance(result, PresenceError) for result in results):
         raise PipelineError(results)
     return results
@@ -169,7 +170,7 @@ def perform(operation: Operation[Result]) -> Exchange[Result]:
 
 def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:
     """Go on with an operation whose first reply is an error; raises the ``PresenceError`` that it met in the end."""
-    (result,) = yield from _settle((operation,), [reply])
+    (result,) = yield from _settle((operation,), [reply], in_order=False)
     if isinstance(result, PresenceError):
         raise result
     return result  # type: ignore[no-any-return]
@@ -181,7 +182,7 @@ def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]
     Raises ``PipelineError`` when some failed, its ``results`` by ids. A fault that all of them met is raised as it is:
     one call is one script or many, by the number of ids.
     """
-    results: list[Any] = (yield from perform_all(batches.operations)) if batches.operations else []
+    results: list[Any] = (yield from perform_all(batches.operations, in_order=False)) if batches.operations else []
     faults = [result for result in results if isinstance(result, PresenceError)]
     if faults and len(faults) == len(results):
         raise faults[0]

@@ -874,7 +874,7 @@ class ConnectionManager:
         """Run several operations in one round trip, each atomic in itself, in their order.
 
         ``await manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
-        all from the namespace's one node.
+        all from the namespace's one node; while the slot moves, one that is sent again may run after those behind it.
 
         Args:
             operations: descriptions, from :attr:`operations`.
@@ -889,8 +889,8 @@ class ConnectionManager:
             PipelineError: some or all failed; its ``results`` holds what every one of them answered or met.
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
-        and, where they are not all of one script, a microsecond for each KB of their sources, which are sent along: 22
-        KB for a register, mostly 1 to 5.
+        and, where there are several, a microsecond for each KB of their scripts' sources, which are sent along: 22 KB
+        for a register, mostly 1 to 5.
 
         """
         return await self._run(perform_each(check_operations(operations)))

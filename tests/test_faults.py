@@ -22,6 +22,7 @@ from redis.cache import CacheConfig
 import presence
 import presence.sync
 from presence import clients
+from presence.exchanges import load_command
 from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Command, Operation, Operations
 from presence.subscriptions import Feed
 from tests.clock import let_time_pass
@@ -225,7 +226,7 @@ class TestScriptsThatTheServerLost:
         calls = [own_manager.operations.leave_game("sid-1") for _ in range(3)]
         with counted(own_client) as counts:
             assert own_manager.pipeline(calls) == ["game", None, None]
-        assert counts == {"evalsha": 6, "evalsha that failed": 3, "script|load": 1}
+        assert counts == {"evalsha": 3, "evalsha that failed": 0, "script|load": 1}
 
     @pytest.mark.parametrize("known", ["nothing", "get_connection_count", "leave_game", "get_game_connection_count"])
     def test_a_pipeline_keeps_its_order_whichever_scripts_are_there_and_runs_each_call_once(
@@ -249,6 +250,17 @@ class TestScriptsThatTheServerLost:
         assert results[1].joined
         assert results[2:] == [3, "game", 2, 3]
         assert (counts["evalsha"], counts["evalsha that failed"]) == (6, 0)
+
+    def test_a_pipeline_keeps_its_order_where_another_client_loads_its_script_meanwhile(
+        self, own_manager: ConnectionManager, own_client: redis.Redis
+    ) -> None:
+        set_the_scene(own_manager)
+        joins = [own_manager.operations.join_game("sid-1", f"game-{number}") for number in range(3)]
+        own_client.script_flush()
+        pipeline(own_manager, joins[0], joins[1], ScriptLoad(joins[0].script, (), (), bool), joins[2])
+        connection = own_manager.get_connection("sid-1")
+        assert connection is not None
+        assert connection.game_id == "game-2"
 
     def test_within_a_pipeline_they_are_all_loaded_again_but_one_that_cannot_be(
         self, own_manager: ConnectionManager
@@ -292,6 +304,13 @@ class ScriptFlush(Operation[bool]):
 
     def command(self) -> Command:
         return ("SCRIPT", "FLUSH")
+
+
+class ScriptLoad(Operation[bool]):
+    """The same."""
+
+    def command(self) -> Command:
+        return load_command(self.script)
 
 
 def pipeline(manager: ConnectionManager, *operations: Operation[Any]) -> list[Any]:
