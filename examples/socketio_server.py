@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import socketio
 import uvicorn
 
-from presence import ConnectionManager, Event, EventsLostError, EventType, PresenceError
+from presence import AsyncSubscription, ConnectionManager, Event, EventsLostError, EventType, PresenceError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -59,11 +59,16 @@ class GameServer:
 
     async def start(self) -> None:
         """Beat, clean up and follow the events in the background, as every server of the fleet does."""
-        work = (
-            self.manager.run_server_heartbeat(),
-            self.manager.run_cleanup(self.cleanup_seconds),
-            self.follow_events(),
-        )
+        try:
+            events = self.manager.subscribe()
+            work = (
+                self.manager.run_server_heartbeat(),
+                self.manager.run_cleanup(self.cleanup_seconds),
+                self.follow_events(events),
+            )
+        except ValueError:
+            logger.exception("the manager does not suit")  # python-socketio says only that the start failed, not why.
+            raise
         self.tasks = [asyncio.create_task(part) for part in work]
         await self.is_ready.wait()
 
@@ -91,7 +96,11 @@ class GameServer:
         that closes its socket before it has said so, as python-socketio's does, counts as one whose network failed.
         """
         has_left = reason == self.sio.reason.CLIENT_DISCONNECT
-        await self.manager.unregister_connection(sid, grace_seconds=None if has_left else self.grace_seconds)
+        try:
+            await self.manager.unregister_connection(sid, grace_seconds=None if has_left else self.grace_seconds)
+        except PresenceError:
+            # Cleanup takes the connection. If this got out, python-socketio would keep the sid in its rooms for good.
+            logger.exception("disconnect failed")
 
     async def join_game(self, sid: str, game_id: str) -> dict[str, Any]:
         """Join a game, leaving the one before."""
@@ -109,23 +118,24 @@ class GameServer:
             await self.sio.disconnect(sid)
         return {"alive": alive}
 
-    async def follow_events(self) -> None:
+    async def follow_events(self, events: AsyncSubscription) -> None:
         """Act on what happens on any server; after a fault, go on where this server was in the stream."""
-        events, is_lost = self.manager.subscribe(), False
+        is_lost = False
         while True:
             try:
                 async with events:
                     if is_lost:
                         # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
-                        for sid, _ in list(self.sio.manager.get_participants("/", None)):
-                            await self.sio.disconnect(sid)
+                        here = self.sio.manager.get_participants("/", None)
+                        await asyncio.gather(*(self.sio.disconnect(sid) for sid, _ in here))
                         is_lost = False
                     self.is_ready.set()
                     async for event in events:
                         await self.act_on(event)
-            except PresenceError as error:
+            except Exception as error:  # Of any kind: a server that goes on without the events would be wrong for good.
                 logger.exception("following the events failed")
-                is_lost = is_lost or isinstance(error, EventsLostError)
+                # One that never began has no position, and players may have joined before the next one begins.
+                is_lost = is_lost or isinstance(error, EventsLostError) or events.position is None
                 events = self.manager.subscribe(after=None if is_lost else events.position)
                 self.is_ready.set()  # Those who connect meanwhile are asked to try again.
                 await asyncio.sleep(1)

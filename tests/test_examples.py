@@ -8,10 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import socketio
+import uvicorn
 from aiohttp import ClientSession, WSMsgType, web
 from aiohttp.test_utils import TestServer
 
@@ -21,7 +24,7 @@ from presence.sync import ConnectionManager
 from tests.fault_calls import one_attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from presence import Event
     from tests.server import LocalServer
@@ -49,6 +52,12 @@ def test_the_readmes_example_prints_what_it_says(server_url: str, namespace: str
     readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     code, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", readme, re.DOTALL).groups()  # type: ignore[union-attr]
     assert run(code, server_url, namespace) == printed
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110, what a socket brings about has no event
+            await asyncio.sleep(0.01)
 
 
 def snippet(file: str, heading: str) -> str:
@@ -83,11 +92,6 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
         await websocket.prepare(request)
         await example["serve"](websocket, request.match_info["user"])
         return websocket
-
-    async def until(holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not holds():  # noqa: ASYNC110, what a socket brings about has no event
-                await asyncio.sleep(0.01)
 
     async def run() -> None:
         app = web.Application()
@@ -142,13 +146,156 @@ def test_the_example_of_socketio_misses_nothing_in_an_outage(own_server: LocalSe
             await asyncio.sleep(0.5)
             os.kill(own_server.pid, signal.SIGCONT)
             other.register_connection("sid", "alice")
-            async with asyncio.timeout(10):
-                while len(happened) < 2:  # noqa: ASYNC110, there is no event for it
-                    await asyncio.sleep(0.01)
+            await until(lambda: len(happened) >= 2)
         await server.stop()
 
     asyncio.run(run())
     assert happened == ["registered", "user_online"]
+
+
+def game_manager(url: str, **options: Any) -> presence.ConnectionManager:
+    """Make a manager for the example of Socket.IO that meets faults at once."""
+    options = {"server_id": "one", "events": "stream", "displacement": "newest_resumes"} | options
+    return presence.ConnectionManager.from_url(url, socket_timeout=0.2, **one_attempt("asyncio"), **options)
+
+
+@asynccontextmanager
+async def served(server: socketio_server.GameServer) -> AsyncIterator[str]:
+    """Serve the example of Socket.IO on a free port."""
+    uvicorn_server = uvicorn.Server(uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="critical"))
+    serving = asyncio.create_task(uvicorn_server.serve())
+    await until(lambda: uvicorn_server.started or serving.done())
+    try:
+        yield f"http://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        uvicorn_server.should_exit = True
+        await serving
+
+
+@asynccontextmanager
+async def player(url: str, user_id: str) -> AsyncIterator[tuple[socketio.AsyncClient, list[str]]]:
+    """Connect a user; give the client and the names of what it is told."""
+    told: list[str] = []
+    client = socketio.AsyncClient(reconnection=False, handle_sigint=False)
+    client.on("disconnect", lambda _reason: told.append("disconnect"))
+    client.on("*", lambda name, *_arguments: told.append(name))
+    await client.connect(url, auth={"user_id": user_id}, transports=["websocket"])
+    try:
+        yield client, told
+    finally:
+        await client.disconnect()
+
+
+def test_the_example_of_socketio_forgets_who_leaves_in_an_outage(own_server: LocalServer) -> None:
+    async def run() -> None:
+        server = socketio_server.GameServer(game_manager(own_server.url))
+        async with served(server) as url, player(url, "alice") as (alice, _), player(url, "bob") as (bob, told):
+            for client in (alice, bob):
+                assert await client.call("join_game", "game") == {"joined": True}
+            own_server.kill()
+            await alice.disconnect()
+            # As act_on() does it.
+            await server.sio.disconnect(bob.get_sid())
+            await until(lambda: not server.sio.environ)
+            assert server.sio.manager.rooms.get("/", {}) == {}
+            await until(lambda: told == ["disconnect"])
+
+    asyncio.run(run())
+
+
+def test_the_example_of_socketio_has_all_come_again_who_joined_before_it_followed_the_events(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is away when the game server starts, and is back before that subscribes again."""
+    has_joined, begun = asyncio.Event(), asyncio.Event()
+    begin = presence.AsyncSubscription.__aenter__
+
+    async def begin_late(events: presence.AsyncSubscription) -> presence.AsyncSubscription:
+        if server.is_ready.is_set():
+            await has_joined.wait()
+        entered = await begin(events)
+        begun.set()
+        return entered
+
+    monkeypatch.setattr(presence.AsyncSubscription, "__aenter__", begin_late)
+    server = socketio_server.GameServer(game_manager(own_server.url))
+
+    async def run() -> None:
+        own_server.kill()
+        async with served(server) as url:
+            own_server.start()
+            async with player(url, "alice") as (alice, told):
+                assert await alice.call("join_game", "game") == {"joined": True}
+                has_joined.set()
+                await begun.wait()
+                await until(lambda: told)
+                assert told == ["disconnect"]
+            async with player(url, "alice") as (_, told), player(url, "bob") as (bob, _):
+                await until(lambda: told)
+                await bob.call("join_game", "game")
+                await until(lambda: len(told) >= 2)
+                assert told == ["resumed", "opponent_joined"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"events": "off"}, "events are off"), ({"server_id": None}, "server_id")]
+)
+def test_the_example_of_socketio_does_not_start_on_an_unfit_manager(
+    server_url: str, caplog: pytest.LogCaptureFixture, options: dict[str, Any], message: str
+) -> None:
+    async def run() -> None:
+        server = socketio_server.GameServer(game_manager(server_url, **options))
+        with pytest.raises(ValueError, match=message):
+            async with asyncio.timeout(5):
+                await server.start()
+        await server.stop()
+
+    asyncio.run(run())
+    assert message in caplog.text, "python-socketio itself logs no error of on_startup"
+
+
+def test_the_example_of_socketio_says_so_where_it_cannot_subscribe_for_another_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PRESENCE_REDIS_URL", "localhost:6379")
+
+    async def run() -> None:
+        server = socketio_server.GameServer(presence.ConnectionManager(server_id="one", events="stream"))
+        async with asyncio.timeout(5):
+            await server.start()
+        await server.stop()
+
+    asyncio.run(run())
+    (record,) = [record for record in caplog.records if record.name == socketio_server.__name__]
+    assert record.exc_info is not None
+    assert "PRESENCE_REDIS_URL" in str(record.exc_info[1])
+
+
+def test_the_example_of_socketio_follows_on_after_an_event_that_it_fails_at(
+    server_url: str, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    happened: list[str] = []
+
+    class Failing(socketio_server.GameServer):
+        async def act_on(self, event: Event) -> None:
+            happened.append(event.type.value)
+            if event.type is presence.EventType.REGISTERED:
+                raise KeyError("a mistake")
+
+    async def run() -> None:
+        manager = game_manager(server_url, namespace=namespace)
+        server = Failing(manager)
+        await server.start()
+        await manager.register_connection("sid", "alice")
+        await until(lambda: len(happened) >= 2)
+        await manager.unregister_connection("sid")
+        await server.stop()
+
+    asyncio.run(run())
+    assert happened[:2] == ["registered", "user_online"]
+    assert "a mistake" in caplog.text
 
 
 def test_the_example_of_fastapi_serves_them(server_url: str, namespace: str, tmp_path: Path) -> None:
