@@ -3,7 +3,7 @@
 Tell of several users which have a connection that was seen within the threshold.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
-ARGV  key_prefix, threshold_ms (at most the TTL of connections), user_ids (at most 100)
+ARGV  threshold_ms (at most the TTL of connections), user_ids (at most 100)
 Reply {1 or 0, … for each user}
 Cost  O(M) for each user, M = connections of the user, one by default
 ]]
@@ -11,8 +11,9 @@ Cost  O(M) for each user, M = connections of the user, one by default
 -- @include split_sids
 
 local last_seen_key = KEYS[1]
-local key_prefix, threshold_ms = ARGV[1], tonumber(ARGV[2])
-local user_ids = {unpack(ARGV, 3)}
+local threshold_ms = tonumber(ARGV[1])
+local user_ids = {unpack(ARGV, 2)}
+-- @include key_prefix
 
 local oldest_online_ms = now_ms - threshold_ms
 local reply = {}

@@ -19,8 +19,8 @@ server (guarantee 7), and so does a bound on what the records hold together; the
 fewer than it asked for.
 
 KEYS  last_seen, servers, reply
-ARGV  key_prefix, threshold_ms, conn_ttl_ms, key_lifetime_ms, batch_size (at most 1000), server_threshold_ms,
-      server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), threshold_ms, batch_size (at most 1000),
+      server_threshold_ms, server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
       not_after_ms ('' = any time)
 Reply {now ms, number examined (batch_size when there may be more; -1 when it is late, and had not run before: that
       counts as the last one), the connections: the stale ones, longest silent first, then those past their grace, then
@@ -42,10 +42,11 @@ Cost  O(log N) for each connection that it removes, detaches or, where the clock
 -- @include publish_end
 
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, threshold_ms, conn_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local key_lifetime_ms, batch_size, server_threshold_ms = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
-local server_grace_ms, server_id, events = tonumber(ARGV[7]), ARGV[8] or '', ARGV[9] or ''
-local not_after_ms = ARGV[10] or ''
+local key_lifetime_ms, threshold_ms, batch_size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local server_threshold_ms, server_grace_ms, server_id = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] or ''
+local events, not_after_ms = ARGV[7] or '', ARGV[8] or ''
+-- @include key_prefix
+-- @include conn_ttl_ms
 
 if not_after_ms ~= '' and tonumber(now_ms) > tonumber(not_after_ms) then
   return earlier_answer(reply_key) or {now_ms, -1}

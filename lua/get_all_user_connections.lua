@@ -3,7 +3,7 @@
 Read all connections of a user, live or detached, in the order of registration.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
-ARGV  key_prefix, conn_ttl_ms, user_id
+ARGV  conn_ttl_ms, user_id
 Reply {now ms, sid, record (see split_record) and score (see find_record) of each}
 Cost  O(M), M = connections of the user, one by default
 ]]
@@ -12,7 +12,8 @@ Cost  O(M), M = connections of the user, one by default
 -- @include find_users_record
 
 local last_seen_key = KEYS[1]
-local key_prefix, conn_ttl_ms, user_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local conn_ttl_ms, user_id = tonumber(ARGV[1]), ARGV[2]
+-- @include key_prefix
 
 local reply = {now_ms}
 for _, sid in ipairs(split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))) do

@@ -3,7 +3,7 @@
 Read the connections in each of several games, all at one moment.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
-ARGV  key_prefix, game_ids (at most 10)
+ARGV  game_ids (at most 10)
 Reply {now ms, for each game what get_game replies, without now ms}
 Cost  O(M) for each game, M = connections in the game
 ]]
@@ -11,8 +11,8 @@ Cost  O(M) for each game, M = connections in the game
 -- @include read_game
 
 local last_seen_key = KEYS[1]
-local key_prefix = ARGV[1]
-local game_ids = {unpack(ARGV, 2)}
+local game_ids = {unpack(ARGV, 1)}
+-- @include key_prefix
 
 local reply = {now_ms}
 for index, game_id in ipairs(game_ids) do

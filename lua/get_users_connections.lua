@@ -3,7 +3,7 @@
 Read the active connection of each of several users: of the live ones, the one that registered last.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
-ARGV  key_prefix, conn_ttl_ms, user_ids (at most 100)
+ARGV  conn_ttl_ms, user_ids (at most 100)
 Reply {now ms, sid, record (see split_record) and score (see find_record) of each user's, or '', '' and '' when the user
       has no live connection}
 Cost  O(M) for each user, M = connections of the user, one by default
@@ -13,8 +13,9 @@ Cost  O(M) for each user, M = connections of the user, one by default
 -- @include find_users_record
 
 local last_seen_key = KEYS[1]
-local key_prefix, conn_ttl_ms = ARGV[1], tonumber(ARGV[2])
-local user_ids = {unpack(ARGV, 3)}
+local conn_ttl_ms = tonumber(ARGV[1])
+local user_ids = {unpack(ARGV, 2)}
+-- @include key_prefix
 
 local function active(user_id)
   local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))

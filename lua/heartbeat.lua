@@ -15,17 +15,14 @@ Cost  O(log N), N = connections in the namespace
 -- @include now_ms
 -- @include random_number
 -- @include refresh_interval_ms
--- @include retention_ms
 
 local conn_key, last_seen_key = KEYS[1], KEYS[2]
 local key_lifetime_ms, epoch = ARGV[1], ARGV[2] or ''
--- What the keys tell is not passed again: to take an argument costs a fiftieth of the whole.
-local prefix_length = #last_seen_key - #'last_seen'
-local sid = conn_key:sub(prefix_length + #'conn:' + 1)
+-- @include sid
+-- @include conn_ttl_ms
 
 local last_seen = redis.call('ZSCORE', last_seen_key, sid)
 local silence_ms = last_seen and now_ms - last_seen
-local conn_ttl_ms = key_lifetime_ms - retention_ms
 if not silence_ms or silence_ms > conn_ttl_ms then
   return 0
 end
@@ -41,8 +38,9 @@ if epoch ~= '' then
   end
 end
 if random_number + silence_ms / refresh_interval_ms >= 1 then
+  -- @include key_prefix
   -- @include refresh_ttls
-  if not refresh_ttls(last_seen_key:sub(1, prefix_length), last_seen_key, sid, key_lifetime_ms, now_ms) then
+  if not refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now_ms) then
     return 0
   end
 end

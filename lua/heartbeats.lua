@@ -5,7 +5,7 @@ Mark many connections as seen now and keep every key that they live in from expi
 The TTLs are refreshed by chance, as heartbeat does.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
-ARGV  key_prefix, conn_ttl_ms, key_lifetime_ms, sids (at most 100)
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), sids (at most 100)
 Reply {position of a sid, 0 unknown | -1 expired or past its grace | -2 detached, … for each that was not seen}
 Cost  O(log N) for each sid, N = connections in the namespace
 ]]
@@ -15,8 +15,10 @@ Cost  O(log N) for each sid, N = connections in the namespace
 -- @include refresh_ttls
 
 local last_seen_key = KEYS[1]
-local key_prefix, conn_ttl_ms, key_lifetime_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
-local sids = {unpack(ARGV, 4)}
+local key_lifetime_ms = ARGV[1]
+local sids = {unpack(ARGV, 2)}
+-- @include key_prefix
+-- @include conn_ttl_ms
 
 local now_number = tonumber(now_ms)
 local seen, seen_count, reply = {}, 0, {}

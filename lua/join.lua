@@ -7,7 +7,7 @@ the game full stays in its current one. The game keeps what a snapshot needs of 
 open every member's record.
 
 KEYS  conn, game_conns, last_seen, reply
-ARGV  key_prefix, sid, game_id, conn_ttl_ms, key_lifetime_ms, capacity ('' = any number), epoch ('' = any),
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), capacity ('' = any number), epoch ('' = any),
       events ('' = off)
 Reply the game left, '' when it left none; 0 when there is no such live connection, or it is not the registration of
       that epoch; 1 when the game is full
@@ -15,7 +15,7 @@ Cost  O(1); O(M) when capacity members or more are listed, M = connections in th
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_ms
--- @include find_record
+-- @include find_registration
 -- @include split_record
 -- @include body_of
 -- @include make_record
@@ -23,17 +23,17 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include answer_once
 
 local conn_key, game_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local key_prefix, sid, game_id, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local capacity, epoch, events = ARGV[6] or '', ARGV[7] or '', ARGV[8] or ''
+local key_lifetime_ms, capacity, epoch, events = ARGV[1], ARGV[2] or '', ARGV[3] or '', ARGV[4] or ''
+-- @include key_prefix
+-- @include sid
+-- @include conn_ttl_ms
+local game_id = game_conns_key:sub(#key_prefix + #'game_conns:' + 1)
 
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
+local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
-local left_game_id, user_id, _, its_epoch = split_record(record)
-if epoch ~= '' and its_epoch ~= epoch then
-  return earlier_answer(reply_key) or 0
-end
+local left_game_id, user_id = split_record(record)
 if left_game_id == game_id then
   return earlier_answer(reply_key) or ''
 end

@@ -3,13 +3,13 @@
 Leave the current game.
 
 KEYS  conn, last_seen, reply
-ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, epoch ('' = any), events ('' = off)
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), epoch ('' = any), events ('' = off)
 Reply the game left, or '' when there is no such live connection, it is not the registration of that epoch, or it is in
       no game
 Cost  O(1)
 ]]
 -- @include now_ms
--- @include find_record
+-- @include find_registration
 -- @include split_record
 -- @include body_of
 -- @include make_record
@@ -17,15 +17,17 @@ Cost  O(1)
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local epoch, events = ARGV[5] or '', ARGV[6] or ''
+local key_lifetime_ms, epoch, events = ARGV[1], ARGV[2] or '', ARGV[3] or ''
+-- @include key_prefix
+-- @include sid
+-- @include conn_ttl_ms
 
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
+local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record or is_detached then
   return earlier_answer(reply_key) or ''
 end
-local game_id, user_id, _, its_epoch = split_record(record)
-if game_id == '' or (epoch ~= '' and its_epoch ~= epoch) then
+local game_id, user_id = split_record(record)
+if game_id == '' then
   return earlier_answer(reply_key) or ''
 end
 local earlier = answer_once(reply_key, game_id)

@@ -32,11 +32,9 @@ local call = redis.call -- To look it up for each command takes a sixtieth of th
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_lifetime_ms, connections_per_user, reject_ms = ARGV[1], ARGV[2] or '', ARGV[3] or ''
 local server, metadata, events, resumes = ARGV[4] or '', ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
--- What the keys tell is not passed again; see heartbeat.
-local prefix_length = #last_seen_key - #'last_seen'
-local key_prefix = last_seen_key:sub(1, prefix_length)
-local sid = conn_key:sub(prefix_length + #'conn:' + 1)
-local user_id = user_conns_key:sub(prefix_length + #'user_conns:' + 1)
+-- @include key_prefix
+-- @include sid
+local user_id = user_conns_key:sub(#key_prefix + #'user_conns:' + 1)
 
 -- In us as well, to compare and to pack.
 local now = now_us + 0
@@ -130,9 +128,8 @@ elseif not is_usual then
   -- 3. Any other has a plan.
   -- @include next_epoch
   -- @include plan_registration
-  -- @include retention_ms
+  -- @include conn_ttl_ms
   local epoch = next_epoch(call('ZSCORE', last_seen_key, ''), now_us)
-  local conn_ttl_ms = key_lifetime_ms - retention_ms
   plan = plan_registration(
     key_prefix, last_seen_key, sid, user_id, others or {other}, now_ms, conn_ttl_ms,
     tonumber(connections_per_user) or 1, tonumber(reject_ms) or 0, resumes ~= '', key_lifetime_ms

@@ -6,26 +6,24 @@ A newer connection of the same user is never touched (guarantee 3). To detach a 
 nothing; without a grace it is removed.
 
 KEYS  conn, last_seen, reply
-ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, grace_ms (0 = none), epoch ('' = any), events ('' = off)
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), grace_ms (0 = none), epoch ('' = any),
+      events ('' = off)
 Reply {now ms, record (see split_record), score (see find_record)} of the connection, as it was when removed or as it is
       when detached, or {} when there is none that is live or detached, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms
--- @include find_record
--- @include split_record
+-- @include find_registration
 -- @include earlier_answer
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local grace_ms, epoch, events = tonumber(ARGV[5]), ARGV[6] or '', ARGV[7] or ''
+local key_lifetime_ms, grace_ms, epoch, events = ARGV[1], tonumber(ARGV[2]), ARGV[3] or '', ARGV[4] or ''
+-- @include key_prefix
+-- @include sid
+-- @include conn_ttl_ms
 
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
-if record and epoch ~= '' then
-  local _, _, _, its_epoch = split_record(record)
-  record = its_epoch == epoch and record
-end
+local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record then
   return earlier_answer(reply_key) or {}
 end

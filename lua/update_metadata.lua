@@ -3,13 +3,14 @@
 Replace the metadata of a connection.
 
 KEYS  conn, last_seen, reply
-ARGV  key_prefix, sid, conn_ttl_ms, key_lifetime_ms, metadata ('' = none), epoch ('' = any), events ('' = off)
+ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), metadata ('' = none), epoch ('' = any),
+      events ('' = off)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(1)
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_ms
--- @include find_record
+-- @include find_registration
 -- @include split_record
 -- @include make_record
 -- @include make_body
@@ -17,17 +18,16 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
-local key_prefix, sid, conn_ttl_ms, key_lifetime_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local metadata, epoch, events = ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
+local key_lifetime_ms, metadata, epoch, events = ARGV[1], ARGV[2] or '', ARGV[3] or '', ARGV[4] or ''
+-- @include key_prefix
+-- @include sid
+-- @include conn_ttl_ms
 
-local record, score, is_detached = find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
+local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record or is_detached then
   return earlier_answer(reply_key) or 0
 end
 local game_id, user_id, server, its_epoch, connected_at, _, its_metadata = split_record(record)
-if epoch ~= '' and its_epoch ~= epoch then
-  return earlier_answer(reply_key) or 0
-end
 if its_metadata == metadata or answer_once(reply_key, 1) then
   return 1
 end

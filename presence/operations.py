@@ -104,35 +104,31 @@ REGISTER = scripts.load(
 UNREGISTER = scripts.load(
     "unregister",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "grace_ms", "epoch", "events"),
+    arguments=("key_lifetime_ms", "grace_ms", "epoch", "events"),
 )
 JOIN = scripts.load(
     "join",
     keys=("conn", "game_conns", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "game_id", "conn_ttl_ms", "key_lifetime_ms", "capacity", "epoch", "events"),
+    arguments=("key_lifetime_ms", "capacity", "epoch", "events"),
 )
 LEAVE = scripts.load(
     "leave",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "epoch", "events"),
+    arguments=("key_lifetime_ms", "epoch", "events"),
 )
 UPDATE_METADATA = scripts.load(
     "update_metadata",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_prefix", "sid", "conn_ttl_ms", "key_lifetime_ms", "metadata", "epoch", "events"),
+    arguments=("key_lifetime_ms", "metadata", "epoch", "events"),
 )
 HEARTBEAT = scripts.load("heartbeat", keys=("conn", "last_seen", "absent"), arguments=("key_lifetime_ms", "epoch"))
-HEARTBEATS = scripts.load(
-    "heartbeats", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "key_lifetime_ms", "sids")
-)
+HEARTBEATS = scripts.load("heartbeats", keys=("last_seen", "absent"), arguments=("key_lifetime_ms", "sids"))
 CLEANUP = scripts.load(
     "cleanup",
     keys=("last_seen", "servers", "reply"),
     arguments=(
-        "key_prefix",
-        "threshold_ms",
-        "conn_ttl_ms",
         "key_lifetime_ms",
+        "threshold_ms",
         "batch_size",
         "server_threshold_ms",
         "server_grace_ms",
@@ -147,20 +143,20 @@ START_SERVER = scripts.load(
     arguments=("server_id", "key_lifetime_ms"),
 )
 SERVER_HEARTBEAT = scripts.load("server_heartbeat", keys=("servers",), arguments=("server", "key_lifetime_ms"))
-GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("sid", "conn_ttl_ms"))
+GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("conn_ttl_ms",))
 GET_USERS_CONNECTIONS = scripts.load(
-    "get_users_connections", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "user_ids")
+    "get_users_connections", keys=("last_seen", "absent"), arguments=("conn_ttl_ms", "user_ids")
 )
 GET_ALL_USER_CONNECTIONS = scripts.load(
-    "get_all_user_connections", keys=("last_seen", "absent"), arguments=("key_prefix", "conn_ttl_ms", "user_id")
+    "get_all_user_connections", keys=("last_seen", "absent"), arguments=("conn_ttl_ms", "user_id")
 )
 ARE_USERS_ONLINE = scripts.load(
     "are_users_online",
     keys=("last_seen", "absent"),
-    arguments=("key_prefix", "threshold_ms", "user_ids"),
+    arguments=("threshold_ms", "user_ids"),
 )
 GET_GAME = scripts.load("get_game", keys=("game_conns", "last_seen"), arguments=())
-GET_GAMES = scripts.load("get_games", keys=("last_seen", "absent"), arguments=("key_prefix", "game_ids"))
+GET_GAMES = scripts.load("get_games", keys=("last_seen", "absent"), arguments=("game_ids",))
 GET_GAME_SNAPSHOT = scripts.load("get_game_snapshot", keys=("game_conns", "last_seen", "events"), arguments=())
 GET_CONNECTION_COUNT = scripts.load("get_connection_count", keys=("last_seen",), arguments=("conn_ttl_ms",))
 GET_GAME_CONNECTION_COUNT = scripts.load(
@@ -388,9 +384,6 @@ class Operations:
             UNREGISTER,
             (self._conn(sid_bytes), self.last_seen_key, self._reply()),
             (
-                self._prefix,
-                sid_bytes,
-                self._conn_ttl,
                 self._key_lifetime,
                 b"%d" % grace_ms,
                 arguments.encode_number("epoch", epoch),
@@ -409,10 +402,6 @@ class Operations:
             JOIN,
             (self._conn(sid_bytes), self._game_conns(game_bytes), self.last_seen_key, self._reply()),
             (
-                self._prefix,
-                sid_bytes,
-                game_bytes,
-                self._conn_ttl,
                 self._key_lifetime,
                 b"" if capacity is None else b"%d" % arguments.check_count("capacity", capacity, MAX_CAPACITY),
                 arguments.encode_number("epoch", epoch),
@@ -428,9 +417,6 @@ class Operations:
             LEAVE,
             (self._conn(sid_bytes), self.last_seen_key, self._reply()),
             (
-                self._prefix,
-                sid_bytes,
-                self._conn_ttl,
                 self._key_lifetime,
                 arguments.encode_number("epoch", epoch),
                 self._events,
@@ -445,9 +431,6 @@ class Operations:
             UPDATE_METADATA,
             (self._conn(sid_bytes), self.last_seen_key, self._reply()),
             (
-                self._prefix,
-                sid_bytes,
-                self._conn_ttl,
                 self._key_lifetime,
                 arguments.encode_metadata(metadata),
                 arguments.encode_number("epoch", epoch),
@@ -483,7 +466,7 @@ class Operations:
         return Operation(
             HEARTBEATS,
             self._guarded_keys,
-            (self._prefix, self._conn_ttl, self._key_lifetime, *sids_bytes),
+            (self._key_lifetime, *sids_bytes),
             lambda reply: parse_heartbeats(len(sids_bytes), reply),
         )
 
@@ -497,7 +480,7 @@ class Operations:
         return Operation(
             GET_CONNECTION,
             (self._conn(sid_bytes), self.last_seen_key),
-            (sid_bytes, self._conn_ttl),
+            (self._conn_ttl,),
             partial(parse_connection, sid_bytes.decode()),
         )
 
@@ -508,9 +491,7 @@ class Operations:
     def get_all_user_connections(self, user_id: str | UUID) -> Operation[list[ConnectionInfo]]:
         """Describe the read of all connections of a user."""
         user_bytes = arguments.encode_user_id("user_id", user_id)
-        return Operation(
-            GET_ALL_USER_CONNECTIONS, self._guarded_keys, (self._prefix, self._conn_ttl, user_bytes), parse_listed
-        )
+        return Operation(GET_ALL_USER_CONNECTIONS, self._guarded_keys, (self._conn_ttl, user_bytes), parse_listed)
 
     def users_connections_batch(self, user_ids: Sequence[str | UUID]) -> Operation[list[ConnectionInfo | None]]:
         """Describe the read of the active connections of some users, at one moment: see ``get_users_connections``.
@@ -537,7 +518,7 @@ class Operations:
         return Operation(
             GET_USERS_CONNECTIONS,
             self._guarded_keys,
-            (self._prefix, self._conn_ttl, *users),
+            (self._conn_ttl, *users),
             lambda reply: select(parse_users(reply)),
         )
 
@@ -576,7 +557,7 @@ class Operations:
         return Operation(
             ARE_USERS_ONLINE,
             self._guarded_keys,
-            (self._prefix, b"%d" % min(self._stale_ms, self._conn_ttl_ms), *users),
+            (b"%d" % min(self._stale_ms, self._conn_ttl_ms), *users),
             parse,
         )
 
@@ -606,7 +587,7 @@ class Operations:
                 for game, of_game in zip(games, members, strict=True)
             ]
 
-        return Operation(GET_GAMES, self._guarded_keys, (self._prefix, *games), parse)
+        return Operation(GET_GAMES, self._guarded_keys, tuple(games), parse)
 
     def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
         """Describe the snapshot of any number of games, in scripts of bounded size."""
@@ -725,10 +706,8 @@ class Operations:
             CLEANUP,
             (self.last_seen_key, self._servers_key, self._reply()),
             (
-                self._prefix,
-                b"%d" % threshold_ms,
-                self._conn_ttl,
                 self._key_lifetime,
+                b"%d" % threshold_ms,
                 b"%d" % self._cleanup_batch_size,
                 b"%d" % self._stale_ms,
                 b"%d" % server_grace_ms,

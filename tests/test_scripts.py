@@ -301,10 +301,7 @@ EXPECTED_KEYS = {
 }
 
 EXPECTED_ARGUMENTS = {
-    "key_prefix": b"{ns}:",
-    "sid": b"sid",
     "user_id": b"user",
-    "game_id": b"game",
     "conn_ttl_ms": b"60000",
     "key_lifetime_ms": b"%d" % (60_000 + RETENTION_MS),
     "threshold_ms": b"21000",
@@ -401,12 +398,12 @@ class TestOperation:
         (Operations("ns").register_connection("sid", "user", metadata="m"), 5),
         (Operations("ns", events="pubsub").register_connection("sid", "user"), 6),
         (Operations("ns", displacement="newest_resumes").register_connection("sid", "user"), 7),
-        (Operations("ns").join_game("sid", "game"), 5),
+        (Operations("ns").join_game("sid", "game"), 1),
         (Operations("ns").update_heartbeat("sid"), 1),
         (Operations("ns").update_heartbeat("sid", epoch=0), 2),
-        (Operations("ns").unregister_connection("sid"), 5),
-        (Operations("ns").cleanup_batch(), 7),
-        (Operations("ns").cleanup_batch(not_after_ms=0), 10),
+        (Operations("ns").unregister_connection("sid"), 2),
+        (Operations("ns").cleanup_batch(), 5),
+        (Operations("ns").cleanup_batch(not_after_ms=0), 8),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else value.script.name,
 )

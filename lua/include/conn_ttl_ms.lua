@@ -1,0 +1,3 @@
+-- @include retention_ms
+-- How long a connection without a heartbeat is live.
+local conn_ttl_ms = key_lifetime_ms - retention_ms

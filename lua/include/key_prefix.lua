@@ -1,0 +1,2 @@
+-- What the keys of the namespace begin with. What the keys tell is not passed as an argument, too.
+local key_prefix = last_seen_key:sub(1, -#'last_seen' - 1)
