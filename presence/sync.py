@@ -837,8 +837,9 @@ class ConnectionManager:
 
         Raises:
             TypeError: one of them is no description.
-            ValueError: not by this but by :attr:`operations`, already where a registration or a heartbeat of the server
-                is described before ``start_server``, with a ``server_id`` (the manager's own methods see to the start).
+            ValueError: raised by :attr:`operations`, not by this method: with a ``server_id``, a registration or a
+                server heartbeat cannot be described before ``start_server`` (the manager's own methods see to the
+                start).
             PipelineError: some or all failed; its ``results`` holds what every one of them answered or met.
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
