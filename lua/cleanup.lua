@@ -31,8 +31,7 @@ Cost  O(log N) for each connection that it removes, detaches or, where the clock
 ]]
 -- @include now_ms
 -- @include as_argument
--- @include dead_servers_limit
--- @include dead_servers
+-- @include starts_of
 -- @include split_record
 -- @include detached_record
 -- @include detach_connection
@@ -53,33 +52,30 @@ if not_after_ms ~= '' and tonumber(now_ms) > tonumber(not_after_ms) then
 end
 
 -- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 25 KiB for a batch of 20.
-local MAX_BYTES = 1280 * batch_size
+local most_bytes = 1280 * batch_size
+-- The caller repeats the batch until none is left.
+local most_dead_servers, most_starts = 10, 100
 
--- sid and score, one after the other.
+-- What may have to go, each {sid, score, server} by these names: the server in whose list it was found, if it was.
 local found = {}
 
 local function find_by_score(oldest, newest)
-  if 2 * batch_size > #found then
-    local limit = batch_size - #found / 2
-    for _, value in ipairs(
-      redis.call('ZRANGE', last_seen_key, oldest, newest, 'BYSCORE', 'LIMIT', 0, limit, 'WITHSCORES')
-    ) do
-      found[#found + 1] = value
+  local limit = batch_size - #found
+  if limit > 0 then
+    local range = redis.call('ZRANGE', last_seen_key, oldest, newest, 'BYSCORE', 'LIMIT', 0, limit, 'WITHSCORES')
+    for index = 1, #range, 2 do
+      found[#found + 1] = {sid = range[index], score = range[index + 1]}
     end
   end
 end
 
-local function server_of(record)
-  local _, _, server = split_record(record)
-  return server
-end
-
-local function is_to_detach(server, score, found_in_server)
+local function is_to_detach(server, score, is_of_dead_server)
   if server_grace_ms == 0 or server == '' or tonumber(score) < math.max(0, now_ms - conn_ttl_ms) then
     return false
   end
   -- One and a half of the three heartbeats that make the threshold.
-  return found_in_server or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now_ms - server_threshold_ms / 2
+  return is_of_dead_server
+    or tonumber(redis.call('ZSCORE', servers_key, server) or 0) < now_ms - server_threshold_ms / 2
 end
 
 local has_more = false
@@ -93,24 +89,27 @@ local function bring_back(key)
   has_more = has_more or #ahead == batch_size
 end
 
+-- 1. The stale ones and those past their grace, then those of servers that are dead: not seen for longer than the
+-- threshold, or replaced by a later start of the same id, which leaves a score of 0.
+local servers
 if server_id == '' then
   bring_back(last_seen_key)
   bring_back(servers_key)
   find_by_score('0', '(' .. as_argument(now_ms - math.min(threshold_ms, conn_ttl_ms)))
   find_by_score('(-' .. now_ms, '(0')
+  local oldest_alive = '(' .. as_argument(now_ms - server_threshold_ms)
+  servers = redis.call('ZRANGE', servers_key, '0', oldest_alive, 'BYSCORE', 'LIMIT', 0, most_dead_servers)
+else
+  servers = starts_of(servers_key, server_id)
 end
--- Whose list of connections each one of a dead server was found in, by its index in found.
-local found_in, emptied = {}, {}
-local servers = dead_servers(servers_key, server_id, now_ms, server_threshold_ms)
-for _, server in ipairs(servers) do
-  local limit = batch_size - #found / 2
+local emptied = {}
+for number = 1, math.min(#servers, most_starts) do
+  local server, limit = servers[number], batch_size - #found
   if limit > 0 then
     local sids = redis.call('SRANDMEMBER', key_prefix .. 'server_conns:' .. server, limit)
     local scores = #sids > 0 and redis.call('ZMSCORE', last_seen_key, unpack(sids)) or {}
     for index, sid in ipairs(sids) do
-      found[#found + 1] = sid
-      found[#found + 1] = scores[index] or '0'
-      found_in[#found - 1] = server
+      found[#found + 1] = {sid = sid, score = scores[index] or '0', server = server}
     end
     -- One that is alive stays known, for it tells that those before it were replaced.
     local seen = server_id == '' and 0 or tonumber(redis.call('ZSCORE', servers_key, server))
@@ -123,30 +122,31 @@ if #found == 0 and #emptied == 0 then
   return earlier_answer(reply_key) or {now_ms, has_more and batch_size or 0}
 end
 
--- It takes at most so many servers at once, and there may be more.
-local examined = (has_more or #emptied >= dead_servers_limit) and batch_size or #found / 2
+-- 2. What becomes of each, and the answer.
+local examined = (has_more or #emptied >= most_dead_servers) and batch_size or #found
 local answer, ends, strays, conn_keys, taken, bytes = {now_ms, examined}, {}, {}, {}, {}, 0
-for index = 1, #found, 2 do
-  conn_keys[#conn_keys + 1] = key_prefix .. 'conn:' .. found[index]
+for index, one in ipairs(found) do
+  conn_keys[index] = key_prefix .. 'conn:' .. one.sid
 end
 local records = #conn_keys > 0 and redis.call('MGET', unpack(conn_keys)) or {}
-for index = 1, #found, 2 do
-  local sid, score, record = found[index], found[index + 1], records[(index + 1) / 2]
+for index, one in ipairs(found) do
+  local sid, score, record = one.sid, one.score, records[index]
   bytes = bytes + #sid + (record and #record or 0)
-  if bytes > MAX_BYTES and index > 1 then
+  if bytes > most_bytes and index > 1 then
     -- The rest is for the next batch.
     answer[2], emptied = batch_size, {}
     break
   end
-  local server = record and server_of(record)
-  if not record or (found_in[index] and found_in[index] ~= server) then
+  local server = record and select(3, split_record(record))
+  if not record or (one.server and one.server ~= server) then
     -- Where records are evicted, a sid may be left in a server's list that is another server's by now.
-    strays[#strays + 1] = index
+    one.has_record = record
+    strays[#strays + 1] = one
   elseif not taken[sid] then
     -- A connection that is stale and of a dead server is found twice.
     taken[sid] = true
     local ended = {sid = sid, record = record, score = score}
-    if is_to_detach(server, score, found_in[index]) then
+    if is_to_detach(server, score, one.server) then
       ended.attached_record = record
       ended.record, ended.score = detached_record(record, score), as_argument(-now_ms - server_grace_ms)
     end
@@ -159,6 +159,7 @@ if earlier then
   return earlier
 end
 
+-- 3. The writes.
 for _, ended in ipairs(ends) do
   local sid, record, score, attached_record = ended.sid, ended.record, ended.score, ended.attached_record
   if attached_record then
@@ -171,12 +172,12 @@ for _, ended in ipairs(ends) do
     publish_end(key_prefix, last_seen_key, key_lifetime_ms, events, now_ms, kind, sid, record, score, was_attached)
   end
 end
-for _, index in ipairs(strays) do
-  if found_in[index] then
-    redis.call('SREM', key_prefix .. 'server_conns:' .. found_in[index], found[index])
+for _, stray in ipairs(strays) do
+  if stray.server then
+    redis.call('SREM', key_prefix .. 'server_conns:' .. stray.server, stray.sid)
   end
-  if not records[(index + 1) / 2] then
-    redis.call('ZREM', last_seen_key, found[index])
+  if not stray.has_record then
+    redis.call('ZREM', last_seen_key, stray.sid)
   end
 end
 if #emptied > 0 then

@@ -13,6 +13,7 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include now_ms
 -- @include next_epoch
 -- @include answer_once
+-- @include starts_of
 
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local server_id, key_lifetime_ms = ARGV[1], ARGV[2]
@@ -24,10 +25,8 @@ if earlier then
 end
 redis.call('ZADD', last_seen_key, '-' .. epoch, '')
 redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-for _, server in ipairs(redis.call('ZRANGE', servers_key, '(0', '+inf', 'BYSCORE')) do
-  if server:match('^%d+:(.*)$') == server_id then
-    redis.call('ZADD', servers_key, '0', server)
-  end
+for _, start in ipairs(starts_of(servers_key, server_id)) do
+  redis.call('ZADD', servers_key, '0', start)
 end
 redis.call('ZADD', servers_key, now_ms, epoch .. ':' .. server_id)
 redis.call('PEXPIRE', servers_key, key_lifetime_ms)

@@ -1,9 +1,9 @@
+-- @include starts_of
 -- Tell whether a later start of the same game server is known. server = '<boot epoch>:<server_id>'.
 local function is_replaced(servers_key, server)
   local epoch, server_id = server:match('^(%d+):(.*)$')
-  for _, other in ipairs(redis.call('ZRANGE', servers_key, '0', '-1')) do
-    local its_epoch, its_id = other:match('^(%d+):(.*)$')
-    if its_id == server_id and tonumber(its_epoch) > tonumber(epoch) then
+  for _, start in ipairs(starts_of(servers_key, server_id)) do
+    if tonumber(start:match('^%d+')) > tonumber(epoch) then
       return true
     end
   end

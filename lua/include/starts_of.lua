@@ -1,0 +1,10 @@
+-- The known starts of a game server, each '<boot epoch>:<server_id>'.
+local function starts_of(servers_key, server_id)
+  local starts = {}
+  for _, start in ipairs(redis.call('ZRANGE', servers_key, '0', '-1')) do
+    if start:match('^%d+:(.*)$') == server_id then
+      starts[#starts + 1] = start
+    end
+  end
+  return starts
+end
