@@ -119,13 +119,13 @@ def check_iterable(name: str, values: object) -> list[Any]:
     return list(values)
 
 
-def check_different(name: str, values: object) -> list[str]:
+def unique_ids(name: str, values: object) -> list[str]:
     """Check several ids, and give each once, as text: of a str with an Enum, ``str()`` is another."""
     several = check_iterable(name, values)
     return list(dict.fromkeys(encode(f"each of {name}", value).decode() for value in several))
 
 
-def check_users(name: str, values: object) -> list[str]:
+def unique_user_ids(name: str, values: object) -> list[str]:
     """Do the same with user ids."""
     several = check_iterable(name, values)
     return list(dict.fromkeys(encode_user_id(f"each of {name}", value).decode() for value in several))

@@ -38,7 +38,7 @@ class ReadOnlyServerError(PresenceError):
 
 
 class OutOfMemoryError(PresenceError):
-    """The server's memory is full and it refused to write; nothing was changed."""
+    """The server's memory is full, and it refused to write; only an earlier attempt may have changed something."""
 
 
 class UnexpectedReplyError(PresenceError):
@@ -235,7 +235,7 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
     ),
     exceptions.OutOfMemoryError: (
         OutOfMemoryError,
-        "the server's memory is full and nothing was changed; raise maxmemory or remove other data",
+        "the server's memory is full, and this attempt changed nothing; raise maxmemory or remove other data",
     ),
     exceptions.NoScriptError: (
         UnexpectedReplyError,

@@ -150,7 +150,10 @@ def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Resul
 def for_server(
     operations: Operations, describe: Callable[[], Operation[Result]]
 ) -> Operation[Result] | Exchange[Result]:
-    """Describe an operation that needs the boot epoch; the first one asks for that before."""
+    """Describe an operation that needs the boot epoch; the first one asks for that before.
+
+    It is described twice then: a bad argument is to be refused before the server is asked for the epoch.
+    """
     try:
         return describe()
     except ServerNotStartedError:

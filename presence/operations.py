@@ -49,8 +49,8 @@ Result_co = TypeVar("Result_co", covariant=True)
 Key = TypeVar("Key")
 
 Command: TypeAlias = "tuple[str | bytes, ...]"
-"""A command's name, and its arguments in bytes: redis-py encodes texts as its client was told to, and hiredis 3.5 can
-crash where a signal's handler raises while it makes a text of an int."""
+"""A command: its name, then its arguments as bytes. (redis-py encodes a text as its client was told to, and hiredis 3.5
+can crash where a signal's handler raises while it makes a text of an int.)"""
 
 Displacement: TypeAlias = Literal["newest_wins", "newest_resumes", "reject_while_alive"]
 """Which connection gives way when a user has as many as are allowed."""
@@ -274,17 +274,17 @@ class Operations:
         self._most_connections = b"" if self._connections_per_user == 1 else b"%d" % self._connections_per_user
         self._reject = b"%d" % self._stale_ms if policy == REJECT_WHILE_ALIVE else b""
         self._resumes = b"1" if policy == NEWEST_RESUMES else b""
-        self._prefix = f"{{{self.namespace}}}:".encode()
-        self._conn_prefix = self._prefix + b"conn:"
-        self._user_conns_prefix = self._prefix + b"user_conns:"
-        self._game_conns_prefix = self._prefix + b"game_conns:"
-        self._reply_prefix = self._prefix + b"reply:"
-        self.last_seen_key: bytes = self._prefix + b"last_seen"
-        self._servers_key = self._prefix + b"servers"
+        prefix = f"{{{self.namespace}}}:".encode()
+        self._conn_prefix = prefix + b"conn:"
+        self._user_conns_prefix = prefix + b"user_conns:"
+        self._game_conns_prefix = prefix + b"game_conns:"
+        self._reply_prefix = prefix + b"reply:"
+        self.last_seen_key: bytes = prefix + b"last_seen"
+        self._servers_key = prefix + b"servers"
         # With one of its keys there and one not, a cluster's node answers TRYAGAIN while it moves the slot: otherwise a
         # script would run where records that it names itself are missing.
-        self._guarded_keys = (self.last_seen_key, self._prefix + b"absent")
-        self.events_key: bytes = self._prefix + b"events"
+        self._guarded_keys = (self.last_seen_key, prefix + b"absent")
+        self.events_key: bytes = prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
         self._beaten_at = inf
@@ -472,7 +472,7 @@ class Operations:
 
     def heartbeat_batches(self, sids: Iterable[str]) -> Batches[str, HeartbeatStatus]:
         """Describe any number of heartbeats, in scripts of bounded size."""
-        return Batches(arguments.check_different("sids", sids), self._heartbeat_batch_size, self.heartbeat_batch)
+        return Batches(arguments.unique_ids("sids", sids), self._heartbeat_batch_size, self.heartbeat_batch)
 
     def get_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
         """Describe the read of a connection."""
@@ -486,7 +486,8 @@ class Operations:
 
     def get_user_connection(self, user_id: str | UUID) -> Operation[ConnectionInfo | None]:
         """Describe the read of a user's active connection."""
-        return self._get_users("user_id", [user_id], lambda connections: connections[0])
+        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return self._get_users([user_bytes], lambda connections: connections[0])
 
     def get_all_user_connections(self, user_id: str | UUID) -> Operation[list[ConnectionInfo]]:
         """Describe the read of all connections of a user."""
@@ -504,17 +505,16 @@ class Operations:
             The operation, whose result is the connection of each or None, in their order.
 
         """
-        return self._get_users("user_ids", arguments.check_iterable("user_ids", user_ids), list)
+        return self._get_users(self._users_of_one_script(user_ids), list)
 
     def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
         """Describe the read of the active connections of any number of users, in scripts of bounded size."""
-        users = arguments.check_users("user_ids", user_ids)
+        users = arguments.unique_user_ids("user_ids", user_ids)
         return Batches(users, self._users_batch_size, self.users_connections_batch)
 
     def _get_users(
-        self, name: str, user_ids: Sequence[str | UUID], select: Callable[[list[ConnectionInfo | None]], Result]
+        self, users: list[bytes], select: Callable[[list[ConnectionInfo | None]], Result]
     ) -> Operation[Result]:
-        users = self._users_of_one_script(name, user_ids)
         return Operation(
             GET_USERS_CONNECTIONS,
             self._guarded_keys,
@@ -522,15 +522,17 @@ class Operations:
             lambda reply: select(parse_users(reply)),
         )
 
-    def _users_of_one_script(self, name: str, user_ids: Sequence[str | UUID]) -> list[bytes]:
-        if not 1 <= len(user_ids) <= self._users_batch_size:
-            raise ValueError(f"{name} must be 1 to {self._users_batch_size} ids, not {len(user_ids)}")
-        each = name if name == "user_id" else f"each of {name}"
-        return [arguments.encode_user_id(each, user_id) for user_id in user_ids]
+    def _users_of_one_script(self, user_ids: object) -> list[bytes]:
+        several = arguments.check_iterable("user_ids", user_ids)
+        users = [arguments.encode_user_id("each of user_ids", user_id) for user_id in several]
+        if not 1 <= len(users) <= self._users_batch_size:
+            raise ValueError(f"user_ids must be 1 to {self._users_batch_size} ids, not {len(users)}")
+        return users
 
     def is_user_online(self, user_id: str | UUID) -> Operation[bool]:
         """Describe the question whether a user is online."""
-        return self._ask_users("user_id", [user_id], lambda reply: bool(reply[0]))
+        user_bytes = arguments.encode_user_id("user_id", user_id)
+        return self._ask_users([user_bytes], lambda reply: bool(reply[0]))
 
     def users_online_batch(self, user_ids: Sequence[str | UUID]) -> Operation[list[bool]]:
         """Describe the question which of some users are online, at one moment: see ``are_users_online``.
@@ -542,18 +544,15 @@ class Operations:
             The operation, whose result is whether each is online, in their order.
 
         """
-        users = arguments.check_iterable("user_ids", user_ids)
-        return self._ask_users("user_ids", users, lambda reply: [bool(is_online) for is_online in reply])
+        users = self._users_of_one_script(user_ids)
+        return self._ask_users(users, lambda reply: [bool(is_online) for is_online in reply])
 
     def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, bool]:
         """Describe the question which of any number of users are online, in scripts of bounded size."""
-        users = arguments.check_users("user_ids", user_ids)
+        users = arguments.unique_user_ids("user_ids", user_ids)
         return Batches(users, self._users_batch_size, self.users_online_batch)
 
-    def _ask_users(
-        self, name: str, user_ids: Sequence[str | UUID], parse: Callable[[list[int]], Result]
-    ) -> Operation[Result]:
-        users = self._users_of_one_script(name, user_ids)
+    def _ask_users(self, users: list[bytes], parse: Callable[[list[int]], Result]) -> Operation[Result]:
         return Operation(
             ARE_USERS_ONLINE,
             self._guarded_keys,
@@ -591,7 +590,7 @@ class Operations:
 
     def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
         """Describe the snapshot of any number of games, in scripts of bounded size."""
-        return Batches(arguments.check_different("game_ids", game_ids), GAMES_BATCH_SIZE, self.games_connections_batch)
+        return Batches(arguments.unique_ids("game_ids", game_ids), GAMES_BATCH_SIZE, self.games_connections_batch)
 
     def get_game_snapshot(self, game_id: str) -> Operation[GameSnapshot]:
         """Describe the snapshot of a game with its position in the stream of events."""
@@ -617,7 +616,7 @@ class Operations:
                 position.entry_id.encode(),
                 b"%d" % position.number,
                 b"%d" % EVENTS_BATCH_SIZE,
-                b"again" if position.seen else b"",
+                b"again" if position.events_seen else b"",
             ),
             lambda reply: parse_events(position, reply),
         )

@@ -37,19 +37,18 @@ _TIME = struct.Struct("<d")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A position in the stream of events.
-
-    An entry of the stream holds all events of one change. This is the last one of which some come before the position,
-    how many entries there were up to that one, and how many of its events come before it; 0 for all of them.
-    """
+    """A position in the stream of events, an entry of which holds all events of one change."""
 
     entry_id: str = "0-0"
+    """The last entry of which events come before the position."""
     number: int = 0
-    seen: int = 0
+    """How many entries there were up to that one."""
+    events_seen: int = 0
+    """How many of its events come before the position; 0 for all of them."""
 
     def text(self) -> str:
         """Give it as the text that users keep."""
-        return f"{self.entry_id}/{self.number}" + (f"+{self.seen}" if self.seen else "")
+        return f"{self.entry_id}/{self.number}" + (f"+{self.events_seen}" if self.events_seen else "")
 
     @classmethod
     def parse(cls, text: object) -> Position:
@@ -241,7 +240,7 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
     if is_lost:
         return EventsBatch((), end, is_lost=True)
     events: list[Event] = []
-    seen = position.seen
+    seen = position.events_seen
     # An entry of which only a part was seen was read again.
     first = position.number if seen else position.number + 1
     for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), first):
@@ -249,7 +248,7 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
         position = Position(entry_id.decode(), number)
         for index, event in enumerate(of_entry, 1):
             if index > seen:
-                reached = position if index == len(of_entry) else replace(position, seen=index)
+                reached = position if index == len(of_entry) else replace(position, events_seen=index)
                 events.append(replace(event, position=reached.text()))
         seen = 0
     return EventsBatch(tuple(events), position)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +102,6 @@ class Script:
         object.__setattr__(self, "call", ("EVALSHA", self.sha.encode(), b"%d" % len(self.keys)))
 
 
-@cache
 def load(name: str, keys: tuple[str, ...], arguments: tuple[str, ...]) -> Script:
     """Load a script by name; its SHA1 is computed here, so no round trip is spent on asking for it."""
     source = without_comments(splice(lua_folder(), name))
