@@ -39,6 +39,8 @@ from presence.errors import FAULTS, as_fault
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from presence.operations import Command
+
 ENVIRONMENT_VARIABLES = ("PRESENCE_REDIS_URL", "REDIS_URL")
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_SENTINEL_PORT = 26379
@@ -334,6 +336,21 @@ def cluster_pauses() -> Iterator[float]:
     return map(backoff.compute, failures)
 
 
+def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
+    """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
+
+    These are all of a request, and after that the ones which met a fault that may pass: whoever has sent them notes
+    each reply, by its index, before the next attempt is asked for.
+    """
+    pauses = cluster_pauses()
+    yield 0, dict(enumerate(request))
+    for pause in pauses:
+        failed = transient_faults([*replies.values()])
+        if not failed:
+            return
+        yield pause, {index: request[index] for index in failed}
+
+
 def transient_faults(replies: Sequence[Any]) -> list[int]:
     """Give the places of a cluster's replies that are faults which may pass: nodes that are away, slots that move."""
     return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _is_transient(reply)]
@@ -359,10 +376,13 @@ _PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.Authorizati
 
 def cluster_replies(replies: list[Any]) -> list[Any]:
     """Name what redis-py's cluster clients meet of a node that they do not know yet, or that is closed under a call."""
-    return [_fault(reply) if isinstance(reply, AttributeError) else as_fault(reply) for reply in replies]
+    return [as_cluster_fault(reply) for reply in replies]
 
 
-def _fault(error: AttributeError) -> redis.exceptions.ClusterError:
+def as_cluster_fault(error: Any) -> Any:
+    """Give an error of a cluster's client as redis-py should have named it."""
+    if not isinstance(error, AttributeError):
+        return as_fault(error)
     fault = redis.exceptions.ClusterError("a node came or went during the call")
     fault.__cause__ = error
     return fault

@@ -1002,17 +1002,14 @@ class ConnectionManager:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
         if not own.tries_again:
             return await self._send_once(own, request)
-        pauses, end = clients.cluster_pauses(), monotonic() + clients.RETRYING_SECONDS
-        replies = await self._send_once(own, request)
-        for pause in pauses:
-            failed = clients.transient_faults(replies)
-            if not failed:
-                break
-            await asyncio.sleep(pause)
-            again = await self._send_once(own, [request[index] for index in failed], end)
-            for index, reply in zip(failed, again, strict=True):
-                replies[index] = reply
-        return replies
+        replies: dict[int, Any] = {}
+        end = monotonic() + clients.RETRYING_SECONDS
+        for pause, part in clients.attempts(request, replies):
+            if pause:
+                await asyncio.sleep(pause)
+            answers = await self._send_once(own, [*part.values()], end if pause else inf)
+            replies |= zip(part, answers, strict=True)
+        return [*replies.values()]
 
     async def _send_once(self, own: _OpenClient, request: Sequence[Command], end: float = inf) -> list[Any]:
         with clients.heeding_cancellation():
@@ -1044,17 +1041,11 @@ class ConnectionManager:
                 for command in request:
                     pipeline.execute_command(*command, **AS_BYTES)
                 replies = await pipeline.execute(raise_on_error=False)
-        except FAULTS as error:
-            replies = [error] * len(request)
-        except AttributeError as error:
-            if not own.is_cluster:
+        except Exception as met:
+            error = clients.as_cluster_fault(met) if own.is_cluster else as_fault(met)
+            if not isinstance(error, FAULTS):
                 raise
             replies = [error] * len(request)
-        except RuntimeError as error:
-            fault = as_fault(error)
-            if fault is error:
-                raise
-            replies = [fault] * len(request)
         if own.is_cluster:
             replies = clients.cluster_replies(replies)
             if clients.transient_faults(replies) and own.layout is not None and own.layout.done():

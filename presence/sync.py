@@ -1013,17 +1013,12 @@ class ConnectionManager:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
         if not own.tries_again:
             return self._send_once(own.client, request)
-        pauses = clients.cluster_pauses()
-        replies = self._send_once(own.client, request)
-        for pause in pauses:
-            failed = clients.transient_faults(replies)
-            if not failed:
-                break
-            time.sleep(pause)
-            again = self._send_once(own.client, [request[index] for index in failed])
-            for index, reply in zip(failed, again, strict=True):
-                replies[index] = reply
-        return replies
+        replies: dict[int, Any] = {}
+        for pause, part in clients.attempts(request, replies):
+            if pause:
+                time.sleep(pause)
+            replies |= zip(part, self._send_once(own.client, [*part.values()]), strict=True)
+        return [*replies.values()]
 
     def _send_once(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:
         pool = pooling.pool_of(client)
@@ -1047,12 +1042,11 @@ class ConnectionManager:
             for command in request:
                 pipeline.execute_command(*command, **AS_BYTES)
             replies = pipeline.execute(raise_on_error=False)
-        except FAULTS as error:
-            return [error] * len(request)
-        except AttributeError as error:
-            if not isinstance(client, RedisCluster):
+        except (*FAULTS, AttributeError) as met:
+            error = clients.as_cluster_fault(met) if isinstance(client, RedisCluster) else met
+            if not isinstance(error, FAULTS):
                 raise
-            replies = [error] * len(request)
+            return [error] * len(request)
         except BaseException:
             if pool is None:
                 pooling.close_unread(client)
