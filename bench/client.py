@@ -17,7 +17,7 @@ from bench.fill import NAMESPACE, Population, new_sid, sample
 from bench.measure import MeasurementError, Spread, send
 from bench.progress import Progress
 from bench.report import Row
-from presence import clients
+from presence import addresses, clients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sized
@@ -194,7 +194,7 @@ class _Rounds:
 
 
 def _time_blocking(url: str, kind: Kind, rounds: _Rounds) -> list[Times]:
-    client: Any = clients.connect_blocking(clients.parse(url), {})
+    client: Any = clients.connect_blocking(addresses.parse(url), {})
     with client, presence.sync.ConnectionManager(client, namespace=NAMESPACE) as manager:
         call = getattr(manager, kind.method)
         times = []
@@ -216,7 +216,7 @@ def _time_blocking(url: str, kind: Kind, rounds: _Rounds) -> list[Times]:
 
 def _time_asyncio(url: str, kind: Kind, rounds: _Rounds) -> list[Times]:
     async def run() -> list[Times]:
-        client: Any = clients.connect_asyncio(clients.parse(url), {})
+        client: Any = clients.connect_asyncio(addresses.parse(url), {})
         async with client, presence.ConnectionManager(client, namespace=NAMESPACE) as manager:
             call = getattr(manager, kind.method)
             times = []

@@ -18,7 +18,7 @@ from bench.fill import NAMESPACE, Population, new_sid, sample
 from bench.measure import MeasurementError, Spread, ratios
 from bench.progress import Progress
 from bench.report import Figure, Row
-from presence import clients
+from presence import addresses, clients
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -102,7 +102,7 @@ class _Work:
 
 def _run_asyncio(url: str, work: _Work, rounds: int) -> Rates:
     async def measure() -> Rates:
-        client: Any = clients.connect_asyncio(clients.parse(url), {})
+        client: Any = clients.connect_asyncio(addresses.parse(url), {})
         rates: Rates = defaultdict(list)
         async with client, presence.ConnectionManager(client, namespace=NAMESPACE) as manager:
             kinds: dict[str, Callable[[str], Awaitable[object]]] = {
@@ -126,7 +126,7 @@ def _run_asyncio(url: str, work: _Work, rounds: int) -> Rates:
 
 
 def _run_blocking(url: str, work: _Work, rounds: int) -> Rates:
-    client: Any = clients.connect_blocking(clients.parse(url), {})
+    client: Any = clients.connect_blocking(addresses.parse(url), {})
     rates: Rates = defaultdict(list)
     with (
         client,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.fill import remove_all
 from bench.measure import MeasurementError
-from presence import clients
+from presence import addresses, clients
 from tests.server import LocalServer, programs
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Place:
 
 
 def _connect(url: str) -> redis.Redis:
-    client: Any = clients.connect_blocking(clients.parse(url), {})
+    client: Any = clients.connect_blocking(addresses.parse(url), {})
     return client  # type: ignore[no-any-return]
 
 

@@ -15,8 +15,9 @@ import redis.asyncio
 import redis.exceptions
 from redis.asyncio import Redis, RedisCluster
 
-from presence import arguments, clients
+from presence import addresses, arguments, clients, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
+from presence.cancellation import cancellations, heeding_cancellation
 from presence.errors import FAULTS, as_fault
 from presence.exchanges import (
     AS_BYTES,
@@ -181,7 +182,7 @@ class ConnectionManager:
         if client is not None and not clients.is_client(client, Redis, RedisCluster):
             raise TypeError(clients.not_a_client(client, "redis.asyncio"))
         self._given_client = client
-        self._address: clients.Address | None = None
+        self._address: addresses.Address | None = None
         self._client_options: dict[str, Any] = {}
         # A client's connections belong to the event loop that opened them, so each loop has its own.
         self._own_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
@@ -245,8 +246,8 @@ class ConnectionManager:
             events=events,
             events_max_length=events_max_length,
         )
-        manager._address = clients.parse(url)
-        clients.check_options(manager._address, client_options, redis.asyncio, cls)
+        manager._address = addresses.parse(url)
+        addresses.check_options(manager._address, client_options, redis.asyncio, cls)
         manager._client_options = client_options
         return manager
 
@@ -266,7 +267,7 @@ class ConnectionManager:
         by a subscription that was not ended before.
         """
         self._closes += 1
-        loop, cancellations = asyncio.get_running_loop(), clients.cancellations()
+        loop, cancelled_before = asyncio.get_running_loop(), cancellations()
         # A callback of a cleanup may close the manager, itself or in a task; so may several at the same time.
         caller = self._repetition_that_calls()
         if caller is not None:
@@ -297,7 +298,7 @@ class ConnectionManager:
                     await _to_its_end(each.closing)
                 except asyncio.CancelledError:
                     # Whoever cancels all other tasks cancels that one, and it is begun again.
-                    if clients.cancellations() > cancellations or not each.closing.cancelled():
+                    if cancellations() > cancelled_before or not each.closing.cancelled():
                         raise
 
     def _repetition_that_calls(self) -> _Repetition | None:
@@ -863,7 +864,7 @@ class ConnectionManager:
                 if inspect.isawaitable(handled):  # A plain function will do.
                     await handled
             except asyncio.CancelledError:
-                if clients.cancellations():
+                if cancellations():
                     raise
                 cleanup.fail_to_report(done)  # What it awaited was cancelled, such as a player's task.
             except Exception:
@@ -955,9 +956,9 @@ class ConnectionManager:
             if self._given_client is not None:
                 client = self._given_client
             else:
-                address = self._address or clients.parse_default(redis.asyncio, type(self))
+                address = self._address or addresses.parse_default(redis.asyncio, type(self))
                 client = clients.connect_asyncio(address, self._client_options)
-                tries_again = clients.tries_again(address, self._client_options)
+                tries_again = retrying.tries_again(address, self._client_options)
             # What a loop that has ended left behind can only be dropped.
             for known in (*self._own_clients, *self._put_aside):  # Other threads have their loops here too.
                 if known.is_closed():
@@ -1003,8 +1004,8 @@ class ConnectionManager:
         if not own.tries_again:
             return await self._send_once(own, request)
         replies: dict[int, Any] = {}
-        end = monotonic() + clients.RETRYING_SECONDS
-        for pause, part in clients.attempts(request, replies):
+        end = monotonic() + retrying.RETRYING_SECONDS
+        for pause, part in retrying.attempts(request, replies):
             if pause:
                 await asyncio.sleep(pause)
             answers = await self._send_once(own, [*part.values()], end if pause else inf)
@@ -1012,7 +1013,7 @@ class ConnectionManager:
         return [*replies.values()]
 
     async def _send_once(self, own: _OpenClient, request: Sequence[Command], end: float = inf) -> list[Any]:
-        with clients.heeding_cancellation():
+        with heeding_cancellation():
             return await self._exchange(own, request, end)
 
     async def _exchange(self, own: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
@@ -1042,12 +1043,12 @@ class ConnectionManager:
                     pipeline.execute_command(*command, **AS_BYTES)
                 replies = await pipeline.execute(raise_on_error=False)
         except Exception as met:
-            error = clients.as_cluster_fault(met) if own.is_cluster else as_fault(met)
+            error = retrying.as_cluster_fault(met) if own.is_cluster else as_fault(met)
             if not isinstance(error, FAULTS):
                 raise
             replies = [error] * len(request)
         if own.is_cluster:
-            replies = clients.cluster_replies(replies)
-            if clients.transient_faults(replies) and own.layout is not None and own.layout.done():
+            replies = retrying.cluster_replies(replies)
+            if retrying.transient_faults(replies) and own.layout is not None and own.layout.done():
                 own.layout = None
         return replies

@@ -18,7 +18,7 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from presence import clients
+from presence import clients, retrying
 from presence.errors import FAULTS, as_fault
 from presence.exchanges import pack
 
@@ -198,7 +198,7 @@ class SharedConnection:
 
     def _give_up_the_late(self, error: Exception) -> None:
         """Answer what may not be sent again any more."""
-        earliest = self._loop.time() - clients.RETRYING_SECONDS
+        earliest = self._loop.time() - retrying.RETRYING_SECONDS
         for request in self._refused:
             if request.taken_at < earliest:
                 _answer(request, request.replies)
@@ -245,7 +245,7 @@ class SharedConnection:
         self._keep_unanswered()
         if self._sent and self._fault is not None and not connection.is_connected:
             # Before it sends, for this may take as long as its timeouts say.
-            await clients.connect_once(connection)
+            await retrying.connect_once(connection)
             self._give_up_the_late(self._fault)
             self._keep_unanswered()
         if not self._sent:

@@ -14,7 +14,7 @@ from redis import ConnectionPool, Redis, RedisCluster
 from redis.exceptions import RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
-from presence import clients
+from presence import retrying
 from presence.errors import FAULTS
 from presence.exchanges import pack
 
@@ -90,7 +90,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     def attempt() -> list[Any]:
         if fault is not None:
             # Before it sends, for this may take as long as its timeouts say.
-            clients.connect_once(connection)
+            retrying.connect_once(connection)
             give_up_if_late(fault)
         connection.send_packed_command(pieces)
         if len(request) == 1:
@@ -110,7 +110,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     try:
         connection: Any = pool.get_connection()
         try:
-            end = monotonic() + clients.RETRYING_SECONDS
+            end = monotonic() + retrying.RETRYING_SECONDS
             return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
         except ResponseError:
             raise  # It was read as the reply; or a signal's handler met it, and reading has closed the connection.

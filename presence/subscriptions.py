@@ -14,7 +14,7 @@ import redis
 import redis.asyncio
 
 from presence import arguments
-from presence.clients import heeding_cancellation
+from presence.cancellation import heeding_cancellation
 from presence.errors import FAULTS, EventsLostError, UnexpectedReplyError, as_fault, explain, unreadable
 from presence.exchanges import perform
 from presence.replies import Position, parse_message

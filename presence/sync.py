@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import redis
 from redis import Redis, RedisCluster
 
-from presence import arguments, clients, pooling
+from presence import addresses, arguments, clients, pooling, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
 from presence.errors import FAULTS, explain
 from presence.exchanges import (
@@ -158,7 +158,7 @@ class ConnectionManager:
         if client is not None and not clients.is_client(client, Redis, RedisCluster):
             raise TypeError(clients.not_a_client(client, "redis"))
         self._given_client = client
-        self._address: clients.Address | None = None
+        self._address: addresses.Address | None = None
         self._client_options: dict[str, Any] = {}
         self._own_client: _OpenClient | None = None
         self._closing: list[_OpenClient] = []
@@ -228,8 +228,8 @@ class ConnectionManager:
             events=events,
             events_max_length=events_max_length,
         )
-        manager._address = clients.parse(url)
-        clients.check_options(manager._address, client_options, redis, cls)
+        manager._address = addresses.parse(url)
+        addresses.check_options(manager._address, client_options, redis, cls)
         manager._client_options = client_options
         return manager
 
@@ -949,15 +949,15 @@ class ConnectionManager:
     def _make_client(self) -> tuple[Redis | RedisCluster, bool]:
         if self._given_client is not None:
             return self._given_client, False
-        address = self._address or clients.parse_default(redis, type(self))
-        tries_again = clients.tries_again(address, self._client_options)
-        pauses = clients.cluster_pauses() if tries_again else iter(())
+        address = self._address or addresses.parse_default(redis, type(self))
+        tries_again = retrying.tries_again(address, self._client_options)
+        pauses = retrying.cluster_pauses() if tries_again else iter(())
         while True:
             try:
                 return clients.connect_blocking(address, self._client_options), tries_again
             except FAULTS as error:
                 pause = next(pauses, None)
-                if pause is None or not clients.transient_faults([error]):
+                if pause is None or not retrying.transient_faults([error]):
                     raise
                 time.sleep(pause)
 
@@ -1014,7 +1014,7 @@ class ConnectionManager:
         if not own.tries_again:
             return self._send_once(own.client, request)
         replies: dict[int, Any] = {}
-        for pause, part in clients.attempts(request, replies):
+        for pause, part in retrying.attempts(request, replies):
             if pause:
                 time.sleep(pause)
             replies |= zip(part, self._send_once(own.client, [*part.values()]), strict=True)
@@ -1043,7 +1043,7 @@ class ConnectionManager:
                 pipeline.execute_command(*command, **AS_BYTES)
             replies = pipeline.execute(raise_on_error=False)
         except (*FAULTS, AttributeError) as met:
-            error = clients.as_cluster_fault(met) if isinstance(client, RedisCluster) else met
+            error = retrying.as_cluster_fault(met) if isinstance(client, RedisCluster) else met
             if not isinstance(error, FAULTS):
                 raise
             return [error] * len(request)
@@ -1051,4 +1051,4 @@ class ConnectionManager:
             if pool is None:
                 pooling.close_unread(client)
             raise
-        return clients.cluster_replies(replies) if isinstance(client, RedisCluster) else replies
+        return retrying.cluster_replies(replies) if isinstance(client, RedisCluster) else replies

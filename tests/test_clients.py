@@ -33,7 +33,7 @@ from redis.backoff import ConstantBackoff
 
 import presence
 import presence.sync
-from presence import CleanupResult, ConnectionInfo, JoinResult, Registration, clients
+from presence import CleanupResult, ConnectionInfo, JoinResult, Registration, addresses, clients, retrying
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, call, check, set_the_scene
@@ -94,7 +94,7 @@ class TestAClientThatTheCallerMade:
         self, own_server: LocalServer, kind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """However often its policy tries: a register would displace who has connected elsewhere meanwhile."""
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.2)
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
         module: Any = redis.asyncio if kind == "asyncio" else redis
         with Proxy(own_server.port) as proxy:
             retry = module.retry.Retry(ConstantBackoff(0.05), 50)
@@ -556,20 +556,20 @@ class TestTheDefaultUrl:
 
     @pytest.fixture
     def environment(self, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-        for name in clients.ENVIRONMENT_VARIABLES:
+        for name in addresses.ENVIRONMENT_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         return monkeypatch
 
     def test_is_that_of_the_local_server(self, environment: pytest.MonkeyPatch) -> None:
-        assert clients.default_url() == "redis://localhost:6379/0"
+        assert addresses.default_url() == "redis://localhost:6379/0"
 
     def test_is_the_environments(self, environment: pytest.MonkeyPatch) -> None:
         environment.setenv("REDIS_URL", "redis://second")
-        assert clients.default_url() == "redis://second"
+        assert addresses.default_url() == "redis://second"
         environment.setenv("PRESENCE_REDIS_URL", "redis://first")
-        assert clients.default_url() == "redis://first"
+        assert addresses.default_url() == "redis://first"
         environment.setenv("PRESENCE_REDIS_URL", "")
-        assert clients.default_url() == "redis://second"
+        assert addresses.default_url() == "redis://second"
 
     def test_is_read_when_it_is_first_needed(
         self, environment: pytest.MonkeyPatch, server_url: str, namespace: str
@@ -679,7 +679,7 @@ class TestAUrl:
     def test_may_have_the_options_of_a_sentinels_pool(self, manager_type: Any) -> None:
         assert manager_type.from_url("redis+sentinel://one/two", check_connection=True, min_other_sentinels=1)
 
-    @pytest.mark.parametrize("scheme", clients.SCHEMES)
+    @pytest.mark.parametrize("scheme", addresses.SCHEMES)
     def test_that_leads_nowhere_is_accepted_until_it_is_used(self, manager_type: Any, scheme: str) -> None:
         host = "" if scheme == "unix" else "nowhere.invalid"
         path = "/service" if scheme in ("unix", "redis+sentinel", "rediss+sentinel") else "/0"
@@ -690,15 +690,15 @@ class TestTheUrlOfSeveralServers:
     """What redis-py has no URL for: the hosts and credentials of sentinels and of a cluster's nodes."""
 
     def test_names_hosts_with_their_default_ports(self) -> None:
-        sentinels = clients.parse("redis+sentinel://[::1],one.example:26380/the%20service")
+        sentinels = addresses.parse("redis+sentinel://[::1],one.example:26380/the%20service")
         assert sentinels.hosts == (("::1", 26379), ("one.example", 26380))
         assert (sentinels.service_name, sentinels.options) == ("the service", {})
-        nodes = clients.parse("redis+cluster://one.example,two.example:7000/0")
+        nodes = addresses.parse("redis+cluster://one.example,two.example:7000/0")
         assert nodes.hosts == (("one.example", 6379), ("two.example", 7000))
         assert nodes.options == {}
 
     def test_holds_credentials_database_and_options_for_the_servers_and_others_for_the_sentinels(self) -> None:
-        address = clients.parse(
+        address = addresses.parse(
             "redis+sentinel://user:p%40ss@one,two/service/3?socket_timeout=2"
             "&sentinel_username=watcher&sentinel_password=other"
         )
@@ -708,15 +708,15 @@ class TestTheUrlOfSeveralServers:
     @pytest.mark.parametrize("url", ["redis+sentinel://u:p@one,u:p@two/service", "redis+cluster://u:p@one,u:p@two"])
     def test_has_its_credentials_once(self, url: str) -> None:
         with pytest.raises(ValueError, match=r"once, before the first host; .* must be percent-encoded$"):
-            clients.parse(url)
+            addresses.parse(url)
 
     def test_with_tls_has_the_option_for_it(self) -> None:
-        address = clients.parse("rediss+sentinel://one/service?ssl_ca_certs=/certificates")
+        address = addresses.parse("rediss+sentinel://one/service?ssl_ca_certs=/certificates")
         assert address.options == {"ssl": True, "ssl_ca_certs": "/certificates"}
 
     def test_does_not_show_its_password(self) -> None:
         for url in ("redis://:secret@one", "redis+sentinel://:secret@one/service?sentinel_password=secret"):
-            assert "secret" not in repr(clients.parse(url))
+            assert "secret" not in repr(addresses.parse(url))
 
 
 def test_on_a_cluster_no_call_is_sent_again_after_a_fault_that_lasts() -> None:
@@ -727,7 +727,7 @@ def test_on_a_cluster_no_call_is_sent_again_after_a_fault_that_lasts() -> None:
         redis.exceptions.AuthorizationError(),
         redis.exceptions.TryAgainError(),
     ]
-    assert clients.transient_faults(replies) == [0, 4]
+    assert retrying.transient_faults(replies) == [0, 4]
 
 
 def test_options_reach_redis_py_from_the_url_and_from_the_call(
@@ -751,7 +751,7 @@ class TestTheOptionsOfAClient:
 
     @pytest.mark.parametrize("url", URLS_OF_A_POOL)
     def test_are_by_default_those_of_the_readme(self, kind: str, url: str) -> None:
-        client = CONNECT[kind](clients.parse(url), {})
+        client = CONNECT[kind](addresses.parse(url), {})
         pool = client.connection_pool
         options = pool.connection_kwargs
         assert (pool.max_connections, options["socket_timeout"]) == (64, 5)
@@ -764,26 +764,26 @@ class TestTheOptionsOfAClient:
 
     def test_of_sentinels_have_the_same_timeouts_for_all_together(self, kind: str) -> None:
         """To ask them takes part of the time in which a call may be sent again."""
-        client = CONNECT[kind](clients.parse("redis+sentinel://one,two/service"), {"socket_timeout": 2})
+        client = CONNECT[kind](addresses.parse("redis+sentinel://one,two/service"), {"socket_timeout": 2})
         for sentinel in client.connection_pool.sentinel_manager.sentinels:
             options = sentinel.connection_pool.connection_kwargs
             assert (options["socket_timeout"], options["socket_connect_timeout"]) == (1, 2.5)
 
     def test_of_sentinels_may_be_without_a_timeout(self, kind: str) -> None:
-        client = CONNECT[kind](clients.parse("redis+sentinel://one,two/service"), {"socket_timeout": None})
+        client = CONNECT[kind](addresses.parse("redis+sentinel://one,two/service"), {"socket_timeout": None})
         options = client.connection_pool.sentinel_manager.sentinels[0].connection_pool.connection_kwargs
         assert (options["socket_timeout"], options["socket_connect_timeout"]) == (None, 2.5)
 
     @pytest.mark.parametrize("url", URLS_OF_A_POOL)
     def test_are_the_calls_rather_than_the_urls(self, kind: str, url: str) -> None:
-        address = clients.parse(f"{url}?max_connections=7&socket_timeout=2")
+        address = addresses.parse(f"{url}?max_connections=7&socket_timeout=2")
         assert self.limits(CONNECT[kind](address, {})) == (7, 2)
         assert self.limits(CONNECT[kind](address, {"max_connections": 9})) == (9, 2)
         assert self.limits(CONNECT[kind](address, {"socket_timeout": 3})) == (7, 3)
 
     def test_over_a_unix_socket_may_name_the_protocol(self, kind: str) -> None:
         for url, given in (("unix:///one?protocol=2", {}), ("unix:///one", {"protocol": 2})):
-            protocol = CONNECT[kind](clients.parse(url), given).connection_pool.connection_kwargs["protocol"]
+            protocol = CONNECT[kind](addresses.parse(url), given).connection_pool.connection_kwargs["protocol"]
             assert int(protocol) == 2  # redis-py 7.4 takes it from a URL as text.
 
     @staticmethod
@@ -797,12 +797,12 @@ def test_an_interruption_before_the_first_attempt_takes_no_time_from_later_calls
 ) -> None:
     """In whichever line of what bounds the time of a blocking client's retries."""
     now = 1.0
-    monkeypatch.setattr(clients, "monotonic", lambda: now)
-    client: Any = clients.connect_blocking(clients.parse("redis://localhost"), {})
+    monkeypatch.setattr(retrying, "monotonic", lambda: now)
+    client: Any = clients.connect_blocking(addresses.parse("redis://localhost"), {})
     retry = client.get_retry()
     for line in count():
         was_interrupted = not retry_until_interrupted(retry, line)
-        now += clients.RETRYING_SECONDS + 1
+        now += retrying.RETRYING_SECONDS + 1
         attempts = iter((redis.ConnectionError(), None))
 
         def attempt(attempts: Iterator[Exception | None] = attempts) -> str:
@@ -827,7 +827,7 @@ def retry_until_interrupted(retry: Any, line: int) -> bool:
         is_called = True
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        if is_called or frame.f_code.co_filename != clients.__file__:
+        if is_called or frame.f_code.co_filename != retrying.__file__:
             return None
         if event == "line" and next(lines) == line:
             raise KeyboardInterrupt

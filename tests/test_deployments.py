@@ -23,7 +23,7 @@ import redis.asyncio
 
 import presence
 import presence.sync
-from presence import clients
+from presence import addresses, clients, retrying
 from presence.operations import (
     ARE_USERS_ONLINE,
     GET_ALL_USER_CONNECTIONS,
@@ -436,13 +436,13 @@ def ask_at_once(url: str, kinds: tuple[str, ...] = ("asyncio", "blocking")) -> N
     """Ask more at once than there are connections; past the asyncio manager, whose calls share one."""
 
     async def run() -> None:
-        client: Any = clients.connect_asyncio(clients.parse(url), {})
+        client: Any = clients.connect_asyncio(addresses.parse(url), {})
         async with client:
             assert await asyncio.gather(*(client.exists("a key") for _ in range(50))) == [0] * 50
 
     if "asyncio" in kinds:
         asyncio.run(run())
-    blocking: Any = clients.connect_blocking(clients.parse(url), {})
+    blocking: Any = clients.connect_blocking(addresses.parse(url), {})
     with blocking, ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda _: blocking.exists("a key"), range(400))) == [0] * 400
 
@@ -922,7 +922,7 @@ class TestCluster:
         asyncio.run(cancel_a_call())
 
     def test_has_the_options_of_the_readme_by_default(self, cluster: Cluster) -> None:
-        address = clients.parse(cluster.url)
+        address = addresses.parse(cluster.url)
         asyncio_client: Any = clients.connect_asyncio(address, {})
         options = asyncio_client.connection_kwargs
         limits = [options[name] for name in ("socket_timeout", "socket_connect_timeout", "protocol")]
@@ -930,7 +930,7 @@ class TestCluster:
         blocking: Any = clients.connect_blocking(address, {})
         # redis-py's cluster clients would try again without a pause, so the managers do.
         assert (asyncio_client.retry.get_retries(), blocking.retry.get_retries()) == (0, 0)
-        seconds = [sum(clients.cluster_pauses()) for _ in range(200)]
+        seconds = [sum(retrying.cluster_pauses()) for _ in range(200)]
         assert 4 < sum(seconds) / len(seconds) < 6
         with blocking:
             for node in blocking.get_nodes():
@@ -962,7 +962,7 @@ class TestCluster:
 
     def test_never_takes_another_nodes_connection_into_a_pool(self, cluster: Cluster) -> None:
         """redis-py's blocking client releases one twice when the next node has none; two calls would read from it."""
-        blocking: Any = clients.connect_blocking(clients.parse(cluster.url), {})
+        blocking: Any = clients.connect_blocking(addresses.parse(cluster.url), {})
         with blocking:
             one, two = (blocking.get_redis_connection(node).connection_pool for node in blocking.get_nodes())
             connection = one.get_connection()
@@ -1114,7 +1114,7 @@ class TestCluster:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its answer may have been forgotten by then."""
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.5)
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.5)
 
         async def register(cluster: Cluster) -> None:
             options: dict[str, Any] = {"namespace": "one", "socket_timeout": 0.3}

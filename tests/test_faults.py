@@ -21,7 +21,7 @@ from redis.cache import CacheConfig
 
 import presence
 import presence.sync
-from presence import clients
+from presence import addresses, clients, retrying
 from presence.exchanges import load_command
 from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Command, Operation, Operations
 from presence.subscriptions import Feed
@@ -447,25 +447,25 @@ class TestABrokenConnection:
             manager.close()
 
     def test_has_its_last_attempt_before_the_answer_is_forgotten(self) -> None:
-        with clients.connect_blocking(clients.parse("redis://127.0.0.1:1"), {}) as client:
+        with clients.connect_blocking(addresses.parse("redis://127.0.0.1:1"), {}) as client:
             options = client.connection_pool.connection_kwargs
         timeouts = options["socket_connect_timeout"], options["socket_timeout"]
         longest_pause = 1
         # A cluster's client connects within the attempt: the node is reached and greeted.
-        assert clients.RETRYING_SECONDS + longest_pause + sum(timeouts) < KEPT_SECONDS
+        assert retrying.RETRYING_SECONDS + longest_pause + sum(timeouts) < KEPT_SECONDS
 
     def test_is_not_tried_again_when_the_answer_may_be_forgotten(
         self, make_manager: ManagerFactory, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A register that ran a second time then would displace who has connected elsewhere meanwhile."""
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.3)
         with Proxy(own_server.port) as proxy:
             manager = make_manager(proxy.url)
             manager.register_connection("another", "user")
-            proxy.fates = [Fate.LOSE_REPLY] * (1 + clients.RETRIES)
+            proxy.fates = [Fate.LOSE_REPLY] * (1 + retrying.RETRIES)
             with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
                 manager.register_connection("sid", "user")
-            assert 3 <= len(proxy.fates) < clients.RETRIES
+            assert 3 <= len(proxy.fates) < retrying.RETRIES
             # The next call has as much time as that one had.
             proxy.fates = [Fate.LOSE_REPLY]
             assert manager.update_heartbeat("sid")
@@ -477,7 +477,7 @@ class TestABrokenConnection:
         own_client: redis.Redis,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.3)
         with Proxy(own_server.port) as proxy:
             manager = make_manager(proxy.url)
             manager.register_connection("another", "user")
@@ -495,8 +495,8 @@ class TestABrokenConnection:
     def test_is_not_tried_again_on_a_cluster_when_the_answer_may_be_forgotten(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.2)
-        pauses = clients.cluster_pauses()
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
+        pauses = retrying.cluster_pauses()
         assert next(pauses) <= 0.1
         time.sleep(0.3)  # As an attempt that only its timeouts end.
         assert list(pauses) == []
@@ -512,12 +512,12 @@ class TestABrokenConnection:
             proxy.fates, proxy.server_port = [Fate.LOSE_REPLY], free_port()
             with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
                 manager.update_heartbeat("sid")
-            assert proxy.accepted == accepted_before + clients.RETRIES
+            assert proxy.accepted == accepted_before + retrying.RETRIES
 
     def test_is_not_tried_again_and_again_within_each_attempt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """redis-py connects within the attempt to send a command, and tries that as often."""
-        monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.1)
-        client: Any = clients.connect_blocking(clients.parse("redis://localhost"), {})
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.1)
+        client: Any = clients.connect_blocking(addresses.parse("redis://localhost"), {})
         retry = client.get_retry()
         attempts = 0
 

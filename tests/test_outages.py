@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 import presence
-from presence import clients
+from presence import retrying
 from presence.background import RepeatedCleanup
 from presence.operations import Operations
 from presence.replies import CleanupBatch
@@ -25,7 +25,7 @@ HEARTBEAT = 30
 HELD_UP = 7.5
 WAIT = HEARTBEAT + HELD_UP
 
-# As clients.RETRIES and what bounds them have it, without chance.
+# As retrying.RETRIES and what bounds them have it, without chance.
 TIMEOUT = 5
 PAUSES = (0.04, 0.1, 0.2, 0.4, 0.8, 1)
 
@@ -58,7 +58,7 @@ def call(outages: list[Outage], at: float) -> Call:
         if outage.kind == "frozen" and outage.end - at <= TIMEOUT:
             return Call(outage.end + ROUND_TRIP, outage.end, is_answered=True)
         at += 0 if outage.kind == "refused" else TIMEOUT
-        if pause is None or at - began > clients.RETRYING_SECONDS:
+        if pause is None or at - began > retrying.RETRYING_SECONDS:
             break
         at += pause
     # What has been sent to a server that stands still may run when it goes on, long after the call.

@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff, NoBackoff
 
 import presence
-from presence import clients, pipelining
+from presence import pipelining, retrying
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
@@ -581,7 +581,7 @@ def test_no_attempts_are_made_for_calls_that_were_given_up(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their time is over, though the policy would go on, and other calls would wait for that."""
-    monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
+    monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.3)
 
     async def work(proxy: Proxy) -> None:
         retry = Retry(ConstantBackoff(0.05), 1000)
@@ -604,7 +604,7 @@ def test_a_call_that_a_cancellation_of_all_tasks_lets_be_sent_again_has_no_more_
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer that the server keeps is as old as the first time that it was sent."""
-    monkeypatch.setattr(clients, "RETRYING_SECONDS", 1)
+    monkeypatch.setattr(retrying, "RETRYING_SECONDS", 1)
 
     async def work(proxy: Proxy) -> None:
         async with presence.ConnectionManager.from_url(proxy.url) as manager:

@@ -15,7 +15,7 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, clients, pooling
+from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, pooling, retrying
 from presence.sync import ConnectionManager
 from tests.fault_proxy import Fate, Proxy
 from tests.server import LocalServer, free_port, program
@@ -255,7 +255,7 @@ def test_no_attempts_are_made_for_a_call_whose_time_is_over(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the policy would go on, and each of them meets a server that is not there."""
-    monkeypatch.setattr(clients, "RETRYING_SECONDS", 0.3)
+    monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.3)
     retry = Retry(ConstantBackoff(0.05), 60)
     with Proxy(own_server.port) as proxy, ConnectionManager.from_url(proxy.url, retry=retry) as manager:
         manager.update_heartbeat("sid")

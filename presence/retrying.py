@@ -1,0 +1,150 @@
+"""What is sent again, when, and for how long: the policy for faults that may pass."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import redis.asyncio.sentinel
+import redis.exceptions
+import redis.retry
+import redis.sentinel
+from redis.backoff import EqualJitterBackoff
+
+from presence.errors import as_fault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from presence.addresses import Address
+    from presence.operations import Command
+
+RETRIES = 6
+"""Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
+
+Every script that is sent again after a lost reply changes nothing more and answers the same, for a minute.
+"""
+
+RETRYING_SECONDS = 33
+"""A call is not sent again later than this after it was first to be sent, however few attempts it had: the answers are
+kept for a minute. The rest of that is for a cluster's client, which connects within its last attempt: a pause, the
+socket and the greeting, with a timeout of 5 seconds each. Elsewhere the manager looks at the time once more when it is
+connected.
+"""
+
+CLUSTER_RETRIES = 10
+"""The same for a cluster, 3.75 to 7.5 seconds: a node refuses all for two seconds more after its restart."""
+
+
+def backoff() -> EqualJitterBackoff:
+    """Give the growing pauses between attempts."""
+    # Half of each wait is certain, so that the attempts cannot all fall into the first moment of an outage.
+    return EqualJitterBackoff(base=0.05, cap=1)
+
+
+def tries_again(address: Address, given: dict[str, Any]) -> bool:
+    """Tell whether the manager sends calls again; else the client does, as its own policy says."""
+    return address.deployment == "cluster" and "retry" not in given
+
+
+def cluster_pauses() -> Iterator[float]:
+    """Give the seconds to wait before each further attempt on a cluster; redis-py's clients would not wait at all.
+
+    Call it before the first attempt: the time within which a call may be sent again begins then.
+    """
+    pauses, end = backoff(), monotonic() + RETRYING_SECONDS
+    failures = takewhile(lambda _: monotonic() < end, range(1, CLUSTER_RETRIES + 1))
+    return map(pauses.compute, failures)
+
+
+def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
+    """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
+
+    These are all of a request, and after that the ones which met a fault that may pass: whoever has sent them notes
+    each reply, by its index, before the next attempt is asked for.
+    """
+    pauses = cluster_pauses()
+    yield 0, dict(enumerate(request))
+    for pause in pauses:
+        failed = transient_faults([*replies.values()])
+        if not failed:
+            return
+        yield pause, {index: request[index] for index in failed}
+
+
+def transient_faults(replies: Sequence[Any]) -> list[int]:
+    """Give the places of a cluster's replies that are faults which may pass: nodes that are away, slots that move."""
+    return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _is_transient(reply)]
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, redis.exceptions.RedisClusterException) and error.__cause__:
+        return _is_transient(error.__cause__)  # It could not read the layout.
+    return isinstance(error, _TRANSIENT) and not isinstance(error, _PERMANENT)
+
+
+_TRANSIENT = (
+    OSError,
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.ClusterError,
+    redis.exceptions.SlotNotCoveredError,
+    redis.exceptions.AskError,
+    redis.exceptions.TryAgainError,
+)
+
+_PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
+
+
+def cluster_replies(replies: list[Any]) -> list[Any]:
+    """Name what redis-py's cluster clients meet of a node that they do not know yet, or that is closed under a call."""
+    return [as_cluster_fault(reply) for reply in replies]
+
+
+def as_cluster_fault(error: Any) -> Any:
+    """Give an error of a cluster's client as redis-py should have named it."""
+    if not isinstance(error, AttributeError):
+        return as_fault(error)
+    fault = redis.exceptions.ClusterError("a node came or went during the call")
+    fault.__cause__ = error
+    return fault
+
+
+def connect_once(connection: Any) -> Any:
+    """Connect, to be awaited with asyncio, trying it once: it is a part of an attempt that is tried again.
+
+    To connect, or to send without doing so before, redis-py would try as often within each attempt.
+    """
+    if isinstance(connection, _ASKING_SENTINELS):
+        return connection._connect_retry()
+    return connection.connect_check_health(retry_socket_connect=False)
+
+
+_ASKING_SENTINELS = (redis.sentinel.SentinelManagedConnection, redis.asyncio.sentinel.SentinelManagedConnection)
+
+
+class TimelyRetry(redis.retry.Retry):
+    """Gives up in time, too; redis-py only counts, and tries to connect as often again within each attempt to send.
+
+    Each connection has a copy of its own. Where the managers send themselves, they see to the time: this is for the
+    first time that a connection is opened, and for calls that go through redis-py's ``execute_command``.
+    """
+
+    _end: float | None = None
+
+    def call_with_retry(self, do: Callable[[], Any], fail: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call until it succeeds, as redis-py does; attempts within an attempt have no more time than that."""
+        outer_end = self._end
+        end = monotonic() + RETRYING_SECONDS if outer_end is None else outer_end
+
+        def fail_or_end(error: Exception, *failures: int) -> None:
+            fail(error, *failures)
+            if monotonic() > end:
+                raise error
+
+        try:
+            self._end = end  # Not before, where an interruption would leave it for good.
+            return super().call_with_retry(do, fail_or_end, *arguments, **options)
+        finally:
+            self._end = outer_end
