@@ -185,7 +185,7 @@ class ConnectionManager:
         self._address: addresses.Address | None = None
         self._client_options: dict[str, Any] = {}
         # A client's connections belong to the event loop that opened them, so each loop has its own.
-        self._own_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
+        self._open_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
         self._put_aside: dict[asyncio.AbstractEventLoop, list[_OpenClient]] = {}
         """Those that a close waits for, or has left to the next."""
         self._repetitions: set[_Repetition] = set()
@@ -282,7 +282,7 @@ class ConnectionManager:
             # What another loop runs ends there.
             if running.loop is loop and (caller is None or not running.has_called_aclose):
                 await running.ended.wait()
-        open_client = self._own_clients.pop(loop, None)
+        open_client = self._open_clients.pop(loop, None)
         if open_client is not None:
             self._put_aside.setdefault(loop, []).append(open_client)
         for each in tuple(self._put_aside.get(loop, ())):
@@ -308,20 +308,20 @@ class ConnectionManager:
             (running for running in tuple(self._repetitions) if step is not None and running.step is step), None
         )
 
-    async def _close(self, own: _OpenClient) -> None:
-        if own.shared is not None:
-            await own.shared.aclose()
-        if own.layout is not None and not own.layout.done():
-            own.layout.cancel()
-            await asyncio.wait([own.layout])
+    async def _close(self, open_client: _OpenClient) -> None:
+        if open_client.shared is not None:
+            await open_client.shared.aclose()
+        if open_client.layout is not None and not open_client.layout.done():
+            open_client.layout.cancel()
+            await asyncio.wait([open_client.layout])
         if self._given_client is None:
             with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come. It is closed all the same.
-                await own.client.aclose()
+                await open_client.client.aclose()
 
-    def _forget(self, loop: asyncio.AbstractEventLoop, own: _OpenClient, closing: asyncio.Future[None]) -> None:
+    def _forget(self, loop: asyncio.AbstractEventLoop, open_client: _OpenClient, closing: asyncio.Future[None]) -> None:
         if closing.cancelled():
             return
-        self._put_aside[loop].remove(own)
+        self._put_aside[loop].remove(open_client)
         if not self._put_aside[loop]:
             del self._put_aside[loop]
 
@@ -941,17 +941,17 @@ class ConnectionManager:
 
         Who began to wait elsewhere in the stream is woken too late by the length of one wait, and reads on then.
         """
-        own = self._open_client()
-        waiting = own.wait_for_events
+        open_client = self._open_client()
+        waiting = open_client.wait_for_events
         if waiting is None or waiting.done():
-            waiting = own.wait_for_events = asyncio.create_task(self._run(wait, alone=True))
+            waiting = open_client.wait_for_events = asyncio.create_task(self._run(wait, alone=True))
         await asyncio.wait([waiting])
         return None if waiting.cancelled() else waiting.result()
 
     def _open_client(self) -> _OpenClient:
         loop = asyncio.get_running_loop()
-        own = self._own_clients.get(loop)
-        if own is None:
+        open_client = self._open_clients.get(loop)
+        if open_client is None:
             tries_again = False
             if self._given_client is not None:
                 client = self._given_client
@@ -960,24 +960,24 @@ class ConnectionManager:
                 client = clients.connect_asyncio(address, self._client_options)
                 tries_again = retrying.tries_again(address, self._client_options)
             # What a loop that has ended left behind can only be dropped.
-            for known in (*self._own_clients, *self._put_aside):  # Other threads have their loops here too.
+            for known in (*self._open_clients, *self._put_aside):  # Other threads have their loops here too.
                 if known.is_closed():
-                    self._own_clients.pop(known, None)
+                    self._open_clients.pop(known, None)
                     self._put_aside.pop(known, None)
-            own = self._own_clients[loop] = _OpenClient(client, tries_again=tries_again)
-        return own
+            open_client = self._open_clients[loop] = _OpenClient(client, tries_again=tries_again)
+        return open_client
 
     async def _run(self, asked: Operation[Result] | Exchange[Result], *, alone: bool = False) -> Result:
         """Carry what is asked; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
-        own = self._open_client()
-        own.in_flight += 1
-        send = own.shared.send if own.shared is not None and not alone else partial(self._send, own)
+        open_client = self._open_client()
+        open_client.in_flight += 1
+        send = partial(self._send, open_client) if alone or open_client.shared is None else open_client.shared.send
         try:
             return await self._converse(asked, send)
         finally:
-            own.in_flight -= 1
-            if not own.in_flight:
-                own.idle.set()
+            open_client.in_flight -= 1
+            if not open_client.in_flight:
+                open_client.idle.set()
 
     @staticmethod
     async def _converse(
@@ -999,28 +999,28 @@ class ConnectionManager:
             result: Result = finished.value
             return result
 
-    async def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
+    async def _send(self, open_client: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        if not own.tries_again:
-            return await self._send_once(own, request)
+        if not open_client.tries_again:
+            return await self._send_once(open_client, request)
         replies: dict[int, Any] = {}
         end = monotonic() + retrying.RETRYING_SECONDS
         for pause, part in retrying.attempts(request, replies):
             if pause:
                 await asyncio.sleep(pause)
-            answers = await self._send_once(own, [*part.values()], end if pause else inf)
+            answers = await self._send_once(open_client, [*part.values()], end if pause else inf)
             replies |= zip(part, answers, strict=True)
         return [*replies.values()]
 
-    async def _send_once(self, own: _OpenClient, request: Sequence[Command], end: float = inf) -> list[Any]:
+    async def _send_once(self, open_client: _OpenClient, request: Sequence[Command], end: float = inf) -> list[Any]:
         with heeding_cancellation():
-            return await self._exchange(own, request, end)
+            return await self._exchange(open_client, request, end)
 
-    async def _exchange(self, own: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
-        client = own.client
+    async def _exchange(self, open_client: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
+        client = open_client.client
         try:
-            if own.is_cluster:
-                await own.learn_layout()
+            if open_client.is_cluster:
+                await open_client.learn_layout()
                 if monotonic() > end:
                     raise redis.exceptions.TimeoutError("the nodes did not tell in time who serves what")
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
@@ -1034,7 +1034,7 @@ class ConnectionManager:
                         with suppress(*FAULTS, AttributeError, RuntimeError):  # Another may come or go meanwhile.
                             await client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
-                return replies + (await self._exchange(own, rest, end) if rest else [])
+                return replies + (await self._exchange(open_client, rest, end) if rest else [])
             if len(request) == 1:
                 replies = [await client.execute_command(*request[0], **AS_BYTES)]
             else:
@@ -1043,12 +1043,12 @@ class ConnectionManager:
                     pipeline.execute_command(*command, **AS_BYTES)
                 replies = await pipeline.execute(raise_on_error=False)
         except Exception as met:
-            error = retrying.as_cluster_fault(met) if own.is_cluster else as_fault(met)
+            error = retrying.as_cluster_fault(met) if open_client.is_cluster else as_fault(met)
             if not isinstance(error, FAULTS):
                 raise
             replies = [error] * len(request)
-        if own.is_cluster:
+        if open_client.is_cluster:
             replies = retrying.cluster_replies(replies)
-            if retrying.transient_faults(replies) and own.layout is not None and own.layout.done():
-                own.layout = None
+            if retrying.transient_faults(replies) and open_client.layout is not None and open_client.layout.done():
+                open_client.layout = None
         return replies

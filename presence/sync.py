@@ -160,7 +160,7 @@ class ConnectionManager:
         self._given_client = client
         self._address: addresses.Address | None = None
         self._client_options: dict[str, Any] = {}
-        self._own_client: _OpenClient | None = None
+        self._open_client: _OpenClient | None = None
         self._closing: list[_OpenClient] = []
         """Those that a close has put aside: whoever ends their last call closes them."""
         self._calls: dict[object, tuple[int, _OpenClient]] = {}
@@ -242,15 +242,15 @@ class ConnectionManager:
         self._calls = {call: about for call, about in self._calls.items() if about[0] == own_thread}
         in_use = self._in_use()
         self._closing = [known for known in self._closing if known in in_use]
-        own = self._own_client
-        if own and own.is_open and own not in in_use and self._given_client is None:
-            self._leave_behind(own)
+        open_client = self._open_client
+        if open_client and open_client.is_open and open_client not in in_use and self._given_client is None:
+            self._leave_behind(open_client)
 
-    def _leave_behind(self, own: _OpenClient) -> None:
+    def _leave_behind(self, open_client: _OpenClient) -> None:
         """Use a cluster's client no more, of which a thread of the parent may hold a lock, as to ask for the layout."""
-        if isinstance(own.client, RedisCluster):
-            _left_behind.append(own.client)  # To finalize it would take the lock, too.
-            self._own_client = None
+        if isinstance(open_client.client, RedisCluster):
+            _left_behind.append(open_client.client)  # To finalize it would take the lock, too.
+            self._open_client = None
 
     def _in_use(self) -> list[_OpenClient]:
         # The list is made in one step; to go through the dict itself would take several.
@@ -284,9 +284,9 @@ class ConnectionManager:
             is_callback = any(running.thread == own_thread for running in tuple(self._repetitions))
             while self._repetitions and not has_interrupted and not is_callback:
                 self._changed.wait(LONGEST_WAIT_SECONDS)
-            own, self._own_client = self._own_client, None
-            if own is not None:
-                self._closing.append(own)
+            open_client, self._open_client = self._open_client, None
+            if open_client is not None:
+                self._closing.append(open_client)
         self._close_unused()
         while self._closing and not has_interrupted:
             with self._lock:
@@ -905,44 +905,44 @@ class ConnectionManager:
         own_thread = threading.get_ident()
         while True:
             with self._lock:
-                own = self._own_client
-                if own is None or self._is_given_up(own):
-                    own = self._own_client = _OpenClient(call)
+                open_client = self._open_client
+                if open_client is None or self._is_given_up(open_client):
+                    open_client = self._open_client = _OpenClient(call)
                     self._is_closed = False
-                elif not own.is_open and own.opener == own_thread:
+                elif not open_client.is_open and open_client.opener == own_thread:
                     # A signal handler cannot wait for the opening that it has interrupted: this is for its call.
-                    own = _OpenClient(call)
-                    self._closing.append(own)
-                self._calls[call] = own_thread, own
-            if own.is_open or self._open(own):
-                return own
+                    open_client = _OpenClient(call)
+                    self._closing.append(open_client)
+                self._calls[call] = own_thread, open_client
+            if open_client.is_open or self._open(open_client):
+                return open_client
 
-    def _open(self, own: _OpenClient) -> bool:
+    def _open(self, open_client: _OpenClient) -> bool:
         """Open a client, once for all who wait; tell whether it is open, and not its opener was interrupted."""
-        if own.opener == threading.get_ident():
-            self._try_to_open(own)
+        if open_client.opener == threading.get_ident():
+            self._try_to_open(open_client)
         else:
             with self._lock:
-                while not own.has_tried and not self._is_given_up(own):
+                while not open_client.has_tried and not self._is_given_up(open_client):
                     self._changed.wait(LONGEST_WAIT_SECONDS)
-        if own.error is not None:
-            raise own.error
-        return own.is_open
+        if open_client.error is not None:
+            raise open_client.error
+        return open_client.is_open
 
-    def _is_given_up(self, own: _OpenClient) -> bool:
+    def _is_given_up(self, open_client: _OpenClient) -> bool:
         """Tell whether a client is not open, and nobody is about to open it, as after an interruption."""
-        is_opening = not own.has_tried and self._calls.get(own.call, (0, None))[1] is own
-        return not own.is_open and not is_opening
+        is_opening = not open_client.has_tried and self._calls.get(open_client.call, (0, None))[1] is open_client
+        return not open_client.is_open and not is_opening
 
-    def _try_to_open(self, own: _OpenClient) -> None:
+    def _try_to_open(self, open_client: _OpenClient) -> None:
         # Without a lock, since a cluster's client connects when it is made.
         try:
-            own.client, own.tries_again = self._make_client()
-            own.is_open = True
+            open_client.client, open_client.tries_again = self._make_client()
+            open_client.is_open = True
         except Exception as error:
-            own.error = error
+            open_client.error = error
         finally:
-            own.has_tried = True
+            open_client.has_tried = True
             with self._lock:
                 self._changed.notify_all()
 
@@ -986,11 +986,11 @@ class ConnectionManager:
         call = object()
         try:
             try:
-                own = self._begin(call)
+                open_client = self._begin(call)
             except FAULTS as error:
                 # A cluster's client connects when it is made.
                 raise explain(error) from error
-            replies = self._send(own, request)
+            replies = self._send(open_client, request)
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
                 (reply,) = replies
@@ -1002,22 +1002,22 @@ class ConnectionManager:
                 exchange = asked
                 request = exchange.send(replies)
             while True:
-                request = exchange.send(self._send(own, request))
+                request = exchange.send(self._send(open_client, request))
         except StopIteration as finished:
             return finished.value  # type: ignore[no-any-return]
         finally:
             self._calls.pop(call, None)
             self._close_unused()
 
-    def _send(self, own: _OpenClient, request: Sequence[Command]) -> list[Any]:
+    def _send(self, open_client: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        if not own.tries_again:
-            return self._send_once(own.client, request)
+        if not open_client.tries_again:
+            return self._send_once(open_client.client, request)
         replies: dict[int, Any] = {}
         for pause, part in retrying.attempts(request, replies):
             if pause:
                 time.sleep(pause)
-            replies |= zip(part, self._send_once(own.client, [*part.values()]), strict=True)
+            replies |= zip(part, self._send_once(open_client.client, [*part.values()]), strict=True)
         return [*replies.values()]
 
     def _send_once(self, client: Redis | RedisCluster, request: Sequence[Command]) -> list[Any]:

@@ -728,8 +728,8 @@ class TestCluster:
         asking, may_go_on = threading.Event(), threading.Event()
         with presence.sync.ConnectionManager.from_url(cluster.url, namespace="one") as manager:
             manager.register_connection("sid", "user")
-            own: Any = manager._own_client
-            nodes = own.client.nodes_manager
+            open_client: Any = manager._open_client
+            nodes = open_client.client.nodes_manager
             learn = nodes.initialize._learn
 
             def learn_slowly() -> None:

@@ -250,7 +250,7 @@ class TestClosing:
                 proxy.release()
                 assert await beat
                 await manager.aclose()
-                assert manager._own_clients == {}
+                assert manager._open_clients == {}
 
         asyncio.run(run())
         gc.collect()
@@ -262,10 +262,10 @@ class TestClosing:
 
         async def beat() -> int:
             assert await manager.update_heartbeat("sid") is False
-            return len(manager._own_clients)
+            return len(manager._open_clients)
 
         assert [asyncio.run(beat()) for _ in range(3)] == [1, 1, 1]
-        manager._own_clients.clear()
+        manager._open_clients.clear()
         gc.collect()
 
 
