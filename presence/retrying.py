@@ -74,7 +74,7 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
 
 
 def transient_faults(replies: Sequence[Any]) -> list[int]:
-    """Give the places of a cluster's replies that are faults which may pass: nodes that are away, slots that move."""
+    """Indexes of the replies worth sending again: the node is away or the slot is moving."""
     return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _is_transient(reply)]
 
 
@@ -98,12 +98,12 @@ _PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.Authorizati
 
 
 def cluster_replies(replies: list[Any]) -> list[Any]:
-    """Name what redis-py's cluster clients meet of a node that they do not know yet, or that is closed under a call."""
+    """Turn what redis-py leaks as AttributeError or RuntimeError into ClusterError or ConnectionError."""
     return [as_cluster_fault(reply) for reply in replies]
 
 
 def as_cluster_fault(error: Any) -> Any:
-    """Give an error of a cluster's client as redis-py should have named it."""
+    """Turn AttributeError (a node came or went) and RuntimeError (a connection was closed); others stay as they are."""
     if not isinstance(error, AttributeError):
         return as_fault(error)
     fault = redis.exceptions.ClusterError("a node came or went during the call")
