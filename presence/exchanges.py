@@ -38,10 +38,11 @@ AS_BYTES = {"NEVER_DECODE": True}
 def perform_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
     """Converse with the server to run operations together.
 
-    A script that the server does not have is loaded and exactly the calls that missed it are repeated; nothing of them
-    had run. Scripts are gone after SCRIPT FLUSH, a restart or a failover. Some could be there and others not, or
-    another client could load one between two calls, and calls would run after those that follow them: where the order
-    matters, the scripts are loaded in the same breath.
+    A script that the server does not have is loaded and the calls that missed it are repeated; nothing of them had run.
+    Scripts are gone after SCRIPT FLUSH, a restart or a failover. Some could be there and others not, or another client
+    could load one between two calls, and calls would run after those that follow them. So where the order matters, the
+    scripts are loaded in the same breath, and if one is lost even so, what follows the first call that missed it, and
+    may depend on it, is repeated as well.
 
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
@@ -65,7 +66,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             if isinstance(loaded, Exception):
                 failed[script] = loaded
         # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-        again = [index for index in missed if operations[index].script not in failed]
+        repeatable = range(missed[0], len(operations)) if in_order else missed
+        again = [index for index in repeatable if operations[index].script not in failed]
         repeated = (yield [operations[index].command() for index in again]) if again else []
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
@@ -76,8 +78,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
-        # Nothing of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
-        first, *rest = refused
+        # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
+        first, *rest = range(refused[0], len(operations)) if in_order else refused
         (results[first],) = yield from perform_all((operations[first],), in_order=in_order)
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from perform_all([operations[index] for index in rest], in_order=in_order)

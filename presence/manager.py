@@ -875,7 +875,11 @@ class ConnectionManager:
         """Run several operations in one round trip, each atomic in itself, in their order.
 
         ``await manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
-        all from the namespace's one node; while the slot moves, one that is sent again may run after those behind it.
+        all from the namespace's one node.
+
+        Where the server refuses one, since it lost a script, is a replica or moves the slot, that one and all behind it
+        are sent again. What had changed something before that is not undone, and has run before it: call them one by
+        one where that would do harm.
 
         Args:
             operations: descriptions, from :attr:`operations`.

@@ -61,8 +61,8 @@ def cluster_pauses() -> Iterator[float]:
 def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
-    These are all of a request, and after that the ones which met a fault that may pass: whoever has sent them notes
-    each reply, by its index, before the next attempt is asked for.
+    These are all of a request, and after that the first one that met a fault which may pass, and what follows it and
+    may depend on it: whoever has sent them notes each reply, by its index, before the next attempt is asked for.
     """
     pauses = cluster_pauses()
     yield 0, dict(enumerate(request))
@@ -70,7 +70,7 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
         failed = transient_faults([*replies.values()])
         if not failed:
             return
-        yield pause, {index: request[index] for index in failed}
+        yield pause, {index: request[index] for index in range(failed[0], len(request))}
 
 
 def transient_faults(replies: Sequence[Any]) -> list[int]:

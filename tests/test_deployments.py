@@ -1080,11 +1080,11 @@ class TestCluster:
             set_the_scene(manager)
             with cluster.migrating(cluster.slot("one"), node=1) as move:
                 move(move.keys)
-                # What declares a key that is nowhere, as most that write do, waits until the slot has moved.
+                # What declares a key that is nowhere, as all that write do, waits until the slot has moved.
                 found = manager.get_connection("sid-1")
                 assert found is not None
                 assert found.game_id == "game"
-                assert manager.update_heartbeat("sid-2")
+                assert manager.get_game_user_sids("game") == {"user-1": "sid-1", "user-2": "sid-2"}
             manager.close()
 
     def test_a_script_that_is_lost_twice_is_loaded_though_another_shard_is_down(
