@@ -91,11 +91,13 @@ def encode_number(name: str, value: object) -> bytes:
 
 def check_choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
     """Check that a value is one of several texts, and give that one: of a str with an Enum, ``str()`` is another."""
-    for choice in choices:
-        if isinstance(value, str) and value == choice:
-            return choice
+    if isinstance(value, str):
+        for choice in choices:
+            if value == choice:
+                return choice
     quoted = [f'"{choice}"' for choice in choices]
-    raise ValueError(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {shown(value)}")
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name} must be {', '.join(quoted[:-1])} or {quoted[-1]}, not {shown(value)}")
 
 
 def encode_metadata(metadata: object) -> bytes:

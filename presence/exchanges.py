@@ -56,7 +56,7 @@ def perform_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
 
 def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
-    for load in (load_command, SecondLoad):
+    for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
             break
@@ -121,7 +121,7 @@ class SecondLoad(tuple[str | bytes, ...]):
     """The command that loads a script once more, since the call has missed it nevertheless.
 
     There was a failover between the first and the call; or the slot is on its way to a node that does not have the
-    script, so on a cluster every primary gets it.
+    script, so on a cluster every primary gets it; and once more, for the node may have been out of reach just then.
     """
 
     __slots__ = ()

@@ -908,8 +908,9 @@ class ConnectionManager:
 
         ``async with manager.subscribe(game_id="chess-7") as events:`` and then ``async for event in events:``. It is
         subscribed when the block is entered, and one ``Event`` comes for each change of a connection, of all changes of
-        the namespace or of those in one game or of one user. What may be missing is never passed over in silence: the
-        iteration ends with ``EventsLostError``.
+        the namespace or of those in one game or of one user. What may be missing is not passed over in silence: the
+        iteration ends with ``EventsLostError``. (Only who has read nothing since before the first event of all is not
+        told that the server has lost everything.)
 
         Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
         too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of

@@ -7,10 +7,12 @@ next one, and each call spends microseconds on options and telemetry, which thes
 
 from __future__ import annotations
 
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from redis import ConnectionPool, Redis, RedisCluster
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
     from presence.operations import Command
 
+
+SHORTEST_RETRYING_SECONDS = 1
+"""Whatever fails sooner has not been retried with the pauses of presence's own policy."""
 
 PIECE_BYTES = 1 << 16
 """Bytes of a request that are sent at once, at most: the socket's timeout is for each piece."""
@@ -108,7 +113,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             raise error
 
     try:
-        connection: Any = pool.get_connection()
+        connection = _take(pool)
         try:
             end = monotonic() + retrying.RETRYING_SECONDS
             return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
@@ -128,6 +133,24 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     except BaseException:
         # While one was opened, perhaps: then redis-py has put it back as if it were ready, but half greeted.
         _close_free(pool)
+        raise
+
+
+def _take(pool: ConnectionPool) -> Any:
+    """Take a connection out of the pool, as often as its policy says where each is closed as soon as it is greeted.
+
+    There redis-py gives up at once. Where it cannot connect at all, it has tried as often already, with pauses.
+    """
+    start = monotonic()
+    try:
+        return pool.get_connection()
+    except RedisConnectionError:
+        retry = pool.connection_kwargs.get("retry")
+        for _ in range(retry.get_retries() if retry else 0):
+            if monotonic() > start + SHORTEST_RETRYING_SECONDS:
+                break
+            with suppress(RedisConnectionError):
+                return pool.get_connection()
         raise
 
 

@@ -277,7 +277,8 @@ class TestRejectWithSeveralConnectionsPerUser:
 @pytest.mark.parametrize("displacement", ["", "reject", "NEWEST_WINS", None, True])
 def test_an_unknown_policy_is_refused(make_manager: ManagerFactory, displacement: Any) -> None:
     choices = '"newest_wins", "newest_resumes" or "reject_while_alive"'
-    with pytest.raises(ValueError, match=f"displacement must be {choices}"):
+    error = ValueError if isinstance(displacement, str) else TypeError
+    with pytest.raises(error, match=f"displacement must be {choices}"):
         make_manager(displacement=displacement)
 
 

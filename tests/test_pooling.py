@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
-from redis.backoff import ConstantBackoff
+from redis.backoff import ConstantBackoff, NoBackoff
 from redis.retry import Retry
 
 from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, pooling, retrying
@@ -338,6 +339,35 @@ def test_a_large_request_is_sent_in_pieces_each_of_which_has_the_whole_timeout(o
         assert manager.get_connection_count() == 101
     assert sum(RecordingConnection.sizes) > 100 * 4096
     assert max(RecordingConnection.sizes) <= 1 << 16
+
+
+class UnluckyConnection(redis.Connection):
+    """Some are closed right after the server has greeted them."""
+
+    closed_next: ClassVar[int] = 0
+
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        super().on_connect_check_health(check_health)
+        if UnluckyConnection.closed_next:
+            UnluckyConnection.closed_next -= 1
+            own_socket: Any = self._sock
+            own_socket.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("unlucky", [1, 3, 6])
+def test_connections_that_are_closed_as_soon_as_they_are_there_are_retried(
+    own_server: LocalServer, own_client: redis.Redis, unlucky: int
+) -> None:
+    pool = redis.ConnectionPool.from_url(
+        own_server.url, connection_class=UnluckyConnection, retry=Retry(NoBackoff(), 6)
+    )
+    with redis.Redis.from_pool(pool) as client:
+        manager = ConnectionManager(client)
+        manager.register_connection("sid", "user")
+        own_client.client_kill_filter(skipme=True)
+        UnluckyConnection.closed_next = unlucky
+        assert manager.update_heartbeat("sid")
+    assert UnluckyConnection.closed_next == 0
 
 
 class RefusedConnection(redis.Connection):
