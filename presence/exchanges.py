@@ -35,7 +35,7 @@ AS_BYTES = {"NEVER_DECODE": True}
 """redis-py's option for replies that stay bytes, however the client decodes."""
 
 
-def perform_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
+def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
     """Converse with the server to run operations together.
 
     A script that the server does not have is loaded and the calls that missed it are repeated; nothing of them had run.
@@ -73,19 +73,24 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
         ]
-        for index, reply in zip(again, repeated, strict=True):
-            replies[index] = reply
+        _note(repeated, again, replies)
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
         # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
         first, *rest = range(refused[0], len(operations)) if in_order else refused
-        (results[first],) = yield from perform_all((operations[first],), in_order=in_order)
+        (results[first],) = yield from attempt_all((operations[first],), in_order=in_order)
         if rest and not isinstance(results[first], ReadOnlyServerError):
-            repeated = yield from perform_all([operations[index] for index in rest], in_order=in_order)
-            for index, result in zip(rest, repeated, strict=True):
-                results[index] = result
+            repeated = yield from attempt_all([operations[index] for index in rest], in_order=in_order)
+            _note(repeated, rest, results)
     return results
+
+
+def _note(repeated: Sequence[Any], indexes: Sequence[int], answers: list[Any]) -> None:
+    """Note what was answered again, but no fault in the place of an answer, which is still to be reported."""
+    for index, answer in zip(indexes, repeated, strict=True):
+        if not isinstance(answer, Exception) or isinstance(answers[index], Exception):
+            answers[index] = answer
 
 
 def _outcome(operation: Operation[Any], reply: Any) -> Any:
@@ -139,11 +144,11 @@ def pack(command: Command) -> bytes:
     return packed
 
 
-def perform_each(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:
+def perform_all(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:
     """Converse with the server to run operations together; raises ``PipelineError`` when some failed."""
     if not operations:
         return []
-    results = yield from perform_all(operations, in_order=True)
+    results = yield from attempt_all(operations, in_order=True)
     if any(isinstance(result, PresenceError) for result in results):
         raise PipelineError(results)
     return results
@@ -187,7 +192,7 @@ def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]
     Raises ``PipelineError`` when some failed, its ``results`` by ids. A fault that all of them met is raised as it is:
     one call is one script or many, by the number of ids.
     """
-    results: list[Any] = (yield from perform_all(batches.operations, in_order=False)) if batches.operations else []
+    results: list[Any] = (yield from attempt_all(batches.operations, in_order=False)) if batches.operations else []
     faults = [result for result in results if isinstance(result, PresenceError)]
     if faults and len(faults) == len(results):
         raise faults[0]

@@ -27,8 +27,8 @@ from presence.exchanges import (
     check_operations,
     clean_up,
     for_server,
+    perform_all,
     perform_batches,
-    perform_each,
     recover,
 )
 from presence.operations import Command, Operation, Operations
@@ -899,7 +899,7 @@ class ConnectionManager:
         for a register, mostly 1 to 5.
 
         """
-        return await self._run(perform_each(check_operations(operations)))
+        return await self._run(perform_all(check_operations(operations)))
 
     def subscribe(
         self, *, game_id: str | None = None, user_id: str | UUID | None = None, after: str | None = None

@@ -315,8 +315,8 @@ class SharedConnection:
             await connection.disconnect(nowait=True)
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
-    def _take(self) -> bytes:
-        """Choose of what waits as much as may be sent now, and count it as sent."""
+    def _take(self) -> list[bytes]:
+        """Choose of what waits as much as may be sent now, and count it as sent; give its commands, packed."""
         taken: list[bytes] = []
         now = self._loop.time()
         while self._waiting:
@@ -332,12 +332,12 @@ class SharedConnection:
                 self._commands_sent += request.count
                 self._bytes_sent += request.size
             self._waiting.popleft()
-        return b"".join(taken)
+        return taken
 
     def _take_more(self, connection: AbstractConnection) -> bytes:
         # Without a connection what waits goes on waiting: who reads meets the fault.
         if connection.is_connected and not self._refused and self._loop.time() < self._session_end:
-            return self._take()
+            return b"".join(self._take())
         return b""
 
     def _write_beside(self) -> None:

@@ -62,15 +62,18 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
     These are all of a request, and after that the first one that met a fault which may pass, and what follows it and
-    may depend on it: whoever has sent them notes each reply, by its index, before the next attempt is asked for.
+    may depend on it: whoever has sent them notes each reply, by its index, before the next attempt is asked for. What
+    was answered before and meets a fault in the end keeps its answer, which is still to be reported.
     """
-    pauses = cluster_pauses()
+    pauses, answered = cluster_pauses(), dict[int, Any]()
     yield 0, dict(enumerate(request))
     for pause in pauses:
         failed = transient_faults([*replies.values()])
         if not failed:
-            return
+            break
+        answered |= {index: reply for index, reply in replies.items() if not isinstance(reply, Exception)}
         yield pause, {index: request[index] for index in range(failed[0], len(request))}
+    replies |= {index: reply for index, reply in answered.items() if isinstance(replies[index], Exception)}
 
 
 def transient_faults(replies: Sequence[Any]) -> list[int]:

@@ -23,8 +23,8 @@ from presence.exchanges import (
     check_operations,
     clean_up,
     for_server,
+    perform_all,
     perform_batches,
-    perform_each,
     recover,
 )
 from presence.forks import call_in_child
@@ -851,7 +851,7 @@ class ConnectionManager:
         for a register, mostly 1 to 5.
 
         """
-        return self._run(perform_each(check_operations(operations)))
+        return self._run(perform_all(check_operations(operations)))
 
     def subscribe(
         self, *, game_id: str | None = None, user_id: str | UUID | None = None, after: str | None = None

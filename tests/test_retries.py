@@ -11,9 +11,12 @@ import redis
 import redis.asyncio.retry
 import redis.retry
 from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, ReadOnlyError
 
 from presence import CleanupResult, ConnectionInfo, JoinResult, Registration
+from presence.exchanges import perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
+from presence.retrying import attempts
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy
 from tests.invariants import Keyspace, read_keyspace, violations
@@ -667,3 +670,37 @@ def test_a_register_sent_again_answers_the_same_when_another_of_the_users_connec
 
     assert again == first
     assert [gone.sid for gone in again.displaced] == ["a"]
+
+
+class TestWhatIsAskedAgainBehindACallThatWasRefused:
+    """An answer may report what no other call will: no fault that is met after it takes its place."""
+
+    FAULT = redis.ConnectionError("the connection broke")
+
+    @pytest.mark.parametrize("refusal", [NoScriptError("NOSCRIPT"), ReadOnlyError("READONLY")])
+    def test_keeps_its_answer_where_it_meets_a_fault(self, refusal: Exception) -> None:
+        operations = Operations("ns")
+        exchange = perform_all([operations.leave_game("sid-1"), operations.leave_game("sid-2")])
+        load, *calls = next(exchange)
+        again = exchange.send([b"sha", refusal, b"game"])
+        if isinstance(refusal, NoScriptError):
+            assert again == [load]
+            assert exchange.send([b"sha"]) == calls
+            final: list[Any] = [b"game", self.FAULT]
+        else:
+            assert again == calls[:1]
+            assert exchange.send([b"game"]) == calls[1:]
+            final = [self.FAULT]
+        with pytest.raises(StopIteration) as finished:
+            exchange.send(final)
+        assert finished.value.value == ["game", "game"]
+
+    def test_so_it_does_on_a_cluster(self) -> None:
+        replies: dict[int, Any] = {}
+        sent = []
+        outcomes = iter([[self.FAULT, b"answer"], [b"answer", self.FAULT], [b"answer", self.FAULT]])
+        for _, part in attempts([("first",), ("second",)], replies):
+            sent.append([*part])
+            replies |= zip(part, next(outcomes, [self.FAULT])[-len(part) :], strict=True)
+        assert sent[:3] == [[0, 1], [0, 1], [1]]
+        assert replies == {0: b"answer", 1: b"answer"}
