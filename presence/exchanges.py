@@ -15,6 +15,7 @@ from redis.exceptions import NoScriptError
 from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
 from presence.operations import Operation, ServerNotStartedError
 from presence.results import CleanupResult
+from presence.retrying import with_what_follows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -41,8 +42,8 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
     A script that the server does not have is loaded and the calls that missed it are repeated; nothing of them had run.
     Scripts are gone after SCRIPT FLUSH, a restart or a failover. Some could be there and others not, or another client
     could load one between two calls, and calls would run after those that follow them. So where the order matters, the
-    scripts are loaded in the same breath, and if one is lost even so, what follows the first call that missed it, and
-    may depend on it, is repeated as well.
+    scripts are loaded in the same breath; and what follows a call that was refused even so is repeated as well, where
+    it has only read or found nothing to do.
 
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
@@ -56,6 +57,7 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
 
 def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
+    shas = [operation.script.call[1] for operation in operations]
     for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
@@ -66,31 +68,26 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             if isinstance(loaded, Exception):
                 failed[script] = loaded
         # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-        repeatable = range(missed[0], len(operations)) if in_order else missed
-        again = [index for index in repeatable if operations[index].script not in failed]
+        to_repeat = with_what_follows(missed, shas, replies) if in_order else missed
+        again = [index for index in to_repeat if operations[index].script not in failed]
         repeated = (yield [operations[index].command() for index in again]) if again else []
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
         ]
-        _note(repeated, again, replies)
+        for index, reply in zip(again, repeated, strict=True):
+            replies[index] = reply
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
         # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
-        first, *rest = range(refused[0], len(operations)) if in_order else refused
+        first, *rest = with_what_follows(refused, shas, replies) if in_order else refused
         (results[first],) = yield from attempt_all((operations[first],), in_order=in_order)
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from attempt_all([operations[index] for index in rest], in_order=in_order)
-            _note(repeated, rest, results)
+            for index, result in zip(rest, repeated, strict=True):
+                results[index] = result
     return results
-
-
-def _note(repeated: Sequence[Any], indexes: Sequence[int], answers: list[Any]) -> None:
-    """Note what was answered again, but no fault in the place of an answer, which is still to be reported."""
-    for index, answer in zip(indexes, repeated, strict=True):
-        if not isinstance(answer, Exception) or isinstance(answers[index], Exception):
-            answers[index] = answer
 
 
 def _outcome(operation: Operation[Any], reply: Any) -> Any:

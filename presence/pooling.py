@@ -7,7 +7,6 @@ next one, and each call spends microseconds on options and telemetry, which thes
 
 from __future__ import annotations
 
-from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
     from presence.operations import Command
 
-
-SHORTEST_RETRYING_SECONDS = 1
-"""Whatever fails sooner has not been retried with the pauses of presence's own policy."""
 
 PIECE_BYTES = 1 << 16
 """Bytes of a request that are sent at once, at most: the socket's timeout is for each piece."""
@@ -139,19 +135,21 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
 def _take(pool: ConnectionPool) -> Any:
     """Take a connection out of the pool, as often as its policy says where each is closed as soon as it is greeted.
 
-    There redis-py gives up at once. Where it cannot connect at all, it has tried as often already, with pauses.
+    There redis-py gives up at once. Where it cannot connect at all, it has tried as often already.
     """
-    start = monotonic()
-    try:
-        return pool.get_connection()
-    except RedisConnectionError:
-        retry = pool.connection_kwargs.get("retry")
-        for _ in range(retry.get_retries() if retry else 0):
-            if monotonic() > start + SHORTEST_RETRYING_SECONDS:
-                break
-            with suppress(RedisConnectionError):
-                return pool.get_connection()
-        raise
+    failures = 0
+    while True:
+        try:
+            return pool.get_connection()
+        except RedisConnectionError as error:
+            # It looks whether a connection is still there, opens it once more, and looks again: this comes of another.
+            is_closed_when_greeted = type(error) is RedisConnectionError and isinstance(
+                error.__context__, RedisConnectionError
+            )
+            retry = pool.connection_kwargs.get("retry")
+            failures += 1
+            if not is_closed_when_greeted or not retry or failures > retry.get_retries():
+                raise
 
 
 def _read(connection: AbstractConnection) -> Any:

@@ -13,6 +13,7 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff
 
 from presence.errors import as_fault
+from presence.scripts import READS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +27,15 @@ RETRIES = 6
 Every script that is sent again after a lost reply changes nothing more and answers the same, for a minute.
 """
 
+CLUSTER_RETRIES = 10
+"""The same for a cluster, 3.75 to 7.5 seconds: a node refuses all for two seconds more after its restart."""
+
 RETRYING_SECONDS = 33
 """A call is not sent again later than this after it was first to be sent, however few attempts it had: the answers are
 kept for a minute. The rest of that is for a cluster's client, which connects within its last attempt: a pause, the
 socket and the greeting, with a timeout of 5 seconds each. Elsewhere the manager looks at the time once more when it is
 connected.
 """
-
-CLUSTER_RETRIES = 10
-"""The same for a cluster, 3.75 to 7.5 seconds: a node refuses all for two seconds more after its restart."""
 
 
 def backoff() -> EqualJitterBackoff:
@@ -61,19 +62,32 @@ def cluster_pauses() -> Iterator[float]:
 def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
-    These are all of a request, and after that the first one that met a fault which may pass, and what follows it and
-    may depend on it: whoever has sent them notes each reply, by its index, before the next attempt is asked for. What
-    was answered before and meets a fault in the end keeps its answer, which is still to be reported.
+    These are all of a request, and after that the ones which met a fault that may pass, with what follows them: whoever
+    has sent them notes each reply, by its index, before the next attempt is asked for.
     """
-    pauses, answered = cluster_pauses(), dict[int, Any]()
+    pauses, shas = cluster_pauses(), [command[1] for command in request]
     yield 0, dict(enumerate(request))
     for pause in pauses:
         failed = transient_faults([*replies.values()])
         if not failed:
-            break
-        answered |= {index: reply for index, reply in replies.items() if not isinstance(reply, Exception)}
-        yield pause, {index: request[index] for index in range(failed[0], len(request))}
-    replies |= {index: reply for index, reply in answered.items() if isinstance(replies[index], Exception)}
+            return
+        yield pause, {index: request[index] for index in with_what_follows(failed, shas, replies)}
+
+
+def with_what_follows(
+    refused: Sequence[int], shas: Sequence[str | bytes], replies: Sequence[Any] | dict[int, Any]
+) -> list[int]:
+    """Give the indexes of the calls that were refused and are to be repeated, and of those behind the first as well.
+
+    Of these only who has just read, or found nothing to do: it may depend on what was refused, and however late it runs
+    again, nothing is lost, for its answer has reported no change.
+    """
+
+    def has_left_no_trace(index: int) -> bool:
+        reply = replies[index]
+        return not isinstance(reply, Exception) and (shas[index] in READS or not reply)
+
+    return sorted({*refused, *filter(has_left_no_trace, range(refused[0], len(shas)))})
 
 
 def transient_faults(replies: Sequence[Any]) -> list[int]:

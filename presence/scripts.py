@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+READS: set[bytes] = set()
+"""The SHA1s of the scripts that were loaded and write nothing, as they declare to the server."""
+
 _INCLUDE = re.compile(r"^(?P<indent> *)-- @include (?P<name>\w+)$")
 _COMMENT = re.compile(r"^--\[\[.*?^\]\]\n|^ *--[^\n]*\n|^\n", re.DOTALL | re.MULTILINE)
 """A block of comment, a line of it, or an empty line."""
@@ -105,4 +108,7 @@ class Script:
 def load(name: str, keys: tuple[str, ...], arguments: tuple[str, ...]) -> Script:
     """Load a script by name; its SHA1 is computed here, so no round trip is spent on asking for it."""
     source = without_comments(splice(lua_folder(), name))
-    return Script(name, keys, arguments, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+    script = Script(name, keys, arguments, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+    if source.startswith("#!lua flags=no-writes\n"):
+        READS.add(script.sha.encode())
+    return script

@@ -729,10 +729,11 @@ class ConnectionManager:
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
         fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first
-        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter, if that is longer; for
-        three heartbeats of less than 3.75 seconds), so that everyone's comes first. (With a threshold below two
-        heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) On a manager that is
-        closed already it ends at once, and logs an error: it may have been closed before the thread began.
+        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of one, if that is longer;
+        where heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a
+        threshold below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) On
+        a manager that is closed already it ends at once, and logs an error: it may have been closed before the thread
+        began.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
@@ -829,9 +830,9 @@ class ConnectionManager:
         ``manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
         all from the namespace's one node.
 
-        Where the server refuses one, since it lost a script, is a replica or moves the slot, that one and all behind it
-        are sent again. What had changed something before that is not undone, and has run before it: call them one by
-        one where that would do harm.
+        Where one cannot run, since the server lost its script or is a replica, or (on a cluster) a node is away or the
+        slot moves, it is sent again, and with it what stands behind it and has only read or found nothing to do. But
+        what had changed something by then has run before it: call them one by one where that would do harm.
 
         Args:
             operations: descriptions, from :attr:`operations`.
@@ -887,7 +888,7 @@ class ConnectionManager:
             RuntimeError: it is iterated over without ``with``.
 
         Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace and, while
-        nothing happens, each second one read and one wait (the waits of an event loop's subscriptions are one).
+        nothing happens, each second one read and, on each connection that waits, one wait.
 
         """
         feed = Feed(self.operations, game_id, user_id, after)

@@ -1087,17 +1087,18 @@ class TestCluster:
                 assert manager.get_game_user_sids("game") == {"user-1": "sid-1", "user-2": "sid-2"}
             manager.close()
 
-    def test_a_script_that_is_lost_twice_is_loaded_though_another_shard_is_down(
-        self, make_manager: ManagerFactory
+    @pytest.mark.parametrize("times", [2, 3])
+    def test_a_script_that_is_lost_again_is_loaded_again_though_another_shard_is_down(
+        self, make_manager: ManagerFactory, times: int
     ) -> None:
-        """The second time all primaries get it, of those that can be reached."""
+        """From the second time on all primaries get it, of those that can be reached."""
         with Cluster().running() as cluster:
             node = cluster.clients[0]
             node.config_set("cluster-require-full-coverage", "no")
             manager = make_manager(cluster.url, namespace="one")
             assert manager.get_connection_count() == 0
             cluster.nodes[1].kill()
-            losses = [node.script_flush, node.script_flush]
+            losses = [node.script_flush] * times
 
             class Unlucky(Operation[int]):
                 def command(self) -> Command:

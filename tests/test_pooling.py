@@ -370,6 +370,24 @@ def test_connections_that_are_closed_as_soon_as_they_are_there_are_retried(
     assert UnluckyConnection.closed_next == 0
 
 
+class CountingConnection(redis.Connection):
+    """Counts how often it is opened."""
+
+    opened: ClassVar[list[None]] = []
+
+    def _connect(self) -> Any:
+        CountingConnection.opened.append(None)
+        return super()._connect()  # type: ignore[no-untyped-call]
+
+
+def test_a_client_that_cannot_connect_tries_as_often_as_its_policy_says() -> None:
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    pool = redis.ConnectionPool.from_url(url, connection_class=CountingConnection, retry=Retry(NoBackoff(), 3))
+    with redis.Redis.from_pool(pool) as client, pytest.raises(ServerUnreachableError):
+        ConnectionManager(client).get_connection_count()
+    assert len(CountingConnection.opened) == 4
+
+
 class RefusedConnection(redis.Connection):
     """Sends streamed credentials to a server that does not accept them."""
 

@@ -672,35 +672,43 @@ def test_a_register_sent_again_answers_the_same_when_another_of_the_users_connec
     assert [gone.sid for gone in again.displaced] == ["a"]
 
 
-class TestWhatIsAskedAgainBehindACallThatWasRefused:
-    """An answer may report what no other call will: no fault that is met after it takes its place."""
-
-    FAULT = redis.ConnectionError("the connection broke")
+class TestWhatFollowsACallThatWasRefused:
+    """In a pipeline it is asked again where it has left no trace; an answer that reports a change stays."""
 
     @pytest.mark.parametrize("refusal", [NoScriptError("NOSCRIPT"), ReadOnlyError("READONLY")])
-    def test_keeps_its_answer_where_it_meets_a_fault(self, refusal: Exception) -> None:
+    def test_is_asked_again_only_where_it_has_read_or_found_nothing_to_do(self, refusal: Exception) -> None:
         operations = Operations("ns")
-        exchange = perform_all([operations.leave_game("sid-1"), operations.leave_game("sid-2")])
-        load, *calls = next(exchange)
-        again = exchange.send([b"sha", refusal, b"game"])
+        described: list[Operation[Any]] = [
+            operations.leave_game("changed nothing, but came before"),
+            operations.leave_game("refused"),
+            operations.leave_game("changed something"),
+            operations.leave_game("changed nothing"),
+            operations.get_connection_count(),
+        ]
+        exchange = perform_all(described)
+        load, _, *calls = next(exchange)
+        asked = [exchange.send([b"sha", b"sha", b"", refusal, b"game", b"", 1])]
         if isinstance(refusal, NoScriptError):
-            assert again == [load]
-            assert exchange.send([b"sha"]) == calls
-            final: list[Any] = [b"game", self.FAULT]
+            assert asked == [[load]]
+            asked = [exchange.send([b"sha"])]
+            assert asked == [[calls[1], calls[3], calls[4]]]
         else:
-            assert again == calls[:1]
-            assert exchange.send([b"game"]) == calls[1:]
-            final = [self.FAULT]
+            assert asked == [[calls[1]]]
+            asked = [exchange.send([b"game"])]
+            *_, next_to_last, last = asked[0]
+            assert [next_to_last, last] == [calls[3], calls[4]]
+        answers: list[Any] = [b"game"] * (isinstance(refusal, NoScriptError) or len(asked[0]) - 2)
         with pytest.raises(StopIteration) as finished:
-            exchange.send(final)
-        assert finished.value.value == ["game", "game"]
+            exchange.send([*answers, b"next game", 2])
+        assert finished.value.value == [None, "game", "game", "next game", 2]
 
-    def test_so_it_does_on_a_cluster(self) -> None:
+    def test_so_it_is_on_a_cluster(self) -> None:
+        fault = redis.ConnectionError("the connection broke")
+        read = Operations("ns").get_connection_count().command()
+        request: list[Any] = [("EVALSHA", b"changed nothing"), ("EVALSHA", b"refused"), ("EVALSHA", b"changed"), read]
         replies: dict[int, Any] = {}
-        sent = []
-        outcomes = iter([[self.FAULT, b"answer"], [b"answer", self.FAULT], [b"answer", self.FAULT]])
-        for _, part in attempts([("first",), ("second",)], replies):
-            sent.append([*part])
-            replies |= zip(part, next(outcomes, [self.FAULT])[-len(part) :], strict=True)
-        assert sent[:3] == [[0, 1], [0, 1], [1]]
-        assert replies == {0: b"answer", 1: b"answer"}
+        attempt = attempts(request, replies)
+        assert next(attempt) == (0, dict(enumerate(request)))
+        replies |= {0: b"", 1: fault, 2: b"game", 3: 1}
+        _, part = next(attempt)
+        assert part == {1: request[1], 3: read}
