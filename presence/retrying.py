@@ -79,8 +79,8 @@ def with_what_follows(
 ) -> list[int]:
     """Give the indexes of the calls that were refused and are to be repeated, and of those behind the first as well.
 
-    Of these only who has just read, or found nothing to do: it may depend on what was refused, and however late it runs
-    again, nothing is lost, for its answer has reported no change.
+    Of these only those that have just read, or found nothing to do: they may depend on what was refused, and however
+    late they run again, nothing is lost, for their answers have reported no change.
     """
 
     def has_left_no_trace(index: int) -> bool:
