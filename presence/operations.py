@@ -351,7 +351,8 @@ class Operations:
         user_bytes = arguments.encode_user_id("user_id", user_id)
         metadata_bytes = b"" if metadata is None else arguments.encode_metadata(metadata)
         server = self._server()
-        self._warn_if_silent()
+        if server:
+            self._warn_if_silent()
         return Operation(
             REGISTER,
             (

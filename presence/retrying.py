@@ -65,12 +65,13 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
     These are all of a request, and after that the ones which met a fault that may pass, with what follows them: whoever
     has sent them notes each reply, by its index, before the next attempt is asked for.
     """
-    pauses, shas = cluster_pauses(), [command[1] for command in request]
+    pauses = cluster_pauses()
     yield 0, dict(enumerate(request))
     for pause in pauses:
         failed = transient_faults([*replies.values()])
         if not failed:
             return
+        shas = [command[1] for command in request]
         yield pause, {index: request[index] for index in with_what_follows(failed, shas, replies)}
 
 
