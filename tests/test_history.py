@@ -466,7 +466,6 @@ def test_a_recorded_history_of_several_processes_is_checked_user_by_user(
     users = [f"user-{number}" for number in range(20)]
     report = check_history(folder([one._replace(user_id=user) for user in users for one in RIGHT]), processes=2)
     assert (report.users, report.calls, report.wrong, report.undecided) == (20, 20 * len(RIGHT), [], [])
-    assert report.is_linearizable
 
 
 def test_a_recorded_history_in_which_one_line_is_edited_is_caught(folder: Callable[[list[Call]], Path]) -> None:
@@ -478,7 +477,6 @@ def test_a_recorded_history_in_which_one_line_is_edited_is_caught(folder: Callab
 
     report = check_history(path, processes=2)
 
-    assert not report.is_linearizable
     (wrong,) = report.wrong
     assert wrong.startswith("user 'user-7'")
     assert "register(b) answered ()" in wrong

@@ -1,6 +1,6 @@
 """Every order of the commands of operations that meet (guarantees 1 to 3), and that the explorer sees what goes wrong.
 
-A short part of ``python -m bench.explorer``, which runs all schedules of all pairs of all contenders.
+A short part of ``make prove``, which runs all schedules of all pairs of all contenders.
 """
 
 from __future__ import annotations
