@@ -246,8 +246,8 @@ def conclusion(reports: Sequence[ServerReport]) -> list[str]:
 def caution(scale: Scale) -> str:
     """Say what the numbers are worth."""
     text = (
-        "Values and ratios are medians of short rounds, with the range of the middle 80 %; a ratio compares within one "
-        "round. Other machines and moments give others."
+        "Values and ratios are medians of short rounds, with the range of the middle 80 % (of fewer than eleven rounds "
+        "of all); a ratio compares within one round, and a storm is one run. Other machines and moments give others."
     )
     return text if scale.name == "full" else f"QUICK RUN: the targets are meant for the full run. {text}"
 

@@ -10,7 +10,7 @@ import redis.asyncio
 
 from bench.contenders import CONTENDERS
 from bench.crowd import PRESENCE
-from bench.measure import Spread
+from bench.measure import MeasurementError, Spread
 from bench.report import Row
 
 if TYPE_CHECKING:
@@ -29,23 +29,28 @@ MEMBERS = 10
 """Of the room, and of what a cleanup finds stale."""
 
 
-def _steps(contender: Contender) -> Iterator[tuple[str, Coroutine[Any, Any, object]]]:
-    """Give each operation once, by its name; without one, what only sets the scene for the next."""
-    for number in range(MEMBERS):
-        yield "", contender.register(f"sid-{number}", f"user-{number}")
-        yield "", contender.join(f"sid-{number}", "room")
-    yield "register, the first of its user", contender.register("first", "user")
-    yield "join", contender.join("first", "game")
-    yield "register, displacing one in a game", contender.register("second", "user")
-    yield "late unregister of the one displaced", contender.unregister("first")
-    yield "heartbeat", contender.heartbeat("second")
-    yield "", contender.join("second", "game")
-    yield "leave", contender.leave("second")
-    yield "is online", contender.is_online("user")
-    yield "unregister", contender.unregister("second")
-    yield f"snapshot of a room of {MEMBERS}", contender.get_game("room")
-    yield "", contender.age(1000)
-    yield f"cleanup of {MEMBERS}", contender.cleanup(500)
+def _steps(contender: Contender) -> Iterator[tuple[str, Coroutine[Any, Any, object], object]]:
+    """Give each operation once, by its name, and what it must answer; without a name, what only sets the scene."""
+    members = {f"sid-{number}": f"user-{number}" for number in range(MEMBERS)}
+    for sid, user_id in members.items():
+        yield "", contender.register(sid, user_id), []
+        yield "", contender.join(sid, "room"), (True, None)
+    yield "register, the first of its user", contender.register("first", "user"), []
+    yield "join", contender.join("first", "game"), (True, None)
+    yield "register, displacing one in a game", contender.register("second", "user"), ["first"]
+    yield "late unregister of the one displaced", contender.unregister("first"), False
+    yield "heartbeat", contender.heartbeat("second"), True
+    yield "", contender.join("second", "game"), (True, None)
+    yield "leave", contender.leave("second"), "game"
+    yield "is online", contender.is_online("user"), True
+    yield "unregister", contender.unregister("second"), True
+    yield f"snapshot of a room of {MEMBERS}", contender.get_game("room"), members
+    yield "", contender.age(1000), None
+    yield f"cleanup of {MEMBERS}", _sorted(contender.cleanup(500)), sorted(members)
+
+
+async def _sorted(call: Coroutine[Any, Any, list[str]]) -> list[str]:
+    return sorted(await call)
 
 
 async def _count(name: str, url: str) -> dict[str, int]:
@@ -60,10 +65,12 @@ async def _count(name: str, url: str) -> dict[str, int]:
         for _ in range(2):
             contender = CONTENDERS[name](client, f"round-trips-{uuid.uuid4()}")
             counts: dict[str, int] = {}
-            for operation, call in _steps(contender):
+            for operation, call, expected in _steps(contender):
                 before = await reads()
-                await call
+                answer = await call
                 after = await reads()
+                if answer != expected:
+                    raise MeasurementError(f"{operation} of {name} answered {answer!r}, and not {expected!r}")
                 if operation:
                     counts[operation] = after - before - 1  # The watcher's own.
             await contender.aclose()

@@ -51,6 +51,8 @@ LEAST_SHARE = 0.005
 GRACE_SECONDS = 60
 """What the processes may take to start and to end."""
 POLL_SECONDS = 0.2
+SILENT_SECONDS = 0.01
+"""After the storm, before everybody is cleaned up who was silent for longer than no time."""
 EXAMPLES = 5
 ALL = "all"
 
@@ -117,6 +119,8 @@ class StormResult:
     """Connections that were gone at the end, and nobody was told."""
     reported_though_there: int
     """Connections whose end was told, and that were there at the end."""
+    missed_at_last: int
+    """When everybody is cleaned up after it: connections that are not reported just once, and keys that are left."""
     examples: list[str]
     history: HistoryReport | None = None
 
@@ -127,6 +131,7 @@ class StormResult:
             "connections reported twice": self.reported_twice,
             "connections reported never": self.reported_never,
             "connections reported and still there": self.reported_though_there,
+            "connections and keys missed by a last cleanup": self.missed_at_last,
             "calls that raised": sum(self.errors.values()),
         }
         if self.history:
@@ -164,10 +169,10 @@ def run_storm(
         outcomes = _run_processes(plan, progress)
         reads = _reads(client) - reads
         try:
-            state = asyncio.run(_read_state(plan))
+            state, swept, left = asyncio.run(_read_and_sweep(plan))
         finally:
             remove_keys(client, namespace)
-    result = _account(plan, outcomes, state, reads)
+    result = _account(plan, outcomes, state, reads, _missed(state, swept, left))
     if record:
         _record_last_read(plan, record, state)
         result = replace(result, history=check_history(record, processes=CHECKERS))
@@ -288,19 +293,30 @@ def _reads(client: redis.Redis) -> int:
     return int(stats["total_reads_processed"])
 
 
-async def _read_state(plan: Plan) -> State:
+async def _read_and_sweep(plan: Plan) -> tuple[State, list[str], State]:
+    """Read all keys, clean up everybody, and read what is left; give what was removed between them."""
     async with connect(plan) as client:
         contender = CONTENDERS[plan.contender](client, plan.namespace)
         state = await contender.read_state()
+        await asyncio.sleep(SILENT_SECONDS)
+        swept = await contender.cleanup(0)
+        left = await contender.read_state()
         await contender.aclose()
-        return state
+        return state, swept, left
+
+
+def _missed(state: State, swept: Sequence[str], left: State) -> int:
+    """Count what a cleanup of everybody did not report, reported twice or wrongly, or left behind."""
+    reported, there = Counter(swept), Counter(state.records.keys() | state.partial.keys())
+    unlike = (reported - there) + (there - reported)
+    return unlike.total() + len(left.records) + len(left.partial) + len(left.users) + len(left.games)
 
 
 def _seconds(outcomes: Sequence[Outcome]) -> float:
     return (max(outcome.end_ns for outcome in outcomes) - min(outcome.start_ns for outcome in outcomes)) / 1e9
 
 
-def _account(plan: Plan, outcomes: Sequence[Outcome], state: State, reads: int) -> StormResult:
+def _account(plan: Plan, outcomes: Sequence[Outcome], state: State, reads: int, missed: int) -> StormResult:
     """Bring together what the callers were told and what is there."""
 
     def joined(name: str) -> list[str]:
@@ -355,6 +371,7 @@ def _account(plan: Plan, outcomes: Sequence[Outcome], state: State, reads: int) 
         reported_twice=len(twice),
         reported_never=len(never),
         reported_though_there=len(still_there),
+        missed_at_last=missed,
         examples=examples,
     )
 

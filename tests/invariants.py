@@ -127,8 +127,8 @@ def _body(body: bytes) -> dict[str, str]:
     return fields | {name: text for name, text in zip(("connected_at", "last_seen"), numbers[1:3], strict=True) if text}
 
 
-def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
-    """Name everything that is wrong in a namespace."""
+def violations(keyspace: Keyspace, connections_per_user: int = 1, least_ttl_ms: int = 0) -> list[str]:
+    """Name everything that is wrong in a namespace; no key in which connections live may expire earlier than that."""
     wrong = []
     for sid, record in keyspace.records.items():
         if sid not in keyspace.users.get(record["user_id"], []):
@@ -149,6 +149,8 @@ def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
         if server and server not in keyspace.known_servers:
             wrong.append(f"connection {sid!r} says server {server!r}, which no cleanup will find")
     for user_id, sids in keyspace.users.items():
+        if not sids:
+            wrong.append(f"user {user_id!r} has an empty list")
         if len(sids) > connections_per_user:
             wrong.append(f"user {user_id!r} has {len(sids)} connections: {sids}")
         epochs = [int(keyspace.records[sid]["epoch"]) for sid in sids if sid in keyspace.records]
@@ -174,4 +176,7 @@ def violations(keyspace: Keyspace, connections_per_user: int = 1) -> list[str]:
     wrong += [f"last_seen lists {sid!r}, which has no record" for sid in keyspace.last_seen.keys() - keyspace.records]
     ttls_ms = keyspace.ttls_ms | keyspace.other_ttls_ms
     wrong += [f"key {key!r} has no TTL" for key, ttl in ttls_ms.items() if ttl == -1]
+    wrong += [
+        f"key {key!r} expires early, in {ttl} ms" for key, ttl in keyspace.ttls_ms.items() if -1 < ttl < least_ttl_ms
+    ]
     return wrong

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -103,6 +106,15 @@ def test_one_displaced_connection_that_is_taken_out_of_the_history_is_missed(
     assert wrong.startswith(f"user {edited!r}")
 
 
+def break_script(folder: Path, script: str, right: str, wrong: str) -> None:
+    """Make a copy of the library in which a script is another."""
+    for part in ("presence", "lua"):
+        shutil.copytree(ROOT / part, folder / part)
+    text = (folder / "lua" / script).read_text()
+    assert right in text
+    (folder / "lua" / script).write_text(text.replace(right, wrong))
+
+
 BROKEN = {
     "a cleanup that takes everyone": (
         "cleanup.lua",
@@ -118,11 +130,7 @@ BROKEN = {
 def test_a_storm_shows_scripts_by_which_players_who_are_there_are_cleaned_up(
     server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, right: str, wrong: str
 ) -> None:
-    for folder in ("presence", "lua"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    text = (tmp_path / "lua" / script).read_text()
-    assert right in text
-    (tmp_path / "lua" / script).write_text(text.replace(right, wrong))
+    break_script(tmp_path, script, right, wrong)
     monkeypatch.syspath_prepend(tmp_path)  # for the processes of the storm, which import the library anew
     record = tmp_path / "history"
     record.mkdir()
@@ -132,6 +140,44 @@ def test_a_storm_shows_scripts_by_which_players_who_are_there_are_cleaned_up(
     assert result.violations == 0
     assert result.history is not None
     assert "a cleanup took a connection that was seen within its threshold" in result.history.wrong[0]
+
+
+STORM = """
+import sys
+from bench.storm import run_storm
+
+if __name__ == "__main__":
+    print(run_storm("presence", sys.argv[1], operations=1_500, processes=2).faults())
+"""
+BROKEN_IN_THE_END = {
+    "a record that expires early": (
+        "register.lua",
+        "'GET', 'PX', key_lifetime_ms)",
+        "'GET', 'PX', '60000')",
+        "violations",
+    ),
+    "a count of one more": ("get_connection_count.lua", "redis.call('ZCOUNT'", "1 + redis.call('ZCOUNT'", "violations"),
+    "a room's count of one more": ("get_game_connection_count.lua", "return count", "return count + 1", "violations"),
+    "a user who is never online": ("are_users_online.lua", "reply[index] = 1", "reply[index] = 0", "violations"),
+    "a cleanup of one batch": (
+        "cleanup.lua",
+        "and batch_size or #found\n",
+        "and batch_size or 0\n",
+        "missed by a last cleanup",
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "right", "wrong", "fault"), BROKEN_IN_THE_END.values(), ids=BROKEN_IN_THE_END)
+def test_the_checks_after_a_storm_show_what_its_calls_do_not(
+    server_url: str, tmp_path: Path, script: str, right: str, wrong: str, fault: str
+) -> None:
+    break_script(tmp_path, script, right, wrong)
+    command = [sys.executable, "-c", STORM, server_url]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert fault in done.stdout
 
 
 def test_the_checks_see_what_a_storm_does_to_plain_commands(server_url: str, tmp_path: Path) -> None:

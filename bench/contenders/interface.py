@@ -38,8 +38,8 @@ class State:
     """sid → the fields of a record that lacks some."""
     without_ttl: list[str] = field(default_factory=list)
     """Keys that never expire."""
-    more_violations: list[str] = field(default_factory=list)
-    """What is wrong in keys that only this contender has."""
+    own_violations: list[str] | None = None
+    """What is wrong as the contender's own check has it, where there is one that sees more than this one."""
     told: list[Told] | None = None
     """Every connection in the order of registration, where the contender keeps as much."""
     connections_per_user: int = 1
@@ -96,11 +96,13 @@ class Contender(Protocol):
 
 
 def violations(state: State) -> list[str]:
-    """Name everything that breaks the invariants of a presence: ``"<kind>: <what>"`` each.
+    """Name everything that breaks the invariants of a presence: ``"<kind>: <what>"`` each, and each once.
 
     Every record is whole, its user's entry names it, and its game lists it; a user has one connection, or as many as
     are allowed; entries and games name only connections that agree; every key has a TTL.
     """
+    if state.own_violations is not None:
+        return state.own_violations
     wrong = [f"partial record: {sid} has only {sorted(fields)}" for sid, fields in state.partial.items()]
     for sid, (user_id, game_id) in state.records.items():
         if sid not in state.users.get(user_id, []):
@@ -125,8 +127,7 @@ def violations(state: State) -> list[str]:
             for sid in sorted(members)
             if state.records.get(sid, (None, None))[1] != game_id
         ]
-    wrong += [f"no TTL: {key}" for key in state.without_ttl]
-    return wrong + state.more_violations
+    return wrong + [f"no TTL: {key}" for key in state.without_ttl]
 
 
 def kind_of(violation: str) -> str:

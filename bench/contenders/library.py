@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import redis
-from redis.asyncio.connection import UnixDomainSocketConnection
+from redis.asyncio.connection import SSLConnection
 
 import presence
-from bench.contenders.interface import CONN_TTL_SECONDS, State, Told
+from bench.contenders.interface import CONN_TTL_SECONDS, STALE_SECONDS, State, Told
 from presence.replies import Position
 from tests.clock import let_time_pass
 from tests.follower import Follower
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from presence import ConnectionInfo
+    from tests.invariants import Keyspace
 
 Result = TypeVar("Result")
 
@@ -184,11 +187,13 @@ class Presence:
     async def _with_blocking_client(self, work: Callable[[redis.Redis], Result]) -> Result:
         """Run what the tests have for a blocking client, on the same server."""
         pool = self._client.connection_pool
-        options = {name: pool.connection_kwargs.get(name) for name in ("db", "username", "password")}
-        if issubclass(pool.connection_class, UnixDomainSocketConnection):
-            options["unix_socket_path"] = pool.connection_kwargs["path"]
-        else:
-            options |= {name: pool.connection_kwargs[name] for name in ("host", "port")}
+        options = {
+            name: value
+            for name, value in pool.connection_kwargs.items()
+            if name in ("db", "username", "password", "host", "port") or name.startswith("ssl_")
+        }
+        options["ssl"] = issubclass(pool.connection_class, SSLConnection)
+        options["unix_socket_path"] = pool.connection_kwargs.get("path")
 
         def run() -> Result:
             with redis.Redis(**options) as client:
@@ -210,17 +215,36 @@ class Presence:
             )
             for sid, record in sorted(keyspace.records.items(), key=lambda item: int(item[1]["epoch"]))
         ]
-        wrong = violations(keyspace, self._connections_per_user)
+        wrong = violations(keyspace, self._connections_per_user, CONN_TTL_SECONDS * 1000)
+        wrong += await self._wrong_counts(keyspace)
         if self._manager.operations.events_mode == "stream":
             wrong += await self._violations_of_events(tells)
         return State(
             records={sid: (record["user_id"], record["game_id"] or None) for sid, record in keyspace.records.items()},
             users=keyspace.users,
             games={game_id: set(members) for game_id, members in keyspace.games.items()},
-            more_violations=[f"presence: {violation}" for violation in wrong],
+            own_violations=[f"presence: {violation}" for violation in wrong],
             told=tells,
             connections_per_user=self._connections_per_user,
         )
+
+    async def _wrong_counts(self, keyspace: Keyspace) -> list[str]:
+        """Tell where counts, and who is online, are not what is stored."""
+        attached = {sid: record for sid, record in keyspace.records.items() if "last_seen" not in record}
+        oldest = time.time() * 1000 - STALE_SECONDS * 1000
+        seen = {record["user_id"] for sid, record in attached.items() if keyspace.last_seen.get(sid, 0) >= oldest}
+        in_games = Counter(record["game_id"] for record in attached.values())
+        users, games = list(keyspace.users), list(keyspace.games)
+        count = await self._manager.get_connection_count()
+        is_online = await self._manager.are_users_online(users)
+        game_counts = await asyncio.gather(*map(self._manager.get_game_connection_count, games))
+        wrong = [f"the count is {count} of {len(attached)}"] if count != len(attached) else []
+        wrong += [f"user {user!r} is online: {is_online[user]}" for user in users if is_online[user] != (user in seen)]
+        return wrong + [
+            f"the count of game {game!r} is {count} of {in_games[game]}"
+            for game, count in zip(games, game_counts, strict=True)
+            if count != in_games[game]
+        ]
 
     async def _violations_of_events(self, tells: list[Told]) -> list[str]:
         """Tell where who follows the events from the first on knows anything else than what is stored."""

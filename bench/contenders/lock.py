@@ -18,9 +18,10 @@ POLL_SECONDS = 0.01
 
 
 class Locked(Plain):
-    """A register locks its user; an operation on a sid reads the sid's user, locks that, and reads again.
+    """An operation on a user locks it; one on a sid reads the sid's user, locks that, and reads again.
 
-    A game has members of many users and no lock, so its snapshot is as it is without.
+    A game has members of many users and no lock, so its snapshot is as it is without; and whose a sid is, and whether
+    it is there, is read before there is a lock.
     """
 
     name: ClassVar[str] = "lock"
@@ -69,6 +70,11 @@ class Locked(Plain):
         """As *plain* does, under the lock of the connection's user."""
         async with self._lock_user_of(sid) as is_known:
             return is_known and await super().heartbeat(sid)
+
+    async def is_online(self, user_id: str) -> bool:
+        """As *plain* does, under the user's lock."""
+        async with self._lock(user_id):
+            return await super().is_online(user_id)
 
     async def cleanup(self, threshold_seconds: float) -> list[str]:
         """As *plain* does, but before it removes a stale connection it locks its user and looks again."""

@@ -64,11 +64,12 @@ class DepthFirst:
 
 
 class AtRandom:
-    """Schedules drawn at random, each about equally likely.
+    """Schedules drawn at random.
 
     A task steps next with a probability in proportion to the steps that it has left; where their numbers are fixed,
-    that makes all schedules equally likely. One over the probability of a schedule that was drawn is, on average, the
-    number of schedules that there are.
+    that makes all schedules equally likely. Where they depend on the others' steps, some come more often: the share of
+    those drawn that end wrong is no estimate of the share of all. One over the probability of a schedule that was drawn
+    is, on average, the number of schedules that there are.
     """
 
     def __init__(self, expected_steps: Sequence[int], seed: str) -> None:
