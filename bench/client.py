@@ -121,7 +121,7 @@ class Times(NamedTuple):
     raw: float
 
 
-class Call(NamedTuple):
+class ComparedCall(NamedTuple):
     """One call, as the manager takes it, and one like it, as the raw client takes it."""
 
     arguments: tuple[str, ...]
@@ -157,7 +157,7 @@ class _Rounds:
         self._kind = kind
         self._actors: list[Actor] = []
 
-    def begin(self) -> list[Call]:
+    def begin(self) -> list[ComparedCall]:
         """Give the calls of a round."""
         kind, population = self._kind, self._population
         if kind in READS:
@@ -175,7 +175,7 @@ class _Rounds:
                 send(population.client, [join.command() for join in joins])
         describe = getattr(population.operations, kind.described_as or kind.method)
         return [
-            Call(kind.arguments(ours), describe(*kind.arguments(other)).command()[1:])
+            ComparedCall(kind.arguments(ours), describe(*kind.arguments(other)).command()[1:])
             for ours, other in zip(actors[::2], actors[1::2], strict=True)
         ]
 

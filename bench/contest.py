@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.contenders import CONTENDERS
-from bench.crowd import PRESENCE
+from bench.contenders import CONTENDERS, PRESENCE
 from bench.explorer import PAIRS, explore
 from bench.measure import MeasurementError, Spread, ratios
 from bench.progress import Progress

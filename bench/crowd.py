@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 
 import redis
 
+from bench.contenders import PLAIN
 from bench.contenders.interface import CONN_TTL_SECONDS
-from bench.contenders.library import Presence
-from bench.contenders.plain import Plain
 from bench.fill import NAMESPACE, load_scripts, run_and_forget
 from bench.measure import MeasurementError, send
 from bench.progress import Progress
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     from bench.measure import Command
 
-PLAIN, PRESENCE = Plain.name, Presence.name
 ROOM_SHARES = {1_000: 0.4, 100: 0.1, 10: 0.1, 2: 0.4}
 """Members of a room → the part of all connections that are in such rooms."""
 CHUNK = 2_000

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis.asyncio
 
 import presence
-from bench.contenders import CONTENDERS
+from bench.contenders import CONTENDERS, PLAIN, PRESENCE
 from bench.contenders.library import Presence
 from bench.contenders.plain import Plain
-from bench.crowd import PATIENCE_SECONDS, PLAIN, PRESENCE, Crowd
+from bench.crowd import PATIENCE_SECONDS, Crowd
 from bench.fill import NAMESPACE, load_scripts, server_ms
 from bench.measure import LEAST_TIME, MeasurementError, Spread, command_stats, difference, ratios, used_memory
 from bench.progress import Progress

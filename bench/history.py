@@ -63,7 +63,7 @@ State = tuple["ModelConnection", ...]
 """What a user has, in the order of registration."""
 
 
-class Call(NamedTuple):
+class RecordedCall(NamedTuple):
     """One call; times in nanoseconds of the clock that all processes of the machine share."""
 
     start: int
@@ -116,11 +116,11 @@ class Violation:
     user_id: str
     before: State
     """The one state that the user can have been in before these calls."""
-    effective: list[Call]
+    effective: list[RecordedCall]
     """Those of the window that had begun, and must have taken effect, before."""
-    window: list[Call]
+    window: list[RecordedCall]
     """The last one to return is the one whose answer cannot be."""
-    related: list[Call]
+    related: list[RecordedCall]
     """Earlier calls that name the same connections."""
 
     def __str__(self) -> str:
@@ -141,8 +141,8 @@ class Violation:
 class EarlyCleanup:
     """A cleanup took a connection of a user that was seen within its threshold."""
 
-    cleanup: Call
-    seen: Call
+    cleanup: RecordedCall
+    seen: RecordedCall
     """The last call that saw the connection."""
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ class _States:
     def state(self, number: int) -> State:
         return self._states[number]
 
-    def step(self, number: int, call: Call) -> tuple[Any, int]:
+    def step(self, number: int, call: RecordedCall) -> tuple[Any, int]:
         """Give the call's answer in a state, and the state after it."""
         key = (number, call.operation, call.sid, call.game_id)
         known = self._steps.get(key)
@@ -173,7 +173,7 @@ class _States:
             known = self._steps[key] = self._ask_model(self._states[number], call)
         return known
 
-    def _ask_model(self, state: State, call: Call) -> tuple[Any, int]:
+    def _ask_model(self, state: State, call: RecordedCall) -> tuple[Any, int]:
         model = Model(
             CONN_TTL_MS,
             CONN_TTL_MS,
@@ -188,23 +188,23 @@ class _States:
         return answer, number
 
 
-def _join(model: Model, call: Call) -> tuple[bool, str | None]:
+def _join(model: Model, call: RecordedCall) -> tuple[bool, str | None]:
     assert call.game_id is not None
     joined, left_game_id, *_ = model.join(call.sid, call.game_id, NOW)
     return joined, left_game_id
 
 
-def _unregister(model: Model, call: Call) -> bool:
+def _unregister(model: Model, call: RecordedCall) -> bool:
     return model.unregister(call.sid, NOW) is not None
 
 
-def _clean_up(model: Model, call: Call) -> bool:
+def _clean_up(model: Model, call: RecordedCall) -> bool:
     sids = [call.sid] if call.sid else [connection.sid for connection in model.of_user(call.user_id)]
     removed = [model.unregister(sid, NOW) for sid in sids]
     return any(removed)
 
 
-_OPERATIONS: dict[str, Callable[[Model, Call], Any]] = {
+_OPERATIONS: dict[str, Callable[[Model, RecordedCall], Any]] = {
     REGISTER: lambda model, call: tuple(
         gone.sid for gone in model.register(call.sid, call.user_id, NOW, epoch=0).displaced
     ),
@@ -225,9 +225,9 @@ class _Search:
     """All that can have happened up to a moment; calls are given to it in the order of real time."""
 
     states: _States
-    changing: dict[int, Call] = field(default_factory=dict)
+    changing: dict[int, RecordedCall] = field(default_factory=dict)
     """The calls that have begun and have not returned, each under a bit of its own."""
-    reading: dict[int, Call] = field(default_factory=dict)
+    reading: dict[int, RecordedCall] = field(default_factory=dict)
     """Those of them whose answers say that they changed nothing."""
     configurations: set[_Configuration] = field(default_factory=lambda: {(0, 0)})
     steps: int = 0
@@ -235,7 +235,7 @@ class _Search:
     def copy(self) -> _Search:
         return _Search(self.states, dict(self.changing), dict(self.reading), self.configurations, self.steps)
 
-    def begin(self, call: Call) -> int:
+    def begin(self, call: RecordedCall) -> int:
         """Take a call in, and give its bit."""
         bit = 1
         while bit in self.changing or bit in self.reading:
@@ -285,11 +285,11 @@ class _Search:
         return placed
 
 
-_Event = tuple[int, bool, Call]
+_Event = tuple[int, bool, RecordedCall]
 """When, whether it is an end, and the call."""
 
 
-def _events(calls: Iterable[Call]) -> list[_Event]:
+def _events(calls: Iterable[RecordedCall]) -> list[_Event]:
     """List begins and ends in the order of time; what touches in time overlaps, so begins come first."""
     events = []
     for call in calls:
@@ -313,7 +313,7 @@ def _run(search: _Search, events: list[_Event]) -> Iterator[bool]:
             yield True
 
 
-def check_user(calls: Iterable[Call]) -> Violation | EarlyCleanup | None:
+def check_user(calls: Iterable[RecordedCall]) -> Violation | EarlyCleanup | None:
     """Check all the calls of one user, who had no connection before; give the first calls that cannot be.
 
     Raises:
@@ -324,7 +324,7 @@ def check_user(calls: Iterable[Call]) -> Violation | EarlyCleanup | None:
     return _find_early_cleanup(calls) or _find_violation(calls)
 
 
-def _find_early_cleanup(calls: list[Call]) -> EarlyCleanup | None:
+def _find_early_cleanup(calls: list[RecordedCall]) -> EarlyCleanup | None:
     """Find a cleanup that took a connection which was seen for certain within its threshold.
 
     A register, and a heartbeat that found its connection, saw it no earlier than they began, and a cleanup looked no
@@ -335,7 +335,7 @@ def _find_early_cleanup(calls: list[Call]) -> EarlyCleanup | None:
     """
     registered: set[str] = set()
     registered_again: set[str] = set()
-    seen: dict[str, Call] = {}
+    seen: dict[str, RecordedCall] = {}
     for call in calls:
         if call.operation == REGISTER:
             (registered_again if call.sid in registered else registered).add(call.sid)
@@ -354,7 +354,7 @@ def _find_early_cleanup(calls: list[Call]) -> EarlyCleanup | None:
     return None
 
 
-def _find_violation(calls: list[Call]) -> Violation | None:
+def _find_violation(calls: list[RecordedCall]) -> Violation | None:
     search = _Search(_States())
     events = _events(calls)
     certain, certain_from = search.copy(), 0
@@ -395,7 +395,7 @@ class Recorder:
             for part in range(PARTS)
         ]
 
-    def add(self, call: Call) -> None:
+    def add(self, call: RecordedCall) -> None:
         """Write a call that has ended, or was lost."""
         self._files[zlib.crc32(call.user_id.encode()) % PARTS].write(json.dumps(call) + "\n")
 
@@ -406,13 +406,13 @@ class Recorder:
         self._stack.close()
 
 
-def read_calls(folder: Path, part: int) -> dict[str, list[Call]]:
+def read_calls(folder: Path, part: int) -> dict[str, list[RecordedCall]]:
     """Read the recorded calls of one part of the users, user by user."""
-    calls: dict[str, list[Call]] = {}
+    calls: dict[str, list[RecordedCall]] = {}
     for path in sorted(folder.glob(f"part-{part}-*.jsonl")):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                call = Call._make(map(_hashable, json.loads(line)))
+                call = RecordedCall._make(map(_hashable, json.loads(line)))
                 calls.setdefault(call.user_id, []).append(call)
     return calls
 
@@ -469,7 +469,7 @@ def check_part(folder: Path, part: int) -> HistoryReport:
     )
 
 
-def _overlapping(calls: Iterable[Call]) -> int:
+def _overlapping(calls: Iterable[RecordedCall]) -> int:
     count = under_way = 0
     for _, is_end, _ in _events(calls):
         count += not is_end and under_way > 0

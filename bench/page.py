@@ -21,7 +21,7 @@ PUBLISHED_NAME = "benchmarks.md"
 BY_HAND = "<!-- written by hand -->"
 MEASURED = "<!-- measured -->"
 MOST_ROWS = 20
-"""A longer table is folded up, and those of its rows that have a target stand before it."""
+"""A longer table is folded up, and those of its rows that have a target stand before it, unless all have."""
 
 HEAD = """# Benchmarks
 
@@ -88,9 +88,9 @@ def _table(rows: Sequence[report.Row]) -> list[str]:
         return []
     head = [_line(report.HEADINGS), _line(["---"] * len(report.HEADINGS))]
     lines = [*head, *(_line(row.cells()) for row in rows), ""]
-    if len(rows) <= MOST_ROWS:
-        return lines
     judged = [_line(row.cells()) for row in rows if row.verdict]
+    if len(rows) <= MOST_ROWS or len(judged) == len(rows):
+        return lines
     shown = [*head, *judged, ""] if judged else []
     return [*shown, "<details>", f"<summary>All {len(rows)} rows</summary>", "", *lines, "</details>", ""]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import page, report
+from bench.contenders import PLAIN, PRESENCE
 from bench.contenders.lock import Locked
 from bench.contenders.transaction import Transaction
 from bench.contest import PROCESSES, RACE, storm_rows
-from bench.crowd import PLAIN, PRESENCE
 from bench.explorer import (
     FLEET_GROUPS,
     FLEET_PAIRS,

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
 
-from bench.contenders import CONTENDERS
-from bench.crowd import PRESENCE
+from bench.contenders import CONTENDERS, PRESENCE
 from bench.measure import MeasurementError, Spread
 from bench.report import Row
 

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import redis
 
-from bench.contenders import CONTENDERS, kind_of, violations
-from bench.crowd import PRESENCE
+from bench.contenders import CONTENDERS, PRESENCE, kind_of, violations
 from bench.fill import remove_keys
-from bench.history import CLEAN_UP, READ, Call, HistoryReport, Recorder, check_history
-from bench.storm_worker import Outcome, Plan, connect, run_process, user_name
+from bench.history import CLEAN_UP, READ, HistoryReport, RecordedCall, Recorder, check_history
+from bench.storm_worker import StormPlan, WorkerOutcome, connect, run_process, user_name
 from tests.processes import spawn
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def run_storm(
 
     """
     namespace = f"storm-{uuid.uuid4()}"
-    plan = Plan(
+    plan = StormPlan(
         contender, url, namespace, operations, processes, tasks, users, games, seed, limit_seconds, record=record
     )
     with redis.Redis.from_url(url) as client:
@@ -183,7 +182,7 @@ class Registering:
     """Users of one contender, who are all there while this is entered, so that each register displaces a connection."""
 
     def __init__(self, contender: str, url: str, *, users: int = REGISTERING_USERS) -> None:
-        self._plan = Plan(
+        self._plan = StormPlan(
             contender,
             url,
             namespace=f"registers-{uuid.uuid4()}",
@@ -225,7 +224,7 @@ class Registering:
         outcomes = self._run(plan, displaced=1)
         return sum(len(outcome.registered) for outcome in outcomes) / _seconds(outcomes)
 
-    def _run(self, plan: Plan, displaced: int) -> list[Outcome]:
+    def _run(self, plan: StormPlan, displaced: int) -> list[WorkerOutcome]:
         """Run registers, each of which displaces so many."""
         outcomes = _run_processes(plan, lambda _: None)
         errors = sum((outcome.errors for outcome in outcomes), Counter[str]())
@@ -240,7 +239,7 @@ class Registering:
             remove_keys(client, self._plan.namespace)
 
 
-def _run_processes(plan: Plan, progress: Callable[[int], object]) -> list[Outcome]:
+def _run_processes(plan: StormPlan, progress: Callable[[int], object]) -> list[WorkerOutcome]:
     """Run all processes to their end; whatever happens, none of them stays."""
     start = spawn.Barrier(plan.processes)
     done: Any = spawn.RawArray("Q", plan.processes)
@@ -268,9 +267,9 @@ def _run_processes(plan: Plan, progress: Callable[[int], object]) -> list[Outcom
                 worker.join()
 
 
-def _wait(waiting: list[Any], plan: Plan, done: Any, progress: Callable[[int], object]) -> list[Outcome]:
+def _wait(waiting: list[Any], plan: StormPlan, done: Any, progress: Callable[[int], object]) -> list[WorkerOutcome]:
     deadline = time.monotonic() + plan.limit_seconds + GRACE_SECONDS
-    outcomes: list[Outcome] = []
+    outcomes: list[WorkerOutcome] = []
     shown = 0
     while waiting:
         ready: list[Any] = connection.wait(waiting, POLL_SECONDS)
@@ -293,7 +292,7 @@ def _reads(client: redis.Redis) -> int:
     return int(stats["total_reads_processed"])
 
 
-async def _read_and_sweep(plan: Plan) -> tuple[State, list[str], State]:
+async def _read_and_sweep(plan: StormPlan) -> tuple[State, list[str], State]:
     """Read all keys, clean up everybody, and read what is left; give what was removed between them."""
     async with connect(plan) as client:
         contender = CONTENDERS[plan.contender](client, plan.namespace)
@@ -312,11 +311,11 @@ def _missed(state: State, swept: Sequence[str], left: State) -> int:
     return unlike.total() + len(left.records) + len(left.partial) + len(left.users) + len(left.games)
 
 
-def _seconds(outcomes: Sequence[Outcome]) -> float:
+def _seconds(outcomes: Sequence[WorkerOutcome]) -> float:
     return (max(outcome.end_ns for outcome in outcomes) - min(outcome.start_ns for outcome in outcomes)) / 1e9
 
 
-def _account(plan: Plan, outcomes: Sequence[Outcome], state: State, reads: int, missed: int) -> StormResult:
+def _account(plan: StormPlan, outcomes: Sequence[WorkerOutcome], state: State, reads: int, missed: int) -> StormResult:
     """Bring together what the callers were told and what is there."""
 
     def joined(name: str) -> list[str]:
@@ -376,7 +375,7 @@ def _account(plan: Plan, outcomes: Sequence[Outcome], state: State, reads: int, 
     )
 
 
-def _latencies(outcomes: Sequence[Outcome]) -> dict[str, Latency]:
+def _latencies(outcomes: Sequence[WorkerOutcome]) -> dict[str, Latency]:
     by_operation: dict[str, list[array[int]]] = {}
     for outcome in outcomes:
         for operation, latencies in outcome.latencies_ns.items():
@@ -387,7 +386,7 @@ def _latencies(outcomes: Sequence[Outcome]) -> dict[str, Latency]:
     }
 
 
-def _record_last_read(plan: Plan, folder: Path, state: State) -> None:
+def _record_last_read(plan: StormPlan, folder: Path, state: State) -> None:
     """Let the history end with what the keys say of each user, read after all calls."""
     connections: dict[str, list[tuple[str, str | None]]] = {user_name(number): [] for number in range(plan.users)}
     for sid, (user_id, game_id) in state.records.items():
@@ -395,4 +394,4 @@ def _record_last_read(plan: Plan, folder: Path, state: State) -> None:
     now = time.monotonic_ns()
     with Recorder(folder, plan.processes) as recorder:
         for user_id, of_user in connections.items():
-            recorder.add(Call(now, now, READ, user_id, "", None, of_user))
+            recorder.add(RecordedCall(now, now, READ, user_id, "", None, of_user))

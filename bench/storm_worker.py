@@ -17,7 +17,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from bench.contenders import CONTENDERS
-from bench.history import CLEAN_UP, HEARTBEAT, JOIN, LEAVE, REGISTER, UNREGISTER, Call, Recorder
+from bench.history import CLEAN_UP, HEARTBEAT, JOIN, LEAVE, REGISTER, UNREGISTER, RecordedCall, Recorder
 from presence import PresenceError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def user_name(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StormPlan:
     """What all processes of a storm have in common."""
 
     contender: str
@@ -100,7 +100,7 @@ def _no_latencies() -> array[int]:
 
 
 @dataclass
-class Outcome:
+class WorkerOutcome:
     """What the calls of one process were answered, and how long they took; times on the machine's monotonic clock."""
 
     start_ns: int = 0
@@ -116,7 +116,9 @@ class Outcome:
 class Worker:
     """The tasks of one process."""
 
-    def __init__(self, plan: Plan, process: int, contender: Contender, recorder: Recorder | None, done: Any) -> None:
+    def __init__(
+        self, plan: StormPlan, process: int, contender: Contender, recorder: Recorder | None, done: Any
+    ) -> None:
         self._plan = plan
         self._process = process
         self._contender = contender
@@ -129,7 +131,7 @@ class Worker:
         self._late: deque[str] = deque()
         self._sids = 0
         self._cleanup_is_due = asyncio.Event()
-        self.outcome = Outcome()
+        self.outcome = WorkerOutcome()
 
     async def run(self) -> None:
         """Do this process's share of the operations."""
@@ -263,7 +265,7 @@ class Worker:
         """Write down for every user that a cleanup may have removed something."""
         if self._recorder:
             for user_id in map(user_name, range(self._plan.users)):
-                self._recorder.add(Call(start, None, CLEAN_UP, user_id, "", None, None))
+                self._recorder.add(RecordedCall(start, None, CLEAN_UP, user_id, "", None, None))
 
     async def _call(self, operation: str, sid: str, call: Awaitable[Any], game_id: str | None = None) -> Any:
         """Wait for a call, and write down when it was and what it answered; one that raises was lost."""
@@ -291,7 +293,7 @@ class Worker:
     ) -> None:
         if self._recorder:
             user_id = self._plan.user_of(sid)
-            self._recorder.add(Call(start, end, operation, user_id, sid, game_id, answer, threshold_ns))
+            self._recorder.add(RecordedCall(start, end, operation, user_id, sid, game_id, answer, threshold_ns))
 
 
 def _name(error: Exception) -> str:
@@ -300,7 +302,7 @@ def _name(error: Exception) -> str:
     return type(error).__name__ + (f" from {type(cause).__name__}" if cause else "")
 
 
-def connect(plan: Plan) -> redis.asyncio.Redis:
+def connect(plan: StormPlan) -> redis.asyncio.Redis:
     """Make a client for all tasks of a process."""
     connections = 2 * (plan.tasks + plan.cleaners)
     return redis.asyncio.Redis.from_url(
@@ -312,10 +314,10 @@ def connect(plan: Plan) -> redis.asyncio.Redis:
     )
 
 
-def run_process(plan: Plan, process: int, start: Barrier, done: Any, outcome: Connection) -> None:
+def run_process(plan: StormPlan, process: int, start: Barrier, done: Any, outcome: Connection) -> None:
     """Be one process of a storm: start together with the others, and send the outcome."""
 
-    async def run() -> Outcome:
+    async def run() -> WorkerOutcome:
         recording = Recorder(plan.record, process) if plan.record else nullcontext()
         async with connect(plan) as client:
             # All connections are open before the clock starts.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis.asyncio
 
 import presence
-from bench.client import Call
+from bench.client import ComparedCall
 from bench.fill import NAMESPACE, Population, new_sid, sample
 from bench.measure import MeasurementError, Spread, ratios
 from bench.progress import Progress
@@ -73,7 +73,7 @@ def measure_throughput(server: Server, scale: Scale) -> list[Row]:
     return rows
 
 
-def _calls(population: Population, kind: Kind) -> list[Call]:
+def _calls(population: Population, kind: Kind) -> list[ComparedCall]:
     describe = getattr(population.operations, kind.method)
 
     def arguments(index: int) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def _calls(population: Population, kind: Kind) -> list[Call]:
 
     chosen = sample(population, 2 * CALLS)
     return [
-        Call(arguments(ours), describe(*arguments(other)).command()[1:])
+        ComparedCall(arguments(ours), describe(*arguments(other)).command()[1:])
         for ours, other in zip(chosen[::2], chosen[1::2], strict=True)
     ]
 

@@ -13,8 +13,8 @@ import redis
 
 from bench import __main__ as bench
 from bench import measure, page, prove, report
-from bench.contenders import CONTENDERS, violations
-from bench.crowd import PLAIN, PRESENCE, Crowd
+from bench.contenders import CONTENDERS, PLAIN, PRESENCE, violations
+from bench.crowd import Crowd
 from bench.fill import NAMESPACE, Population, load_scripts
 from bench.growth import measure_growth
 from bench.measure import MeasurementError, Spread, send

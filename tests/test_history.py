@@ -20,7 +20,7 @@ from bench.history import (
     READ,
     REGISTER,
     UNREGISTER,
-    Call,
+    RecordedCall,
     Recorder,
     UndecidedError,
     Violation,
@@ -39,11 +39,11 @@ MS = 1_000_000
 
 def call(
     start: int, end: int | None, operation: str, sid: str = "", game_id: str | None = None, answer: Any = None
-) -> Call:
-    return Call(start, end, operation, USER, sid, game_id, answer)
+) -> RecordedCall:
+    return RecordedCall(start, end, operation, USER, sid, game_id, answer)
 
 
-def register(start: int, end: int | None, sid: str, *displaced: str) -> Call:
+def register(start: int, end: int | None, sid: str, *displaced: str) -> RecordedCall:
     return call(start, end, REGISTER, sid, answer=displaced)
 
 
@@ -65,7 +65,7 @@ RIGHT = [
 ]
 
 
-def edited(**changes: Any) -> list[Call]:
+def edited(**changes: Any) -> list[RecordedCall]:
     """Give the right history with one call edited: the one that starts at ``start``."""
     start = changes.pop("at")
     return [one._replace(**changes) if one.start == start else one for one in RIGHT]
@@ -160,11 +160,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("calls", WRONG.values(), ids=WRONG)
-def test_a_history_that_was_edited_to_be_wrong_is_caught(calls: list[Call]) -> None:
+def test_a_history_that_was_edited_to_be_wrong_is_caught(calls: list[RecordedCall]) -> None:
     assert check_user(calls) is not None
 
 
-def clean_up(start: int, end: int, sid: str, threshold_ns: int) -> Call:
+def clean_up(start: int, end: int, sid: str, threshold_ns: int) -> RecordedCall:
     return call(start, end, CLEAN_UP, sid, answer=True)._replace(threshold_ns=threshold_ns)
 
 
@@ -208,7 +208,7 @@ TOO_EARLY = {
 
 
 @pytest.mark.parametrize("calls", TOO_EARLY.values(), ids=TOO_EARLY)
-def test_a_cleanup_that_takes_who_was_seen_within_its_threshold_is_caught(calls: list[Call]) -> None:
+def test_a_cleanup_that_takes_who_was_seen_within_its_threshold_is_caught(calls: list[RecordedCall]) -> None:
     assert check_user(calls) is not None
     # It is the time that is wrong, and nothing else.
     assert check_user([one._replace(threshold_ns=None) for one in calls]) is None
@@ -300,7 +300,7 @@ OVERLAPPING = {
 
 
 @pytest.mark.parametrize("calls", OVERLAPPING.values(), ids=OVERLAPPING)
-def test_a_history_that_some_order_explains_is_taken(calls: list[Call]) -> None:
+def test_a_history_that_some_order_explains_is_taken(calls: list[RecordedCall]) -> None:
     assert check_user(calls) is None
 
 
@@ -343,7 +343,7 @@ def test_too_many_calls_at_once_are_undecided_and_not_taken(monkeypatch: pytest.
         check_user([*lost, call(0, 10, HEARTBEAT, "x", answer=True)])
 
 
-def expected(model: Model, one: Call) -> Any:
+def expected(model: Model, one: RecordedCall) -> Any:
     """What the model answers, asked here without the checker's own code."""
     match one.operation:
         case history.REGISTER:
@@ -369,7 +369,7 @@ CALLS = st.one_of(
 
 
 @st.composite
-def histories(draw: st.DrawFn, most: int, longest: int) -> list[Call]:
+def histories(draw: st.DrawFn, most: int, longest: int) -> list[RecordedCall]:
     """Give the calls of a run of the model, one after the other, each with an interval around its moment."""
     model = Model(history.CONN_TTL_MS, history.CONN_TTL_MS)
     calls = []
@@ -381,12 +381,12 @@ def histories(draw: st.DrawFn, most: int, longest: int) -> list[Call]:
 
 
 @given(histories(most=60, longest=25))
-def test_every_run_of_the_model_with_overlaps_is_taken(calls: list[Call]) -> None:
+def test_every_run_of_the_model_with_overlaps_is_taken(calls: list[RecordedCall]) -> None:
     assert check_user(calls) is None
     assert check_user(random.Random(0).sample(calls, len(calls))) is None
 
 
-def wrong_answers(one: Call) -> list[Any]:
+def wrong_answers(one: RecordedCall) -> list[Any]:
     every: dict[str, Sequence[Any]] = {
         REGISTER: [(), ("a",), ("b",), ("c",), ("x",), ("a", "b")],
         UNREGISTER: [True, False],
@@ -399,7 +399,7 @@ def wrong_answers(one: Call) -> list[Any]:
 
 
 @given(histories(most=30, longest=4), st.data())
-def test_every_corruption_of_a_run_without_overlaps_is_caught(calls: list[Call], data: st.DataObject) -> None:
+def test_every_corruption_of_a_run_without_overlaps_is_caught(calls: list[RecordedCall], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(calls) - 1))
     wrong = calls[place]._replace(answer=data.draw(st.sampled_from(wrong_answers(calls[place]))))
     violation = check_user([*calls[:place], wrong, *calls[place + 1 :]])
@@ -408,7 +408,7 @@ def test_every_corruption_of_a_run_without_overlaps_is_caught(calls: list[Call],
     assert violation.window[-1].start == wrong.start
 
 
-def some_order_explains(calls: list[Call]) -> bool:
+def some_order_explains(calls: list[RecordedCall]) -> bool:
     """Try all orders, and for each lost call to leave it out."""
     lost = [one for one in calls if one.end is None]
     returned = [one for one in calls if one.end is not None]
@@ -416,7 +416,7 @@ def some_order_explains(calls: list[Call]) -> bool:
     return any(explains(order) for more in chosen for order in itertools.permutations([*returned, *more]))
 
 
-def explains(order: tuple[Call, ...]) -> bool:
+def explains(order: tuple[RecordedCall, ...]) -> bool:
     for earlier, later in itertools.combinations(order, 2):
         if later.end is not None and later.end < earlier.start:
             return False
@@ -426,7 +426,7 @@ def explains(order: tuple[Call, ...]) -> bool:
 
 @settings(max_examples=300)
 @given(histories(most=5, longest=25), st.data())
-def test_the_verdict_is_that_of_trying_every_order(calls: list[Call], data: st.DataObject) -> None:
+def test_the_verdict_is_that_of_trying_every_order(calls: list[RecordedCall], data: st.DataObject) -> None:
     for place in data.draw(st.sets(st.integers(0, len(calls) - 1), max_size=2)):
         answer = data.draw(st.sampled_from(wrong_answers(calls[place])))
         calls[place] = calls[place]._replace(answer=answer)
@@ -436,7 +436,7 @@ def test_the_verdict_is_that_of_trying_every_order(calls: list[Call], data: st.D
 
 
 @given(CALLS, st.lists(CALLS, max_size=5))
-def test_what_is_said_to_change_nothing_changes_nothing(one: Call, before: list[Call]) -> None:
+def test_what_is_said_to_change_nothing_changes_nothing(one: RecordedCall, before: list[RecordedCall]) -> None:
     model = Model(history.CONN_TTL_MS, history.CONN_TTL_MS)
     for earlier in before:
         expected(model, earlier)
@@ -447,10 +447,10 @@ def test_what_is_said_to_change_nothing_changes_nothing(one: Call, before: list[
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Callable[[list[Call]], Path]:
+def folder(tmp_path: Path) -> Callable[[list[RecordedCall]], Path]:
     """Write a history as several processes would."""
 
-    def write(calls: list[Call]) -> Path:
+    def write(calls: list[RecordedCall]) -> Path:
         for process in range(2):
             with Recorder(tmp_path, process) as recorder:
                 for one in calls[process::2]:
@@ -461,14 +461,14 @@ def folder(tmp_path: Path) -> Callable[[list[Call]], Path]:
 
 
 def test_a_recorded_history_of_several_processes_is_checked_user_by_user(
-    folder: Callable[[list[Call]], Path],
+    folder: Callable[[list[RecordedCall]], Path],
 ) -> None:
     users = [f"user-{number}" for number in range(20)]
     report = check_history(folder([one._replace(user_id=user) for user in users for one in RIGHT]), processes=2)
     assert (report.users, report.calls, report.wrong, report.undecided) == (20, 20 * len(RIGHT), [], [])
 
 
-def test_a_recorded_history_in_which_one_line_is_edited_is_caught(folder: Callable[[list[Call]], Path]) -> None:
+def test_a_recorded_history_in_which_one_line_is_edited_is_caught(folder: Callable[[list[RecordedCall]], Path]) -> None:
     users = [f"user-{number}" for number in range(20)]
     path = folder([one._replace(user_id=user) for user in users for one in RIGHT])
     right = json.dumps([40, 50, REGISTER, "user-7", "b", None, ["a"], None])

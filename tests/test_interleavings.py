@@ -17,9 +17,8 @@ import pytest
 import redis.asyncio
 
 from bench import prove
-from bench.contenders import CONTENDERS, State, kind_of, violations
+from bench.contenders import CONTENDERS, PLAIN, PRESENCE, State, kind_of, violations
 from bench.contenders.library import Presence
-from bench.crowd import PLAIN, PRESENCE
 from bench.explorer import (
     BATCH_PAIRS,
     FLEET_PAIRS,
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from bench.explorer.schedules import Schedule
-    from bench.explorer.stage import Run
+    from bench.explorer.stage import ScheduleRun
 
 SEED = "short"
 
@@ -175,7 +174,7 @@ def test_nothing_goes_wrong_where_the_server_has_lost_the_scripts(pair: Pair, ur
 def test_a_caller_dies_between_the_steps_of_one_operation(after_steps: int, is_registered: bool, url: str) -> None:
     pair = replace(PAIRS["register‖register, displacing"], forget_scripts=True)
 
-    async def run() -> list[Run]:
+    async def run() -> list[ScheduleRun]:
         async with Stage(url, CONTENDERS["presence"], pair) as stage:
             # More than once, as the next run needs all that the dead caller had.
             async with asyncio.timeout(10):

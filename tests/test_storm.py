@@ -17,9 +17,9 @@ import pytest
 import redis
 
 from bench import storm
-from bench.history import REGISTER, Call, check_history
+from bench.history import REGISTER, RecordedCall, check_history
 from bench.storm import Registering, StormError, StormResult, run_storm
-from bench.storm_worker import Outcome
+from bench.storm_worker import WorkerOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +96,7 @@ def test_one_displaced_connection_that_is_taken_out_of_the_history_is_missed(
     for file in sorted(presence_storm.record.iterdir()):
         lines = file.read_text().splitlines()
         for number, line in enumerate(lines):
-            one = Call._make(json.loads(line))
+            one = RecordedCall._make(json.loads(line))
             if edited is None and one.operation == REGISTER and one.answer:
                 edited = one.user_id
                 lines[number] = json.dumps(one._replace(answer=[]))
@@ -272,12 +272,12 @@ def test_the_throughput_counts_the_registers_of_all_processes(server_url: str, c
 @pytest.mark.parametrize(
     ("outcome", "told"),
     [
-        (Outcome(0, 1, registered=["a", "b"], displaced=["c"]), "1 displaced nobody"),
-        (Outcome(0, 1, registered=["a"], displaced=["c"], errors=Counter({"register: OSError": 1})), "OSError"),
+        (WorkerOutcome(0, 1, registered=["a", "b"], displaced=["c"]), "1 displaced nobody"),
+        (WorkerOutcome(0, 1, registered=["a"], displaced=["c"], errors=Counter({"register: OSError": 1})), "OSError"),
     ],
 )
 def test_registers_that_displace_nobody_or_raise_are_no_measurement(
-    server_url: str, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, told: str
+    server_url: str, monkeypatch: pytest.MonkeyPatch, outcome: WorkerOutcome, told: str
 ) -> None:
     with Registering("presence", server_url, users=50) as registering:
         monkeypatch.setattr(storm, "_run_processes", lambda *_: [outcome])

@@ -18,7 +18,10 @@ from bench.contenders.transaction import Transaction
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CONTENDERS", "Contender", "State", "kind_of", "violations"]
+__all__ = ["CONTENDERS", "PLAIN", "PRESENCE", "Contender", "State", "kind_of", "violations"]
+
+PLAIN, PRESENCE = Plain.name, Presence.name
+"""The control, and what is to be shown."""
 
 CONTENDERS: Mapping[str, type[Contender]] = {
     contender.name: contender for contender in (Plain, Transaction, Locked, Presence)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from bench.explorer.pairs import Pair
     from bench.explorer.schedules import Schedule
-    from bench.explorer.stage import Run
+    from bench.explorer.stage import ScheduleRun
 
 LIMIT = 20_000
 SEED = "2026"
@@ -60,7 +60,7 @@ class Tally:
     """One that was wrong, with the fewest turns between the callers, step by step."""
     turns: float = math.inf
 
-    def add(self, pair: Pair, run: Run, outcomes: list[Outcome]) -> None:
+    def add(self, pair: Pair, run: ScheduleRun, outcomes: list[Outcome]) -> None:
         """Check what a schedule led to, and count it."""
         self.schedules += 1
         broken = violations(run.state)
@@ -111,7 +111,7 @@ class Result:
         return self.alive.wrong + self.crashed.wrong
 
 
-def _tell(pair: Pair, run: Run, broken: list[str], kinds: set[str]) -> Iterator[str]:
+def _tell(pair: Pair, run: ScheduleRun, broken: list[str], kinds: set[str]) -> Iterator[str]:
     """Tell a schedule step by step, what it answered and what is wrong."""
     names = [f"{chr(ord('A') + index)} {call}" for index, call in enumerate(pair.calls)]
     yield f"before: {', '.join(map(str, pair.set_up)) or 'nothing'}"
@@ -164,7 +164,7 @@ class _Explorer:
         ]
         return alive, await self._tally(points, PROBES_OF_A_CRASH)
 
-    async def _run(self, chooser: InOrder | AtRandom | DepthFirst, crash: Crash | None) -> Run:
+    async def _run(self, chooser: InOrder | AtRandom | DepthFirst, crash: Crash | None) -> ScheduleRun:
         run = await self._stage.run(chooser, crash)
         for index, most_steps in enumerate(self._most_steps):
             self._most_steps[index] = max(most_steps, run.steps_of(index))
@@ -209,7 +209,7 @@ class _Explorer:
                 total += 1 / chooser.probability
         return round(total / probes)
 
-    def _outcomes(self, run: Run) -> list[Outcome]:
+    def _outcomes(self, run: ScheduleRun) -> list[Outcome]:
         """Give what may come out."""
         dies = _who_dies(run.crash)
         if self._is_atomic:
@@ -246,7 +246,7 @@ class _Explorer:
         tally = Tally(is_complete=False)
         seen: set[tuple[Crash | None, Schedule]] = set()
 
-        def add(run: Run) -> None:
+        def add(run: ScheduleRun) -> None:
             if (run.crash, run.schedule) not in seen:
                 seen.add((run.crash, run.schedule))
                 tally.add(self._stage.pair, run, self._outcomes(run))

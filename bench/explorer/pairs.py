@@ -78,7 +78,7 @@ def _join(game_id: str, sid: str = "old") -> Call:
     return Call("join", (sid, game_id))
 
 
-def _tell(sid: str, user_id: str = "user", metadata: bytes = b"") -> Call:
+def _connect(sid: str, user_id: str = "user", metadata: bytes = b"") -> Call:
     return Call("register_and_tell", (sid, user_id, metadata))
 
 
@@ -137,17 +137,17 @@ _BATCHES = (
     Pair("cleanup‖cleanup‖heartbeat, three batches", _MANY_STALE, (_CLEANUP, _CLEANUP, Call("heartbeat", (_LATE,)))),
 )
 _AGAIN = (
-    Pair("register‖register, one sid", (), (_tell("new"), _tell("new"))),
-    Pair("register‖register, one sid, playing", _PLAYING, (_tell("old"), _tell("old"))),
-    Pair("register‖register, one sid, two users", (), (_tell("new", "user-1"), _tell("new", "user-2"))),
+    Pair("register‖register, one sid", (), (_connect("new"), _connect("new"))),
+    Pair("register‖register, one sid, playing", _PLAYING, (_connect("old"), _connect("old"))),
+    Pair("register‖register, one sid, two users", (), (_connect("new", "user-1"), _connect("new", "user-2"))),
     Pair("register‖register, one sid, another's", _PLAYING, (_register("old"), _register("old", "user-2"))),
-    Pair("register again‖unregister", _PLAYING, (_tell("old"), _UNREGISTER)),
-    Pair("register again‖join", _PLAYING, (_tell("old"), _join("game-2"))),
-    Pair("register for another‖unregister", _PLAYING, (_tell("old", "user-2"), _UNREGISTER)),
-    Pair("register for another‖heartbeat", _PLAYING, (_tell("old", "user-2"), _HEARTBEAT)),
-    Pair("register for another‖join", _PLAYING, (_tell("old", "user-2"), _join("game-2"))),
-    Pair("register for another‖register", _PLAYING, (_tell("old", "user-2"), _tell("new"))),
-    Pair("register again‖cleanup", _STALE, (_tell("old"), _CLEANUP)),
+    Pair("register again‖unregister", _PLAYING, (_connect("old"), _UNREGISTER)),
+    Pair("register again‖join", _PLAYING, (_connect("old"), _join("game-2"))),
+    Pair("register for another‖unregister", _PLAYING, (_connect("old", "user-2"), _UNREGISTER)),
+    Pair("register for another‖heartbeat", _PLAYING, (_connect("old", "user-2"), _HEARTBEAT)),
+    Pair("register for another‖join", _PLAYING, (_connect("old", "user-2"), _join("game-2"))),
+    Pair("register for another‖register", _PLAYING, (_connect("old", "user-2"), _connect("new"))),
+    Pair("register again‖cleanup", _STALE, (_connect("old"), _CLEANUP)),
 )
 
 
@@ -157,11 +157,11 @@ def _room(sid: str, capacity: int) -> Call:
 
 _DETACH = Call("detach", ("old", GRACE_SECONDS))
 _MEMBERS = Call("get_members", ("game",))
-_TAGGED = (_tell("old", metadata=b"old's"), _join("game"))
+_TAGGED = (_connect("old", metadata=b"old's"), _join("game"))
 _DETACHED = (*_TAGGED, _DETACH)
 _PAST_GRACE = (*_DETACHED, Call("age", (STALE_AGE_SECONDS,)))
-_TWO = (*_TAGGED, _tell("other", "opponent"), _join("game", "other"))
-_TWO_APART = (*_TAGGED, _tell("other", "opponent"))
+_TWO = (*_TAGGED, _connect("other", "opponent"), _join("game", "other"))
+_TWO_APART = (*_TAGGED, _connect("other", "opponent"))
 _OF_SERVER = (
     Call("register_for", ("server", "old", "user")),
     _join("game"),
@@ -174,9 +174,9 @@ _ELSEWHERE = Call("register_for", ("server-3", "old", "user"))
 _DETACH_SERVER = Call("clean_up_server", ("server", GRACE_SECONDS))
 
 _SEATS = (
-    Pair("detach‖register", _TAGGED, (_DETACH, _tell("new"))),
-    Pair("detach‖register‖register", _TAGGED, (_DETACH, _tell("new-1"), _tell("new-2", metadata=b"new"))),
-    Pair("detach‖register again", _TAGGED, (_DETACH, _tell("old"))),
+    Pair("detach‖register", _TAGGED, (_DETACH, _connect("new"))),
+    Pair("detach‖register‖register", _TAGGED, (_DETACH, _connect("new-1"), _connect("new-2", metadata=b"new"))),
+    Pair("detach‖register again", _TAGGED, (_DETACH, _connect("old"))),
     Pair("detach‖detach", _TAGGED, (_DETACH, _DETACH)),
     Pair("detach‖unregister", _TAGGED, (_DETACH, _UNREGISTER)),
     Pair("detach‖heartbeat", _TAGGED, (_DETACH, _HEARTBEAT)),
@@ -187,91 +187,91 @@ _SEATS = (
     Pair("detach‖opponent", _TWO, (_DETACH, Call("get_opponent", ("game", "opponent")))),
     Pair("detach‖count", _TWO, (_DETACH, Call("count", ()))),
     Pair("detach‖game's count", _TWO, (_DETACH, Call("get_game_count", ("game",)))),
-    Pair("resume‖resume", _DETACHED, (_tell("new-1"), _tell("new-2"))),
-    Pair("resume‖register for another", _DETACHED, (_tell("new"), _tell("old", "user-2"))),
-    Pair("resume‖unregister", _DETACHED, (_tell("new"), _UNREGISTER)),
-    Pair("resume‖heartbeats", _DETACHED, (_tell("new"), Call("heartbeats", ("old", "new")))),
-    Pair("resume‖members", _DETACHED, (_tell("new"), _MEMBERS)),
-    Pair("resume‖the user's connection", _DETACHED, (_tell("new"), Call("get_user_connection", ("user",)))),
-    Pair("resume‖cleanup, past the grace", _PAST_GRACE, (_tell("new"), _CLEANUP)),
-    Pair("resume again‖cleanup, past the grace", _PAST_GRACE, (_tell("old"), _CLEANUP)),
+    Pair("resume‖resume", _DETACHED, (_connect("new-1"), _connect("new-2"))),
+    Pair("resume‖register for another", _DETACHED, (_connect("new"), _connect("old", "user-2"))),
+    Pair("resume‖unregister", _DETACHED, (_connect("new"), _UNREGISTER)),
+    Pair("resume‖heartbeats", _DETACHED, (_connect("new"), Call("heartbeats", ("old", "new")))),
+    Pair("resume‖members", _DETACHED, (_connect("new"), _MEMBERS)),
+    Pair("resume‖the user's connection", _DETACHED, (_connect("new"), Call("get_user_connection", ("user",)))),
+    Pair("resume‖cleanup, past the grace", _PAST_GRACE, (_connect("new"), _CLEANUP)),
+    Pair("resume again‖cleanup, past the grace", _PAST_GRACE, (_connect("old"), _CLEANUP)),
     Pair("cleanup‖cleanup, past the grace", _PAST_GRACE, (_CLEANUP, _CLEANUP)),
-    Pair("register‖connection, past the grace", _PAST_GRACE, (_tell("new"), Call("get_connection", ("old",)))),
-    Pair("register‖unregister, past the grace", _PAST_GRACE, (_tell("new"), _UNREGISTER)),
-    Pair("register‖members, past the grace", _PAST_GRACE, (_tell("new"), _MEMBERS)),
+    Pair("register‖connection, past the grace", _PAST_GRACE, (_connect("new"), Call("get_connection", ("old",)))),
+    Pair("register‖unregister, past the grace", _PAST_GRACE, (_connect("new"), _UNREGISTER)),
+    Pair("register‖members, past the grace", _PAST_GRACE, (_connect("new"), _MEMBERS)),
 )
 _POLICIES = tuple(
     Pair(f"{name}, {displacement}", set_up, calls, {"displacement": displacement})
     for displacement in ("newest_resumes", "reject_while_alive")
     for name, set_up, calls in (
-        ("first‖first", (), (_tell("new-1"), _tell("new-2"))),
-        ("register‖register", _TAGGED, (_tell("new-1"), _tell("new-2", metadata=b"new"))),
-        ("register‖unregister", _TAGGED, (_tell("new"), _UNREGISTER)),
-        ("register‖detach", _TAGGED, (_tell("new"), _DETACH)),
-        ("register‖leave", _TAGGED, (_tell("new"), _LEAVE)),
-        ("register‖join", _TAGGED, (_tell("new"), _join("game-2"))),
-        ("register‖members", _TWO, (_tell("new"), _MEMBERS)),
-        ("register‖join with room", _TWO_APART, (_tell("new"), _room("other", 1))),
-        ("register‖register, stale", _STALE, (_tell("new-1"), _tell("new-2"))),
-        ("register‖heartbeat, stale", _STALE, (_tell("new"), _HEARTBEAT)),
-        ("register‖cleanup, stale", _STALE, (_tell("new"), _CLEANUP)),
-        ("register‖register for another", _TAGGED, (_tell("new"), _tell("old", "user-2"))),
+        ("first‖first", (), (_connect("new-1"), _connect("new-2"))),
+        ("register‖register", _TAGGED, (_connect("new-1"), _connect("new-2", metadata=b"new"))),
+        ("register‖unregister", _TAGGED, (_connect("new"), _UNREGISTER)),
+        ("register‖detach", _TAGGED, (_connect("new"), _DETACH)),
+        ("register‖leave", _TAGGED, (_connect("new"), _LEAVE)),
+        ("register‖join", _TAGGED, (_connect("new"), _join("game-2"))),
+        ("register‖members", _TWO, (_connect("new"), _MEMBERS)),
+        ("register‖join with room", _TWO_APART, (_connect("new"), _room("other", 1))),
+        ("register‖register, stale", _STALE, (_connect("new-1"), _connect("new-2"))),
+        ("register‖heartbeat, stale", _STALE, (_connect("new"), _HEARTBEAT)),
+        ("register‖cleanup, stale", _STALE, (_connect("new"), _CLEANUP)),
+        ("register‖register for another", _TAGGED, (_connect("new"), _connect("old", "user-2"))),
     )
 )
-_TWO_OF_A_USER = (*_TAGGED, _tell("second", metadata=b"second's"), _join("game-2", "second"))
+_TWO_OF_A_USER = (*_TAGGED, _connect("second", metadata=b"second's"), _join("game-2", "second"))
 _POLICIES_OF_TWO = tuple(
     Pair(f"{name}, two of a user, {displacement}", set_up, calls, settings)
     for displacement in ("newest_wins", "newest_resumes", "reject_while_alive")
     for settings in ({"displacement": displacement, "connections_per_user": 2},)
     for name, set_up, calls in (
-        ("register‖register", _TWO_OF_A_USER, (_tell("new-1"), _tell("new-2"))),
-        ("register‖register again", _TWO_OF_A_USER, (_tell("new"), _tell("old"))),
-        ("register‖detach", _TWO_OF_A_USER, (_tell("new"), _DETACH)),
-        ("register again‖detach", _TWO_OF_A_USER, (_tell("old"), _DETACH)),
+        ("register‖register", _TWO_OF_A_USER, (_connect("new-1"), _connect("new-2"))),
+        ("register‖register again", _TWO_OF_A_USER, (_connect("new"), _connect("old"))),
+        ("register‖detach", _TWO_OF_A_USER, (_connect("new"), _DETACH)),
+        ("register again‖detach", _TWO_OF_A_USER, (_connect("old"), _DETACH)),
         (
             "register‖register, both detached",
             (*_TWO_OF_A_USER, _DETACH, Call("detach", ("second", GRACE_SECONDS))),
-            (_tell("new-1"), _tell("new-2")),
+            (_connect("new-1"), _connect("new-2")),
         ),
-        ("register‖register, one stale", (*_STALE, _tell("second")), (_tell("new-1"), _tell("new-2"))),
-        ("register‖register, both stale", (*_TWO_OF_A_USER, *_STALE[-1:]), (_tell("new-1"), _tell("new-2"))),
+        ("register‖register, one stale", (*_STALE, _connect("second")), (_connect("new-1"), _connect("new-2"))),
+        ("register‖register, both stale", (*_TWO_OF_A_USER, *_STALE[-1:]), (_connect("new-1"), _connect("new-2"))),
     )
 )
 _SEVERAL = _POLICIES_OF_TWO + tuple(
-    Pair(f"{name}, two of a user", (*_TAGGED, _tell("second")), calls, {"connections_per_user": 2})
+    Pair(f"{name}, two of a user", (*_TAGGED, _connect("second")), calls, {"connections_per_user": 2})
     for name, calls in (
-        ("register‖register", (_tell("new-1"), _tell("new-2"))),
-        ("register‖register‖register", (_tell("new-1"), _tell("new-2"), _tell("new-3"))),
-        ("register‖unregister", (_tell("new"), _UNREGISTER)),
-        ("register‖unregister the second", (_tell("new"), Call("unregister", ("second",)))),
-        ("register‖detach", (_tell("new"), _DETACH)),
-        ("register‖register again", (_tell("new"), _tell("old"))),
-        ("register‖all of the user", (_tell("new"), Call("get_all_user_connections", ("user",)))),
+        ("register‖register", (_connect("new-1"), _connect("new-2"))),
+        ("register‖register‖register", (_connect("new-1"), _connect("new-2"), _connect("new-3"))),
+        ("register‖unregister", (_connect("new"), _UNREGISTER)),
+        ("register‖unregister the second", (_connect("new"), Call("unregister", ("second",)))),
+        ("register‖detach", (_connect("new"), _DETACH)),
+        ("register‖register again", (_connect("new"), _connect("old"))),
+        ("register‖all of the user", (_connect("new"), Call("get_all_user_connections", ("user",)))),
         ("unregister‖is online", (_UNREGISTER, Call("unregister", ("second",)), Call("is_online", ("user",)))),
     )
 )
 _ROOM = (
     Pair(
         "join with room‖join with room",
-        (_tell("old"), _tell("other", "opponent")),
+        (_connect("old"), _connect("other", "opponent")),
         (_room("old", 1), _room("other", 1)),
     ),
     Pair("join with room‖leave", _TWO_APART, (_room("other", 1), _LEAVE)),
     Pair("join with room‖unregister", _TWO_APART, (_room("other", 1), _UNREGISTER)),
     Pair("join with room‖detach", _TWO_APART, (_room("other", 1), _DETACH)),
-    Pair("join with room‖resume", (*_TWO_APART, _DETACH), (_room("other", 1), _tell("new"))),
+    Pair("join with room‖resume", (*_TWO_APART, _DETACH), (_room("other", 1), _connect("new"))),
     Pair(
         "join with room‖register, past the grace",
         (*_TWO_APART, _DETACH, Call("age", (STALE_AGE_SECONDS,))),
-        (_room("other", 1), _tell("new", "a third")),
+        (_room("other", 1), _connect("new", "a third")),
     ),
-    Pair("join with room‖cleanup", (*_STALE, _tell("other", "opponent")), (_room("other", 1), _CLEANUP)),
+    Pair("join with room‖cleanup", (*_STALE, _connect("other", "opponent")), (_room("other", 1), _CLEANUP)),
 )
 _EPOCHS = tuple(
     Pair(f"{other}‖{name} of the same epoch", _TAGGED, (call, _if_the_same(method, "old", *arguments)))
     for other, call in (
-        ("register again", _tell("old", metadata=b"again")),
-        ("register for another", _tell("old", "user-2")),
+        ("register again", _connect("old", metadata=b"again")),
+        ("register for another", _connect("old", "user-2")),
     )
     for name, method, *arguments in (
         ("heartbeat", "heartbeat"),
@@ -285,7 +285,7 @@ _EPOCHS = tuple(
 _SERVERS = (
     Pair("clean up server‖clean up server", _OF_SERVER, (_CLEAN_UP_SERVER, _CLEAN_UP_SERVER)),
     Pair("clean up server‖detach server", _OF_SERVER, (_CLEAN_UP_SERVER, _DETACH_SERVER)),
-    Pair("detach server‖register", _OF_SERVER, (_DETACH_SERVER, _tell("new"))),
+    Pair("detach server‖register", _OF_SERVER, (_DETACH_SERVER, _connect("new"))),
     Pair(
         "detach server‖register for server-3",
         _OF_SERVER,
@@ -308,8 +308,8 @@ _SILENT_SERVERS = tuple(
     for of_what, settings in (("", {}), (" whose seats are kept", {"server_grace_seconds": GRACE_SECONDS}))
     for name, calls in (
         ("cleanup‖cleanup", (_CLEANUP, _CLEANUP)),
-        ("cleanup‖register", (_CLEANUP, _tell("new"))),
-        ("cleanup‖register‖register", (_CLEANUP, _tell("new-1"), _tell("new-2"))),
+        ("cleanup‖register", (_CLEANUP, _connect("new"))),
+        ("cleanup‖register‖register", (_CLEANUP, _connect("new-1"), _connect("new-2"))),
         ("cleanup‖register again for server-3", (_CLEANUP, _ELSEWHERE)),
         ("cleanup‖restart", (_CLEANUP, _RESTART)),
         ("cleanup‖detach server", (_CLEANUP, _DETACH_SERVER)),
@@ -325,8 +325,8 @@ _METADATA = (
         _TAGGED,
         (Call("update_metadata", ("old", b"1")), Call("update_metadata", ("old", b"2"))),
     ),
-    Pair("update metadata‖register", _TAGGED, (Call("update_metadata", ("old", b"new")), _tell("new"))),
-    Pair("update metadata‖register again", _TAGGED, (Call("update_metadata", ("old", b"new")), _tell("old"))),
+    Pair("update metadata‖register", _TAGGED, (Call("update_metadata", ("old", b"new")), _connect("new"))),
+    Pair("update metadata‖register again", _TAGGED, (Call("update_metadata", ("old", b"new")), _connect("old"))),
     Pair(
         "update metadata‖join‖connection",
         _TAGGED,

@@ -63,7 +63,7 @@ class Crash:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ScheduleRun:
     """What one schedule led to."""
 
     schedule: Schedule
@@ -202,7 +202,7 @@ class Stage:
         self._dump = await self._admin.eval(_DUMP, 0, self._pattern)
         self._dumped_at = time.monotonic()
 
-    async def run(self, chooser: Chooser, crash: Crash | None = None) -> Run:
+    async def run(self, chooser: Chooser, crash: Crash | None = None) -> ScheduleRun:
         """Run one schedule to its end.
 
         A step is one write and its replies; a pipeline, MULTI to EXEC among them, is one write. A caller that asked for
@@ -220,7 +220,7 @@ class Stage:
         async with asyncio.timeout(LONGEST_RUN_SECONDS):
             return await self._run(chooser, crash)
 
-    async def _run(self, chooser: Chooser, crash: Crash | None) -> Run:
+    async def _run(self, chooser: Chooser, crash: Crash | None) -> ScheduleRun:
         await self._set_up()
         for actor in self._actors:
             await actor.start()
@@ -260,4 +260,4 @@ class Stage:
             for index, actor in enumerate(self._actors)
         )
         died = Crash(crash.index, steps[crash.index]) if crash else None
-        return Run(tuple(schedule), tuple(written), answers, await self._observer.read_state(), died)
+        return ScheduleRun(tuple(schedule), tuple(written), answers, await self._observer.read_state(), died)
