@@ -168,9 +168,13 @@ class SharedConnection:
         return connection
 
     def _take_unanswered(self) -> list[_Request]:
+        """Take all that is not answered off the wire, as if nothing of it had been sent."""
         requests = [request for request in (*self._refused, *self._sent, *self._waiting) if not request.answer.done()]
         for taken_from in (self._refused, self._sent, self._waiting):
             taken_from.clear()
+        self._commands_sent = self._bytes_sent = 0
+        for request in requests:
+            request.replies = []
         return requests
 
     async def _use(self, connection: AbstractConnection) -> None:

@@ -669,11 +669,15 @@ def test_a_pool_that_was_exhausted_once_harms_no_later_call(own_server: LocalSer
 
 
 class InterruptedConnection(redis.asyncio.Connection):
-    """Reads a reply only after what a signal's handler may raise there."""
+    """Reads a reply, after so many others, only after what a signal's handler may raise there."""
 
     interruption: ClassVar[type[BaseException] | None] = None
+    replies_before: ClassVar[int] = 0
 
     async def read_response(self, *arguments: Any, **options: Any) -> Any:
+        if self.replies_before:
+            InterruptedConnection.replies_before -= 1
+            return await super().read_response(*arguments, **options)
         interruption, InterruptedConnection.interruption = self.interruption, None
         if interruption is not None:
             raise interruption
@@ -706,6 +710,42 @@ def test_a_loop_that_is_interrupted_can_still_close_the_manager(
         loop.close()
     gc.collect()  # A task whose exception nobody has looked at would be logged.
     assert caplog.records == []
+
+
+def test_an_interruption_within_a_pipeline_gives_no_call_the_reply_to_another(
+    own_server: LocalServer, admin: Any
+) -> None:
+    """The call that was refused goes first on the next connection, and the pipeline has to wait for room there."""
+    count = pipelining.MAX_COMMANDS - 6
+
+    async def register_all(manager: presence.ConnectionManager) -> None:
+        for number in range(count):
+            await manager.register_connection(f"sid-{number}", f"user-{number}")
+        await manager.update_heartbeat("sid-0")
+
+    url = f"redis://127.0.0.1:{own_server.port}/0"
+    pool = redis.asyncio.ConnectionPool.from_url(
+        url, connection_class=InterruptedConnection, retry=Retry(NoBackoff(), 3)
+    )
+    manager = presence.ConnectionManager(redis.asyncio.Redis.from_pool(pool))
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(register_all(manager))
+        admin.replicaof("127.0.0.1", str(free_port()))
+        reads = [manager.operations.get_connection(f"sid-{number}") for number in range(count)]
+        beat, reading = loop.create_task(manager.update_heartbeat("sid-0")), loop.create_task(manager.pipeline(reads))
+        InterruptedConnection.interruption, InterruptedConnection.replies_before = KeyboardInterrupt, 40
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.gather(beat, reading))
+        admin.replicaof("NO", "ONE")
+        found = loop.run_until_complete(asyncio.wait_for(reading, BOUND_SECONDS))
+        assert [one.user_id if one else None for one in found] == [f"user-{number}" for number in range(count)]
+        assert loop.run_until_complete(beat) is True
+        assert loop.run_until_complete(manager.get_connection_count()) == count
+        loop.run_until_complete(manager.aclose())
+        loop.run_until_complete(pool.aclose())
+    finally:
+        loop.close()
 
 
 class TestTheBound:
