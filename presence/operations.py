@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from binascii import b2a_base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from time import monotonic
@@ -21,6 +21,9 @@ from presence.replies import (
     CleanupBatch,
     EventsBatch,
     Position,
+    has_cleaned_up,
+    has_joined,
+    has_registered,
     parse_cleanup,
     parse_connection,
     parse_events,
@@ -72,9 +75,10 @@ CLEANUP_BATCH_SIZE = 20
 where users may have more than 30: each that goes has its user's whole list written again."""
 HEARTBEAT_BATCH_SIZE = 100
 """Heartbeats that one script takes, if users may have no more than 30 connections: about a millisecond."""
-LISTED_CONNECTIONS_PER_BATCH = 600
-"""Connections that may be in the lists of all users whose connections one cleanup script removes; five times as many of
-those whose heartbeats one script takes, for a refresh reads the list and seldom writes it."""
+LISTED_PER_CLEANUP_BATCH = 600
+"""Connections that may be in the lists of all users whose connections one cleanup script removes."""
+LISTED_PER_HEARTBEAT_BATCH = 3_000
+"""The same for the heartbeats of one script: a refresh reads the list and seldom writes it."""
 USERS_BATCH_SIZE = 100
 """Users that one script reads, if they may have no more than ten connections."""
 USERS_BATCH_CONNECTIONS = 1000
@@ -100,6 +104,7 @@ REGISTER = scripts.load(
         "events",
         "resumes",
     ),
+    has_acted=has_registered,
 )
 UNREGISTER = scripts.load(
     "unregister",
@@ -110,6 +115,7 @@ JOIN = scripts.load(
     "join",
     keys=("conn", "game_conns", "last_seen", "reply"),
     arguments=("key_lifetime_ms", "capacity", "epoch", "events"),
+    has_acted=has_joined,
 )
 LEAVE = scripts.load(
     "leave",
@@ -122,7 +128,12 @@ UPDATE_METADATA = scripts.load(
     arguments=("key_lifetime_ms", "metadata", "epoch", "events"),
 )
 HEARTBEAT = scripts.load("heartbeat", keys=("conn", "last_seen", "absent"), arguments=("key_lifetime_ms", "epoch"))
-HEARTBEATS = scripts.load("heartbeats", keys=("last_seen", "absent"), arguments=("key_lifetime_ms", "sids"))
+HEARTBEATS = scripts.load(
+    "heartbeats",
+    keys=("last_seen", "absent"),
+    arguments=("key_lifetime_ms", "sids"),
+    has_acted=scripts.acts_never,  # To be seen twice is as good as once.
+)
 CLEANUP = scripts.load(
     "cleanup",
     keys=("last_seen", "servers", "reply"),
@@ -136,6 +147,7 @@ CLEANUP = scripts.load(
         "events",
         "not_after_ms",
     ),
+    has_acted=has_cleaned_up,
 )
 START_SERVER = scripts.load(
     "start_server",
@@ -164,8 +176,6 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
 )
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit", "again"))
 
-NEWEST_RESUMES = "newest_resumes"
-REJECT_WHILE_ALIVE = "reject_while_alive"
 MAX_CAPACITY = 1_000_000
 
 MAX_EVENTS = 100_000_000
@@ -259,9 +269,8 @@ class Operations:
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
         self._users_batch_size = min(USERS_BATCH_SIZE, USERS_BATCH_CONNECTIONS // self._connections_per_user)
-        listed = LISTED_CONNECTIONS_PER_BATCH // self._connections_per_user
-        self._cleanup_batch_size = min(CLEANUP_BATCH_SIZE, listed)
-        self._heartbeat_batch_size = min(HEARTBEAT_BATCH_SIZE, 5 * listed)
+        self._cleanup_batch_size = min(CLEANUP_BATCH_SIZE, LISTED_PER_CLEANUP_BATCH // self._connections_per_user)
+        self._heartbeat_batch_size = min(HEARTBEAT_BATCH_SIZE, LISTED_PER_HEARTBEAT_BATCH // self._connections_per_user)
         policy: Displacement = arguments.check_choice("displacement", displacement, get_args(Displacement))
         self.server_id: str | None = None if server_id is None else arguments.encode("server_id", server_id).decode()
         self._server_grace_ms = self._grace_ms("server_grace_seconds", server_grace_seconds)
@@ -272,8 +281,8 @@ class Operations:
         self._conn_ttl = b"%d" % self._conn_ttl_ms
         self._key_lifetime = b"%d" % (self._conn_ttl_ms + RETENTION_MS)
         self._most_connections = b"" if self._connections_per_user == 1 else b"%d" % self._connections_per_user
-        self._reject = b"%d" % self._stale_ms if policy == REJECT_WHILE_ALIVE else b""
-        self._resumes = b"1" if policy == NEWEST_RESUMES else b""
+        self._reject = b"%d" % self._stale_ms if policy == "reject_while_alive" else b""
+        self._resumes = b"1" if policy == "newest_resumes" else b""
         prefix = f"{{{self.namespace}}}:".encode()
         self._conn_prefix = prefix + b"conn:"
         self._user_conns_prefix = prefix + b"user_conns:"
@@ -732,6 +741,12 @@ class Operations:
     def _beaten(self, reply: int) -> bool:
         self._beaten_at = monotonic()
         return bool(reply)
+
+
+def made_late(batch: Operation[CleanupBatch]) -> Operation[CleanupBatch]:
+    """Give the same batch of a cleanup, which does nothing any more unless it has run already."""
+    not_after = CLEANUP.arguments.index("not_after_ms")
+    return replace(batch, arguments=(*batch.arguments[:not_after], b"0", *batch.arguments[not_after + 1 :]))
 
 
 class Batches(Generic[Key, Result_co]):

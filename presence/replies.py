@@ -202,6 +202,21 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
     )
 
 
+def has_registered(reply: bytes) -> bool:
+    """Tell whether a register has done anything: it has, unless it was refused."""
+    return not reply.startswith(b" refused ", _TIME.size)
+
+
+def has_joined(reply: bytes | int) -> bool:
+    """Tell whether a join has taken place: then the answer is the game left, or empty."""
+    return isinstance(reply, bytes)
+
+
+def has_cleaned_up(reply: list[Any]) -> bool:
+    """Tell whether a batch of a cleanup reports anybody."""
+    return len(reply) > 2
+
+
 def parse_join(reply: bytes | int) -> JoinResult:
     """Parse the answer of a join."""
     return JoinResult(True, text_or_none(reply)) if isinstance(reply, bytes) else JoinResult(False, is_full=reply == 1)

@@ -13,7 +13,7 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff
 
 from presence.errors import as_fault
-from presence.scripts import READS
+from presence.scripts import BY_SHA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -71,24 +71,29 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
         failed = transient_faults([*replies.values()])
         if not failed:
             return
-        shas = [command[1] for command in request]
-        yield pause, {index: request[index] for index in with_what_follows(failed, shas, replies)}
+        yield pause, {index: request[index] for index in with_what_follows(failed, request, replies)}
 
 
 def with_what_follows(
-    refused: Sequence[int], shas: Sequence[str | bytes], replies: Sequence[Any] | dict[int, Any]
+    refused: Sequence[int], commands: Sequence[Command], replies: Sequence[Any] | dict[int, Any]
 ) -> list[int]:
     """Give the indexes of the calls that were refused and are to be repeated, and of those behind the first as well.
 
-    Of these only those that have just read, or found nothing to do: they may depend on what was refused, and however
-    late they run again, nothing is lost, for their answers have reported no change.
+    Of these only those that have just read, or found nothing to do: they may depend on what was refused, and nothing is
+    lost, for their answers have reported no change. But not where a call behind them has acted on the same connection
+    (all have its key first): an unregister that found nobody would end what was registered after it.
     """
-
-    def has_left_no_trace(index: int) -> bool:
-        reply = replies[index]
-        return not isinstance(reply, Exception) and (shas[index] in READS or not reply)
-
-    return sorted({*refused, *filter(has_left_no_trace, range(refused[0], len(shas)))})
+    repeated, acted_on = set(refused), set()
+    for index in range(len(commands) - 1, refused[0], -1):
+        script, reply = BY_SHA.get(commands[index][1]), replies[index]
+        if script is None or isinstance(reply, Exception):
+            continue
+        key = commands[index][3]
+        if script.has_acted(reply):
+            acted_on.add(key)
+        elif key not in acted_on:
+            repeated.add(index)
+    return sorted(repeated)
 
 
 def transient_faults(replies: Sequence[Any]) -> list[int]:

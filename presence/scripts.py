@@ -12,13 +12,11 @@ import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.resources.abc import Traversable
-
-READS: set[bytes] = set()
-"""The SHA1s of the scripts that were loaded and write nothing, as they declare to the server."""
 
 _INCLUDE = re.compile(r"^(?P<indent> *)-- @include (?P<name>\w+)$")
 _COMMENT = re.compile(r"^--\[\[.*?^\]\]\n|^ *--[^\n]*\n|^\n", re.DOTALL | re.MULTILINE)
@@ -98,6 +96,8 @@ class Script:
     arguments: tuple[str, ...]
     source: str = field(repr=False)
     sha: str = field(repr=False)
+    has_acted: Callable[[Any], bool] = field(default=bool, repr=False, compare=False)
+    """Tells by its reply whether a call has changed something that its caller must not lose sight of."""
     call: tuple[str | bytes, ...] = field(init=False, repr=False, compare=False)
     """The command that calls it, up to its keys."""
 
@@ -105,10 +105,22 @@ class Script:
         object.__setattr__(self, "call", ("EVALSHA", self.sha.encode(), b"%d" % len(self.keys)))
 
 
-def load(name: str, keys: tuple[str, ...], arguments: tuple[str, ...]) -> Script:
+BY_SHA: dict[str | bytes, Script] = {}
+"""The scripts that were loaded, by their SHA1s as commands name them."""
+
+
+def load(
+    name: str, keys: tuple[str, ...], arguments: tuple[str, ...], has_acted: Callable[[Any], bool] = bool
+) -> Script:
     """Load a script by name; its SHA1 is computed here, so no round trip is spent on asking for it."""
     source = without_comments(splice(lua_folder(), name))
-    script = Script(name, keys, arguments, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+    sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
     if source.startswith("#!lua flags=no-writes\n"):
-        READS.add(script.sha.encode())
+        has_acted = acts_never
+    script = BY_SHA[sha.encode()] = Script(name, keys, arguments, source, sha, has_acted)
     return script
+
+
+def acts_never(_: Any) -> bool:
+    """Tell that a script only reads, or that whatever it did may be done once more."""
+    return False

@@ -733,7 +733,7 @@ class ConnectionManager:
         where heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a
         threshold below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) On
         a manager that is closed already it ends at once, and logs an error: it may have been closed before the thread
-        began.
+        began. ``on_removed`` may close the manager itself, but not in another thread that it waits for.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
@@ -831,8 +831,9 @@ class ConnectionManager:
         all from the namespace's one node.
 
         Where one cannot run, since the server lost its script or is a replica, or (on a cluster) a node is away or the
-        slot moves, it is sent again, and with it what stands behind it and has only read or found nothing to do. But
-        what had changed something by then has run before it: call them one by one where that would do harm.
+        slot moves, it is sent again, and with it what stands behind it and has only read or found nothing to do (unless
+        something behind that has acted on the same connection). But what had changed something by then has run before
+        it: call them one by one where that would do harm.
 
         Args:
             operations: descriptions, from :attr:`operations`.
@@ -849,7 +850,7 @@ class ConnectionManager:
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
         and, where there are several, a microsecond for each KB of their scripts' sources, which are sent along: 22 KB
-        for a register, mostly 1 to 5.
+        for a register, 10 for an unregister, mostly 1 to 6.
 
         """
         return self._run(perform_all(check_operations(operations)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
@@ -13,10 +14,11 @@ import redis.retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ReadOnlyError
 
-from presence import CleanupResult, ConnectionInfo, JoinResult, Registration
+from presence import CleanupResult, ConnectionInfo, HeartbeatStatus, JoinResult, Registration, pooling
 from presence.exchanges import perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
-from presence.retrying import attempts
+from presence.retrying import attempts, with_what_follows
+from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy
 from tests.invariants import Keyspace, read_keyspace, violations
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from presence import Operation
-    from presence.sync import ConnectionManager
     from tests.conftest import Keys, ManagerFactory
     from tests.server import LocalServer
 
@@ -701,6 +702,114 @@ class TestWhatFollowsACallThatWasRefused:
         with pytest.raises(StopIteration) as finished:
             exchange.send([*answers, b"next game", 2])
         assert finished.value.value == [None, "game", "game", "next game", 2]
+
+    NOW = struct.pack("<d", 1_795_000_000_000_000)
+    FOLLOWING: ClassVar[dict[str, tuple[list[tuple[str, tuple[Any, ...], Any]], list[int]]]] = {
+        "a register that was refused": (
+            [("register_connection", ("b", "user"), NOW + b" refused 1  1 a0:1 user")],
+            [1],
+        ),
+        "a register": ([("register_connection", ("b", "user"), NOW)], []),
+        "a join that found the game full": ([("join_game", ("b", "game"), 1)], [1]),
+        "a join that found no connection": ([("join_game", ("b", "game"), 0)], [1]),
+        "a join that left no game": ([("join_game", ("b", "game"), b"")], []),
+        "heartbeats of which one was unknown": ([("heartbeat_batch", (["a", "b"],), [1, 0])], [1]),
+        "heartbeats that were all seen": ([("heartbeat_batch", (["a", "b"],), [])], [1]),
+        "a cleanup that found nobody": ([("cleanup_batch", (), [b"1795000000000", 0])], [1]),
+        "a cleanup that removed one": ([("cleanup_batch", (), [b"1795000000000", 1, b"c", b"0:1 user", b"1"])], []),
+        "an unregister before its register": (
+            [("unregister_connection", ("b",), []), ("register_connection", ("b", "user"), NOW)],
+            [],
+        ),
+        "an unregister before another's register": (
+            [("unregister_connection", ("b",), []), ("register_connection", ("c", "user"), NOW)],
+            [1],
+        ),
+        "a read before the change": (
+            [("get_connection", ("b",), []), ("update_metadata", ("b", "metadata"), 1), ("get_connection", ("b",), [])],
+            [3],
+        ),
+    }
+
+    @pytest.mark.parametrize(("following", "again"), FOLLOWING.values(), ids=FOLLOWING)
+    def test_is_told_by_each_script_in_its_own_way(
+        self, following: list[tuple[str, tuple[Any, ...], Any]], again: list[int]
+    ) -> None:
+        operations = Operations("ns")
+        described = [getattr(operations, name)(*arguments) for name, arguments, _ in following]
+        commands = [operations.leave_game("refused").command(), *(operation.command() for operation in described)]
+        replies = [ReadOnlyError("READONLY"), *(reply for *_, reply in following)]
+        assert with_what_follows([0], commands, replies) == [0, *again]
+
+    @pytest.mark.parametrize(
+        ("settings", "describe", "answers", "games"),
+        [
+            (
+                {"displacement": "reject_while_alive"},
+                lambda o: [o.unregister_connection("a"), o.register_connection("b", "user")],
+                lambda removed, made: removed.sid == "a" and made,
+                {"b": None},
+            ),
+            (
+                {"connections_per_user": 2},
+                lambda o: [o.leave_game("a"), o.register_connection("b", "user"), o.join_game("b", "game", capacity=1)],
+                lambda left, made, joined: left == "game" and made and joined,
+                {"a": None, "b": "game"},
+            ),
+            (
+                {},
+                lambda o: [o.register_connection("b", "user"), o.heartbeat_batch(["b"])],
+                lambda made, statuses: made and statuses == [HeartbeatStatus.SEEN],
+                {"b": None},
+            ),
+            (
+                {},
+                lambda o: [o.update_metadata("a", b"x"), o.join_game("a", "game"), o.leave_game("a")],
+                lambda is_there, joined, left: is_there and joined and left == "game",
+                {"a": None},
+            ),
+            (
+                {"connections_per_user": 2},
+                lambda o: [o.leave_game("a"), o.unregister_connection("b"), o.register_connection("b", "user")],
+                lambda left, removed, made: left == "game" and removed is None and made,
+                {"a": None, "b": None},
+            ),
+        ],
+        ids=[
+            "refused register",
+            "full game",
+            "unknown heartbeat",
+            "join of who is there",
+            "unregister before register",
+        ],
+    )
+    def test_leaves_what_all_would_in_their_order(
+        self,
+        server_url: str,
+        namespace: str,
+        monkeypatch: pytest.MonkeyPatch,
+        settings: dict[str, Any],
+        describe: Callable[[Operations], list[Operation[Any]]],
+        answers: Callable[..., object],
+        games: dict[str, str | None],
+    ) -> None:
+        send, has_lost_one = pooling.send, False
+
+        def lose_the_first_script(pool: Any, request: Any) -> list[Any]:
+            nonlocal has_lost_one
+            if has_lost_one:
+                return send(pool, request)
+            has_lost_one = True
+            lost = next(index for index, command in enumerate(request) if command[0] == "EVALSHA")
+            replies = send(pool, [command for index, command in enumerate(request) if index != lost])
+            return [*replies[:lost], NoScriptError("NOSCRIPT"), *replies[lost:]]
+
+        with ConnectionManager.from_url(server_url, namespace=namespace, **settings) as manager:
+            manager.register_connection("a", "user")
+            manager.join_game("a", "game")
+            monkeypatch.setattr(pooling, "send", lose_the_first_script)
+            assert answers(*manager.pipeline(describe(manager.operations)))
+            assert {one.sid: one.game_id for one in manager.get_all_user_connections("user")} == games
 
     def test_so_it_is_on_a_cluster(self) -> None:
         fault = redis.ConnectionError("the connection broke")
