@@ -112,8 +112,9 @@ for number = 1, math.min(#servers, most_starts) do
       found[#found + 1] = {sid = sid, score = scores[index] or '0', server = server}
     end
     -- One that is alive stays known, for it tells that those before it were replaced.
-    local seen = server_id == '' and 0 or tonumber(redis.call('ZSCORE', servers_key, server))
-    if #sids < limit and seen < now_ms - server_threshold_ms then
+    local is_dead = server_id == ''
+      or tonumber(redis.call('ZSCORE', servers_key, server)) < now_ms - server_threshold_ms
+    if is_dead and #sids < limit then
       emptied[#emptied + 1] = server
     end
   end

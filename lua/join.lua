@@ -9,8 +9,8 @@ open every member's record.
 KEYS  conn, game_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), capacity ('' = any number), epoch ('' = any),
       events ('' = off)
-Reply the game left, '' when it left none; 0 when there is no such live connection, or it is not the registration of
-      that epoch; 1 when the game is full
+Reply when it is in the game now, the game left, '' for none; else a number: 0 when there is no such live connection,
+      or it is not the registration of that epoch; 1 when the game is full
 Cost  O(1); O(M) when capacity members or more are listed, M = connections in the game
 Error OOM when the server's memory is full; nothing is changed then
 ]]

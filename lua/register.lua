@@ -104,7 +104,7 @@ if is_usual then
   end
 end
 
-local stay, plan, other_record, other_game_id, other_server = '', nil, nil, nil, nil
+local stay, plan, is_displaced, other_record, other_game_id, other_server = '', nil, false, nil, nil, nil
 if is_usual and other then
   local other_key = key_prefix .. 'conn:' .. other
   other_record = call('GETDEL', other_key)
@@ -120,7 +120,8 @@ if is_usual and other then
       other_game_id, other_server = split_owned(other_key, other_record, user_id, key_lifetime_ms)
     end
   end
-  if other_game_id then
+  is_displaced = other_game_id
+  if is_displaced then
     -- See event, which would format the lengths: that takes longer than the rest.
     answer = answer .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record
   end
@@ -203,7 +204,7 @@ list = stay .. sid_length .. ':' .. sid .. '=' .. token .. answer
 
 -- 7. The user's list, and what is shared with others: the TTL of last_seen, and the server.
 local is_due = true
-if other_game_id then
+if is_displaced then
   -- To come back counts as a heartbeat, which refreshes TTLs by chance.
   -- @include random_number
   -- @include refresh_interval_ms
@@ -229,7 +230,7 @@ if server ~= '' then
 end
 
 -- 8. The end of those that go, whose records and places in the user's list are gone already.
-if other_game_id then
+if is_displaced then
   -- @include drop_from_indexes
   drop_from_indexes(key_prefix, last_seen_key, other, other_game_id, other_server)
 elseif plan then
@@ -250,10 +251,10 @@ if events ~= '' then
     local registered = event('', 'registered', sid, record, now_ms)
     message = now_ms .. registered .. ' user_online' .. registered:sub(#' registered' + 1)
   else
-    local displaced = other_game_id and {
+    local displaced = is_displaced and {
       sid = other, record = other_record, score = other_score, game_id = other_game_id,
     }
-    plan = plan or {gone = {displaced}, was_online = true}
+    local changes = plan or {gone = {displaced}, was_online = true}
     local connection = {sid = sid, record = record, score = now_ms, game_id = game_id}
     local told = {now_ms}
     -- @include has_attached
@@ -263,7 +264,7 @@ if events ~= '' then
         channels[#channels + 1] = 'game:' .. of.game_id
       end
     end
-    local replaced, resumed = plan.replaced, plan.resumed
+    local replaced, resumed = changes.replaced, changes.resumed
     if replaced then
       tell('displaced', replaced)
       if replaced.user_id ~= user_id then
@@ -274,14 +275,14 @@ if events ~= '' then
         end
       end
     end
-    for _, gone in ipairs(plan.gone) do
+    for _, gone in ipairs(changes.gone) do
       tell('displaced', gone)
     end
     tell(resumed and 'resumed' or 'registered', connection)
     if resumed then
       tell('resumed_from', resumed)
     end
-    if not plan.was_online then
+    if not changes.was_online then
       tell('user_online', connection)
     end
     message = table.concat(told)

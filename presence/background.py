@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from presence import arguments
 from presence.errors import PresenceError
-from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS
+from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS, made_late
 
 if TYPE_CHECKING:
     from presence.operations import Operation, Operations
@@ -91,7 +90,7 @@ class RepeatedCleanup:
         self._answered_ms = None
         if self._goes_by_heartbeats:
             # The same operation, which may not run any more; if it has, it is answered as before.
-            self._operation = replace(self._operation, arguments=(*self._operation.arguments[:-1], b"0"))
+            self._operation = made_late(self._operation)
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         pause = min(self._interval, RESENDING_SECONDS if is_kept else self._operations.heartbeat_seconds)

@@ -145,7 +145,7 @@ class HeartbeatStatus(Enum):
     EXPIRED = "expired"
     """It had not been seen for ``conn_ttl_seconds``, or its grace is over, and no cleanup has removed it yet."""
     DETACHED = "detached"
-    """Its socket was reported as gone, and only its seat is kept."""
+    """Its socket was reported as gone, or its game server was taken for dead, and only its seat is kept."""
 
     def __bool__(self) -> bool:
         return self is HeartbeatStatus.SEEN
@@ -215,7 +215,8 @@ class CleanupResult:
     error: PresenceError | None = None
     """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
     detached: tuple[ConnectionInfo, ...] = ()
-    """The connections of dead game servers that this call detached, as they are now. No other call reports them."""
+    """The connections that this call detached, as they are now: those of dead game servers, and stale ones whose server
+    has missed a heartbeat and a half. No other call reports them."""
 
     def __bool__(self) -> bool:
         return bool(self.removed or self.detached)

@@ -40,8 +40,8 @@ local function plan_registration(
   local function holds(score)
     return is_live(score) or is_seat(score)
   end
-  -- Of those that hold a place. Nobody is where the newest wins.
-  local function is_alive(score)
+  -- Seen so recently that the policy refuses a newer one; none is where the newest wins.
+  local function keeps_others_out(score)
     return reject_ms > 0 and tonumber(score) >= now_ms - reject_ms
   end
 
@@ -61,14 +61,15 @@ local function plan_registration(
     end
   end
 
-  -- 2. The user's other connections: how many there will be with the new one, who is alive, whose seat can be resumed.
+  -- 2. The user's other connections: how many there will be with the new one, which keep it out, and whose seat can be
+  -- resumed.
   local count, alive, seat_index = 1, {}, nil
   for index, other in ipairs(others) do
     local score = scores[index] or 0
     plan.was_online = plan.was_online or (scores[index] and tonumber(score) >= 0)
     if other ~= sid and holds(score) then
       count = count + 1
-      if is_alive(score) then
+      if keeps_others_out(score) then
         alive[#alive + 1] = index
       elseif is_seat(score) and not plan.own then
         seat_index = index
@@ -96,7 +97,7 @@ local function plan_registration(
   for index, other in ipairs(others) do
     local score = scores[index] or 0
     if other ~= sid and index ~= seat_index then
-      if holds(score) and (count <= connections_per_user or is_alive(score)) then
+      if holds(score) and (count <= connections_per_user or keeps_others_out(score)) then
         plan.stay[#plan.stay + 1] = other
       else
         plan.gone[#plan.gone + 1] = take(other, score)

@@ -2,8 +2,9 @@
 -- @include split_sids
 -- @include make_sids
 -- @include is_recent
--- Keep every key that a connection lives in from expiring. False when its record was evicted: then nothing of it is
--- left but its entry in last_seen, which goes too.
+-- Keep every key that a connection lives in from expiring; mend its user's list, where that was evicted, and rid it of
+-- an old answer. False when its record was evicted: then nothing of it is left but its entry in last_seen, which goes
+-- too.
 local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now_ms)
   local conn_key = key_prefix .. 'conn:' .. sid
   local record = redis.call('GET', conn_key)
