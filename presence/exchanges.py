@@ -57,7 +57,12 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
 
 def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
-    commands = [operation.command() for operation in operations]
+
+    def to_repeat(refused: list[int]) -> list[int]:
+        if not in_order or len(operations) == 1:
+            return refused
+        return with_what_follows(refused, [operation.command() for operation in operations], replies)
+
     for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
@@ -68,9 +73,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             if isinstance(loaded, Exception):
                 failed[script] = loaded
         # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-        to_repeat = with_what_follows(missed, commands, replies) if in_order else missed
-        again = [index for index in to_repeat if operations[index].script not in failed]
-        repeated = (yield [commands[index] for index in again]) if again else []
+        again = [index for index in to_repeat(missed) if operations[index].script not in failed]
+        repeated = (yield [operations[index].command() for index in again]) if again else []
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
@@ -81,7 +85,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
         # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
-        first, *rest = with_what_follows(refused, commands, replies) if in_order else refused
+        first, *rest = to_repeat(refused)
         (results[first],) = yield from attempt_all((operations[first],), in_order=in_order)
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from attempt_all([operations[index] for index in rest], in_order=in_order)
