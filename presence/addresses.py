@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis.connection
+from redis.retry import AbstractRetry
 
 from presence import arguments
 
@@ -37,6 +38,9 @@ _QUOTING = {
 """How the errors begin that quote what may be a password, and what is said instead."""
 
 _QUOTING_HINT = "special characters in a password must be percent-encoded"
+
+MAX_CONNECTIONS = 1 << 31
+"""As many as redis-py's own pools have at most."""
 
 PROTOCOLS = (None, 2, 3, "2", "3")
 """The versions of RESP, as redis-py takes them."""
@@ -188,6 +192,14 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
             if name in own:
                 hint = f"{name} is one of from_url() itself"
             raise ValueError(f"url is malformed: an option in it does not exist; {hint}")
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if given.get(name) is not None:
+            arguments.milliseconds(name, given[name])
+    if "max_connections" in given:
+        arguments.check_count("max_connections", given["max_connections"], MAX_CONNECTIONS)
+    retry = given.get("retry")
+    if retry is not None and not isinstance(retry, AbstractRetry):
+        raise TypeError(f"retry must be a redis-py Retry, not {type(retry).__name__}: {arguments.shown(retry)}")
     # Two that exist, but would be a fault of every call.
     if "ssl" in given and address.deployment == "server":
         raise TypeError("from_url() has no option 'ssl' for one server: its URL says so, redis:// or rediss://")

@@ -95,7 +95,8 @@ _Explanation: TypeAlias = "tuple[type[PresenceError], str]"
 _CREDENTIALS: _Explanation = (
     AuthenticationFailedError,
     "the server asks for a user name and password, or did not accept these; correct them in the URL "
-    "(redis://user:password@host:port/0) or in the server's ACL",
+    "(redis://user:password@host:port/0, or redis://:password@host:port/0 where there is no user) or in the server's "
+    "ACL",
 )
 _SENTINEL_CREDENTIALS: _Explanation = (
     AuthenticationFailedError,
@@ -156,7 +157,8 @@ _BY_CODE: dict[str, _Explanation] = {
     "WRONGTYPE": _FOREIGN_DATA,
     "NOAUTH": (
         AuthenticationFailedError,
-        "the server asks for a password; put it into the URL (redis://user:password@host:port/0)",
+        "the server asks for a password; put it into the URL, after a colon: redis://:password@host:port/0, or "
+        "redis://user:password@host:port/0 for an ACL user",
     ),
 }
 
