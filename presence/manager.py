@@ -83,6 +83,13 @@ class _OpenClient:
                 return
 
 
+_OTHER_LOOP = ("Event loop is closed", "attached to a different loop")
+"""What asyncio says of a connection that another event loop opened."""
+CLIENT_OF_ANOTHER_LOOP = (
+    "the client that was passed in has connections of another event loop: make it, and the manager, inside the loop "
+    "that uses them, or use ConnectionManager.from_url, which serves any number of loops"
+)
+
 _step: ContextVar[asyncio.Future[float | None] | None] = ContextVar("presence_step", default=None)
 """The step of a repetition in which the code runs, if any: tasks inherit it from who begins them."""
 
@@ -250,6 +257,9 @@ class ConnectionManager:
         addresses.check_options(manager._address, client_options, redis.asyncio, cls)
         manager._client_options = client_options
         return manager
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.{type(self).__qualname__} {self.operations!r}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -786,7 +796,7 @@ class ConnectionManager:
         """
         arguments.check_callback("on_removed", on_removed, is_awaited=True)
         cleanup = RepeatedCleanup(self.operations, interval_seconds, threshold_seconds)
-        return self._repeat(lambda: self._clean_up_batch(cleanup, on_removed), self._closes, to_its_end=True)
+        return self._named("run_cleanup", lambda: self._clean_up_batch(cleanup, on_removed), to_its_end=True)
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
         """Beat for this game server at once and then again and again, until the manager is closed.
@@ -807,7 +817,15 @@ class ConnectionManager:
 
         """
         heartbeat = RepeatedServerHeartbeat(self.operations, interval_seconds)
-        return self._repeat(lambda: self._beat_for_server(heartbeat), self._closes, to_its_end=False)
+        return self._named("run_server_heartbeat", lambda: self._beat_for_server(heartbeat), to_its_end=False)
+
+    def _named(
+        self, name: str, step: Callable[[], Coroutine[Any, Any, float | None]], *, to_its_end: bool
+    ) -> Coroutine[Any, Any, None]:
+        """Give the coroutine that repeats a step, under the name by which whoever forgets to await it knows it."""
+        repeating: Any = self._repeat(step, self._closes, to_its_end=to_its_end)
+        repeating.__name__, repeating.__qualname__ = name, f"{type(self).__qualname__}.{name}"
+        return repeating  # type: ignore[no-any-return]
 
     async def _repeat(
         self, step: Callable[[], Coroutine[Any, Any, float | None]], closes: int, *, to_its_end: bool
@@ -980,6 +998,10 @@ class ConnectionManager:
         send = partial(self._send, open_client) if alone or open_client.shared is None else open_client.shared.send
         try:
             return await self._converse(asked, send)
+        except RuntimeError as error:
+            if self._given_client is not None and any(told in str(error) for told in _OTHER_LOOP):
+                raise RuntimeError(CLIENT_OF_ANOTHER_LOOP) from error
+            raise
         finally:
             open_client.in_flight -= 1
             if not open_client.in_flight:

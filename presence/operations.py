@@ -70,6 +70,11 @@ SERVER_IS_SILENT = (
     "all of its players, whether these beat or not; keep run_server_heartbeat() running in the background"
 )
 
+EXPIRES_EARLY = (
+    "conn_ttl_seconds (%g) is not longer than heartbeat_seconds (%g): connections expire between two heartbeats; make "
+    "it longer than three"
+)
+
 CLEANUP_BATCH_SIZE = 20
 """Connections that one cleanup script removes, if their records hold no more than 25 KiB: below a millisecond. Fewer
 where users may have more than 30: each that goes has its user's whole list written again."""
@@ -265,6 +270,8 @@ class Operations:
         self._conn_ttl_ms = arguments.milliseconds("conn_ttl_seconds", conn_ttl_seconds)
         self._stale_ms = HEARTBEATS_UNTIL_STALE * arguments.milliseconds("heartbeat_seconds", heartbeat_seconds)
         self.heartbeat_seconds = heartbeat_seconds
+        if conn_ttl_seconds <= heartbeat_seconds:
+            logger.warning(EXPIRES_EARLY, conn_ttl_seconds, heartbeat_seconds)
         self._connections_per_user = arguments.check_count(
             "connections_per_user", connections_per_user, MAX_CONNECTIONS_PER_USER
         )
@@ -333,7 +340,14 @@ class Operations:
             raise ServerNotStartedError
         return f"{self.boot_epoch}:{self.server_id}".encode()
 
+    def __repr__(self) -> str:
+        server = "" if self.server_id is None else f" server_id={self.server_id!r}"
+        return f"namespace={self.namespace!r}{server}"
+
     def _warn_if_silent(self) -> None:
+        """Warn once where a game server that has started sends no heartbeats: its players are about to be taken."""
+        if self.boot_epoch is None:
+            return
         silence = monotonic() - self._beaten_at
         if silence > SERVER_HEARTBEATS_UNTIL_WARNING * self.heartbeat_seconds:
             logger.warning(SERVER_IS_SILENT, self.server_id, silence)
@@ -360,8 +374,7 @@ class Operations:
         user_bytes = arguments.encode_user_id("user_id", user_id)
         metadata_bytes = b"" if metadata is None else arguments.encode_metadata(metadata)
         server = self._server()
-        if server:
-            self._warn_if_silent()
+        self._warn_if_silent()
         return Operation(
             REGISTER,
             (
@@ -452,6 +465,7 @@ class Operations:
     def update_heartbeat(self, sid: str, *, epoch: int | None = None) -> Operation[bool]:
         """Describe a heartbeat."""
         sid_bytes = arguments.encode("sid", sid)
+        self._warn_if_silent()
         return Operation(
             HEARTBEAT,
             (self._conn(sid_bytes), *self._guarded_keys),
@@ -473,6 +487,7 @@ class Operations:
         sids_bytes = [arguments.encode("each of sids", sid) for sid in arguments.check_iterable("sids", sids)]
         if not 1 <= len(sids_bytes) <= self._heartbeat_batch_size:
             raise ValueError(f"sids must be 1 to {self._heartbeat_batch_size} ids, not {len(sids_bytes)}")
+        self._warn_if_silent()
         return Operation(
             HEARTBEATS,
             self._guarded_keys,
@@ -691,6 +706,7 @@ class Operations:
             else arguments.milliseconds("threshold_seconds", threshold_seconds, allow_zero=True)
         )
         not_after = arguments.encode_number("not_after_ms", not_after_ms)
+        self._warn_if_silent()
         return self._clean_up(threshold_ms, self._server_grace_ms, b"", not_after)
 
     def cleanup_server_batch(self, server_id: str, *, grace_seconds: float | None = None) -> Operation[CleanupBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 from presence.arguments import milliseconds
@@ -151,8 +151,8 @@ class HeartbeatStatus(Enum):
         return self is HeartbeatStatus.SEEN
 
 
-class EventType(Enum):
-    """What happened to a connection, or to its user."""
+class EventType(StrEnum):
+    """What happened to a connection, or to its user; each equals its text, as ``EventType.JOINED == "joined"``."""
 
     REGISTERED = "registered"
     """It was registered, or registered again."""

@@ -7,6 +7,7 @@ the client like any other operation, and a fault there loses nothing.
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
@@ -236,6 +237,8 @@ class AsyncSubscription(_Subscription):
         self._client = client
         self._silent_since = 0.0
         """Since when nothing came through pub/sub; whoever waits for a moment each time waits on."""
+        self._waiting: asyncio.Task[Any] | None = None
+        """The task that waits for the next event."""
 
     async def __aenter__(self) -> Self:
         feed = self._feed
@@ -281,18 +284,25 @@ class AsyncSubscription(_Subscription):
         return self
 
     async def __anext__(self) -> Event:
-        while self._is_open:
-            if self._feed.has_events:
-                return self._feed.give()
-            self._check_that_nothing_is_lost()
-            if self._feed.is_stream:
-                await self._run(self._feed.read())
-                if self._feed.is_at_end:
-                    fault = await self._wait(self._feed.wait(self._socket_timeout))
-                    if fault is not None:
-                        raise explain(fault)
-            else:
-                await self._receive()
+        task, waiting = asyncio.current_task(), self._waiting
+        if waiting is not None and waiting is not task and not waiting.done():
+            raise RuntimeError("another task waits for this subscription's next event: subscribe once for each task")
+        try:
+            self._waiting = task
+            while self._is_open:
+                if self._feed.has_events:
+                    return self._feed.give()
+                self._check_that_nothing_is_lost()
+                if self._feed.is_stream:
+                    await self._run(self._feed.read())
+                    if self._feed.is_at_end:
+                        fault = await self._wait(self._feed.wait(self._socket_timeout))
+                        if fault is not None:
+                            raise explain(fault)
+                else:
+                    await self._receive()
+        finally:
+            self._waiting = None
         self._check_that_it_was_entered("async with")
         raise StopAsyncIteration
 

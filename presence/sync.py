@@ -256,6 +256,9 @@ class ConnectionManager:
         # The list is made in one step; to go through the dict itself would take several.
         return [known for _, known in list(self._calls.values())]
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.{type(self).__qualname__} {self.operations!r}>"
+
     def __enter__(self) -> Self:
         self._is_closed = False
         return self

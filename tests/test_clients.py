@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import re
 import signal
 import threading
 import time
@@ -238,6 +239,51 @@ class TestEventLoops:
         removed = asyncio.run(unregister())
         assert removed is not None
         assert (removed.sid, removed.user_id) == (sid, str(user_id))
+
+    @pytest.mark.parametrize("is_closed", [True, False])
+    @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Nobody can close what belongs to a loop that is closed.
+    def test_a_client_of_another_one_is_named(self, server_url: str, namespace: str, is_closed: bool) -> None:
+        manager = presence.ConnectionManager(redis.asyncio.Redis.from_url(server_url), namespace=namespace)
+        with asyncio.Runner() as one, asyncio.Runner() as other:
+            assert one.run(manager.get_connection_count()) == 0
+            if is_closed:
+                one.close()
+            with pytest.raises(
+                RuntimeError, match="connections of another event loop: make it, and the manager"
+            ):
+                other.run(manager.get_connection_count())
+        del manager
+        gc.collect()
+
+
+def forget(call: Callable[[], object]) -> None:
+    call()
+    gc.collect()
+
+
+def test_a_loop_that_was_forgotten_has_its_name(server_url: str) -> None:
+    manager = presence.ConnectionManager.from_url(server_url, server_id="server")
+    for name in ("run_cleanup", "run_server_heartbeat"):
+        with pytest.warns(RuntimeWarning, match=f"coroutine 'ConnectionManager.{name}' was never awaited"):
+            forget(getattr(manager, name))
+
+
+@pytest.mark.parametrize("kind", [presence.ConnectionManager, presence.sync.ConnectionManager])
+def test_a_manager_shows_which_one_it_is(kind: Any) -> None:
+    assert repr(kind(namespace="eu")) == f"<{kind.__module__}.ConnectionManager namespace='eu'>"
+    shown = repr(kind.from_url("redis://:secret@host", server_id="eu-7"))
+    assert shown == f"<{kind.__module__}.ConnectionManager namespace='presence' server_id='eu-7'>"
+
+
+@pytest.mark.parametrize(
+    ("conn_ttl_seconds", "is_told"), [(30, True), (30.1, False)], ids=["as short as the heartbeats", "longer"]
+)
+def test_connections_that_expire_between_two_heartbeats_are_told_of(
+    caplog: pytest.LogCaptureFixture, conn_ttl_seconds: float, is_told: bool
+) -> None:
+    presence.ConnectionManager(conn_ttl_seconds=conn_ttl_seconds)
+    told = "conn_ttl_seconds (30) is not longer than heartbeat_seconds (30)"
+    assert [message.startswith(told) for message in caplog.messages] == [True] * is_told
 
 
 OPENING_SECONDS = 0.4
@@ -785,6 +831,22 @@ class TestTheOptionsOfAClient:
         for url, given in (("unix:///one?protocol=2", {}), ("unix:///one", {"protocol": 2})):
             protocol = CONNECT[kind](addresses.parse(url), given).connection_pool.connection_kwargs["protocol"]
             assert int(protocol) == 2  # redis-py 7.4 takes it from a URL as text.
+
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ({"socket_timeout": "5"}, "socket_timeout must be a number of seconds, not str: '5'"),
+            ({"socket_connect_timeout": -1}, "socket_connect_timeout must be positive, not -1"),
+            ({"retry": 3}, "retry must be a redis-py Retry, not int: 3"),
+            ({"max_connections": "64"}, "max_connections must be an int, not str: '64'"),
+            ({"max_connections": 0}, "max_connections must be from 1 to"),
+        ],
+    )
+    def test_that_redis_py_would_stumble_over_are_named(self, kind: str, given: dict[str, Any], told: str) -> None:
+        manager = presence.ConnectionManager if kind == "asyncio" else presence.sync.ConnectionManager
+        with pytest.raises((TypeError, ValueError), match=re.escape(told)):
+            manager.from_url("redis://localhost", **given)
+        manager.from_url("redis://localhost", socket_timeout=None, socket_connect_timeout=None, max_connections=1)
 
     @staticmethod
     def limits(client: Any) -> tuple[int, float]:

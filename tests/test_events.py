@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -1488,3 +1489,26 @@ def test_who_is_interrupted_anywhere_misses_nothing_or_is_told(
     """As by a signal's handler that raises."""
     with ThreadPoolExecutor(1) as thread:  # Where a trace function raises in a handler, Python may never leave that.
         thread.submit(interrupt_everywhere, server_url, namespace, mode).result()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_tasks_cannot_wait_for_one_subscription(server_url: str, namespace: str, mode: EventsMode) -> None:
+    """Both would be given the same event."""
+
+    async def work() -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode)
+        async with manager, manager.subscribe() as events:
+            waiting = asyncio.create_task(anext(events))
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="another task waits for this subscription's next event"):
+                await anext(events)
+            await manager.register_connection("sid", "user")
+            assert (await waiting).type == EventType.REGISTERED
+            # One task after the other may, also where the one before was cancelled.
+            assert (await asyncio.create_task(anext(events))).type == EventType.USER_ONLINE
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(events), 0.01)
+            await manager.unregister_connection("sid")
+            assert json.dumps((await anext(events)).type) == '"unregistered"'
+
+    asyncio.run(work())

@@ -623,6 +623,33 @@ def test_a_manager_whose_server_does_not_beat_says_once_that_its_players_will_be
     assert "run_server_heartbeat()" in message
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda manager: manager.update_heartbeat("sid"),
+        lambda manager: manager.update_heartbeats(["sid"]),
+        lambda manager: manager.cleanup_stale_connections(),
+    ],
+    ids=["heartbeat", "heartbeats", "cleanup"],
+)
+def test_it_says_so_where_nobody_new_comes_as_well(
+    make_manager: ManagerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    work: Callable[[ConnectionManager], object],
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
+    manager, another = make_manager(server_id="server", heartbeat_seconds=10), make_manager(server_id="not started")
+    manager.register_connection("sid", "user")
+    for later in (20, 21, 22):
+        now = later
+        work(manager)
+        work(another)
+    (message,) = caplog.messages
+    assert message.startswith("the game server 'server' has sent no heartbeat for 21 s")
+
+
 class TestRunServerHeartbeat:
     """It beats at once and then again and again, and ends with its manager or when it was replaced."""
 
