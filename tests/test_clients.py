@@ -248,9 +248,7 @@ class TestEventLoops:
             assert one.run(manager.get_connection_count()) == 0
             if is_closed:
                 one.close()
-            with pytest.raises(
-                RuntimeError, match="connections of another event loop: make it, and the manager"
-            ):
+            with pytest.raises(RuntimeError, match="connections of another event loop: make it, and the manager"):
                 other.run(manager.get_connection_count())
         del manager
         gc.collect()

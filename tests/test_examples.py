@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ import presence
 from examples import socketio_server
 from presence.sync import ConnectionManager
 from tests.fault_calls import one_attempt
+from tests.server import free_port
+from tests.watching import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from presence import Event
     from tests.server import LocalServer
@@ -68,7 +71,7 @@ def snippet(file: str, heading: str) -> str:
 
 @pytest.mark.parametrize(
     ("file", "heading"),
-    [("README.md", "Game servers and metadata"), ("README.md", "Events"), ("docs/operating.md", "Blocking code")],
+    [("README.md", "Game servers and metadata"), ("README.md", "Events")],
 )
 def test_the_other_examples_print_what_they_say(server_url: str, namespace: str, file: str, heading: str) -> None:
     code = snippet(file, heading)
@@ -125,6 +128,92 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
         await manager.aclose()
 
     asyncio.run(run())
+
+
+def test_the_example_of_plain_websockets_does_not_keep_who_cannot_be_registered_waiting(namespace: str) -> None:
+    class Socket:
+        code = None
+
+        async def close(self, code: int) -> None:
+            self.code = code
+
+    async def run() -> None:
+        example: dict[str, Any] = {}
+        url = f"redis://127.0.0.1:{free_port()}/0"
+        exec(in_namespace(snippet("docs/operating.md", "Plain WebSockets"), url, namespace), example)
+        socket = Socket()
+        serving = asyncio.create_task(example["serve"](socket, "alice"))
+        await until(lambda: socket.code == 1013)
+        with pytest.raises(presence.ServerUnreachableError):
+            await serving  # To unregister has failed as well.
+        await example["presence"].aclose()
+
+    asyncio.run(run())
+
+
+class BlockingSocket:
+    """A WebSocket as a thread of a server has it."""
+
+    def __init__(self) -> None:
+        self.is_closed = threading.Event()
+
+    def close(self) -> None:
+        self.is_closed.set()
+        raise OSError("it is dead already")
+
+    def __iter__(self) -> Iterator[str]:
+        self.is_closed.wait()
+        return iter(())
+
+
+def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told_to_end(
+    server_url: str, namespace: str
+) -> None:
+    code = in_namespace(snippet("docs/operating.md", "Blocking code"), server_url, namespace)
+    example: dict[str, Any] = {}
+    exec(code.replace("HEARTBEAT_SECONDS = 30", "HEARTBEAT_SECONDS = 1"), example)
+    manager, failures = example["manager"], []
+
+    def serve(socket: BlockingSocket, user_id: str) -> threading.Thread:
+        thread = threading.Thread(target=example["serve"], args=(socket, user_id))
+        thread.start()
+        wait_until(lambda: socket in example["sockets"].values())
+        return thread
+
+    def play() -> None:
+        try:
+            first, second, bob = BlockingSocket(), BlockingSocket(), BlockingSocket()
+            threads = [serve(first, "alice"), serve(second, "alice"), serve(bob, "bob")]
+            assert first.is_closed.wait(10)
+            assert not second.is_closed.is_set()
+            # What another server's register displaces is closed at the next heartbeat.
+            with ConnectionManager.from_url(server_url, namespace=namespace) as elsewhere:
+                elsewhere.register_connection("elsewhere", "alice")
+                assert second.is_closed.wait(10)
+                elsewhere.unregister_connection("elsewhere")
+            assert manager.is_user_online("bob")
+            os.kill(os.getpid(), signal.SIGTERM)
+            for thread in threads:
+                thread.join(10)
+        except BaseException as error:
+            failures.append(error)
+            example["stopping"].set()
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        player = threading.Thread(target=play)
+        player.start()
+        example["main"]()
+        player.join(10)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert failures == []
+    assert example["sockets"] == {}
+    with ConnectionManager.from_url(server_url, namespace=namespace) as after:
+        assert not after.is_user_online("bob")
+        assert after.register_connection("resuming", "bob").resumed
+        after.unregister_connection("resuming")
+    manager.close()
 
 
 def test_the_example_of_socketio_misses_nothing_in_an_outage(own_server: LocalServer) -> None:
