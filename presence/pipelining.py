@@ -169,7 +169,9 @@ class SharedConnection:
 
     def _take_unanswered(self) -> list[_Request]:
         """Take all that is not answered off the wire, as if nothing of it had been sent."""
-        requests = [request for request in (*self._refused, *self._sent, *self._waiting) if not request.answer.done()]
+        # One that was on its way from one to another when a signal's handler raised is in both.
+        listed = dict.fromkeys((*self._refused, *self._sent, *self._waiting))
+        requests = [request for request in listed if not request.answer.done()]
         for taken_from in (self._refused, self._sent, self._waiting):
             taken_from.clear()
         self._commands_sent = self._bytes_sent = 0
@@ -181,6 +183,7 @@ class SharedConnection:
         """Converse over a connection until there is nothing left to send, or it was kept for long enough."""
         self._session_end = self._loop.time() + SESSION_SECONDS
         self._fault = None
+        self._write_is_due = False  # Nor is one that a signal's handler has kept from being made.
         try:
             await connection.retry.call_with_retry(
                 partial(self._attempt, connection), partial(self._disconnect, connection)
@@ -349,9 +352,15 @@ class SharedConnection:
         self._write_is_due = False
         connection = self._reading
         if connection is not None and _writes_plainly(connection):
-            taken = self._take_more(connection)
-            if taken:
-                _write(connection, taken)
+            try:
+                taken = self._take_more(connection)
+                if taken:
+                    _write(connection, taken)
+            except BaseException:
+                # A signal's handler raised: what counts as sent may not be on the wire, so all of it begins anew.
+                if self._runner is not None:
+                    self._runner.cancel()
+                raise
 
 
 async def _close_free(pool: ConnectionPool) -> None:

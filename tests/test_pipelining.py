@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import linecache
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -882,6 +884,65 @@ class SlowConnection(redis.asyncio.Connection):
     async def read_response(self, *arguments: Any, **options: Any) -> Any:
         await asyncio.sleep(self.seconds)
         return await super().read_response(*arguments, **options)
+
+
+def test_an_interruption_in_any_line_gives_no_call_the_reply_to_another(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's handler may raise wherever the loop is just then; who was not interrupted goes on with the loop."""
+    monkeypatch.setattr(SlowConnection, "seconds", 0.0005)  # So calls come while the replies to others are awaited.
+    carrying = {"_take", "_take_more", "_write_beside", "_write", "_read", "_converse", "_keep_unanswered", "_answer"}
+    lines = 0
+    interrupted: Counter[str] = Counter()
+
+    async def ask_twice(manager: presence.ConnectionManager, number: int) -> list[str | None]:
+        found = []
+        for _ in range(2):
+            for _ in range(number):
+                await asyncio.sleep(0)
+            found.append(await manager.get_connection(f"sid-{number}"))
+        return [one and one.user_id for one in found]
+
+    async def register_all(manager: presence.ConnectionManager) -> None:
+        for number in range(4):
+            await manager.register_connection(f"sid-{number}", f"user-{number}")
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        code = frame.f_code
+        if code.co_filename != pipelining.__file__ or code.co_name not in carrying:
+            return None
+        # Python looks for signals at calls and jumps, and a `try` is neither.
+        if event == "line" and linecache.getline(code.co_filename, frame.f_lineno).strip() != "try:":
+            lines += 1
+            if lines == at_line:
+                caller = frame.f_back and frame.f_back.f_back
+                interrupted["beside" if caller and caller.f_code.co_name == "_write_beside" else code.co_name] += 1
+                raise KeyboardInterrupt
+        return interrupt
+
+    pool = redis.asyncio.ConnectionPool.from_url(own_server.url, connection_class=SlowConnection)
+    manager = presence.ConnectionManager(redis.asyncio.Redis.from_pool(pool))
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(register_all(manager))
+        at_line = 1
+        while lines >= at_line - 1:
+            lines = 0
+            asking = asyncio.gather(*(loop.create_task(ask_twice(manager, number)) for number in range(4)))
+            with suppress(KeyboardInterrupt), traced(interrupt):
+                loop.run_until_complete(asking)
+            with suppress(RuntimeError):  # The loop that was interrupted was about to stop, and stops now.
+                loop.run_until_complete(asyncio.sleep(0.01))
+            answers = loop.run_until_complete(asyncio.wait_for(asking, BOUND_SECONDS))
+            assert answers == [[f"user-{number}"] * 2 for number in range(4)], f"interrupted in line {at_line}"
+            at_line += 1
+        assert interrupted["beside"] > 5
+        assert interrupted["_read"] > 50
+        loop.run_until_complete(manager.aclose())
+        loop.run_until_complete(pool.aclose())
+    finally:
+        loop.close()
 
 
 def test_each_reply_has_the_whole_timeout_however_many_come_together(
