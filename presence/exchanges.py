@@ -80,7 +80,9 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             for operation, reply in zip(operations, replies, strict=True)
         ]
         for index, reply in zip(again, repeated, strict=True):
-            replies[index] = reply
+            # What was answered has an answer, though its repetition met a fault.
+            if index in missed or not isinstance(reply, Exception):
+                replies[index] = reply
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
@@ -90,7 +92,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from attempt_all([operations[index] for index in rest], in_order=in_order)
             for index, result in zip(rest, repeated, strict=True):
-                results[index] = result
+                if index in refused or not isinstance(result, PresenceError):
+                    results[index] = result
     return results
 
 

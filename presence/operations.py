@@ -132,12 +132,17 @@ UPDATE_METADATA = scripts.load(
     keys=("conn", "last_seen", "reply"),
     arguments=("key_lifetime_ms", "metadata", "epoch", "events"),
 )
-HEARTBEAT = scripts.load("heartbeat", keys=("conn", "last_seen", "absent"), arguments=("key_lifetime_ms", "epoch"))
+HEARTBEAT = scripts.load(
+    "heartbeat",
+    keys=("conn", "last_seen", "absent"),
+    arguments=("key_lifetime_ms", "epoch"),
+    has_acted=scripts.acts_never,  # To be seen twice is as good as once.
+)
 HEARTBEATS = scripts.load(
     "heartbeats",
     keys=("last_seen", "absent"),
     arguments=("key_lifetime_ms", "sids"),
-    has_acted=scripts.acts_never,  # To be seen twice is as good as once.
+    has_acted=scripts.acts_never,
 )
 CLEANUP = scripts.load(
     "cleanup",

@@ -67,11 +67,19 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
     """
     pauses = cluster_pauses()
     yield 0, dict(enumerate(request))
+    answers: dict[int, Any] = {}
     for pause in pauses:
         failed = transient_faults([*replies.values()])
         if not failed:
             return
+        answers |= {index: reply for index, reply in replies.items() if not isinstance(reply, Exception)}
         yield pause, {index: request[index] for index in with_what_follows(failed, request, replies)}
+    # What was answered once has an answer, though its repetition met a fault.
+    replies |= {index: answer for index, answer in answers.items() if isinstance(replies[index], Exception)}
+
+
+_OF_ANY_CONNECTION = ("register", "cleanup")
+"""Scripts that may act on connections, or be refused by them, of which the call does not tell."""
 
 
 def with_what_follows(
@@ -79,20 +87,23 @@ def with_what_follows(
 ) -> list[int]:
     """Give the indexes of the calls that were refused and are to be repeated, and of those behind the first as well.
 
-    Of these only those that have just read, or found nothing to do: they may depend on what was refused, and nothing is
-    lost, for their answers have reported no change. But not where a call behind them has acted on the same connection
-    (all have its key first): an unregister that found nobody would end what was registered after it.
+    Of these only those that have just read, or answered that they found nothing to do: they may depend on what was
+    refused, and nothing is lost, for their answers have reported no change. But not where a call behind them has acted
+    on the same connection: an unregister that found nobody would end what was registered after it.
     """
-    repeated, acted_on = set(refused), set()
+    repeated, acted_on = set(refused), set[Any]()
     for index in range(len(commands) - 1, refused[0], -1):
         script, reply = BY_SHA.get(commands[index][1]), replies[index]
         if script is None or isinstance(reply, Exception):
             continue
-        key = commands[index][3]
-        if script.has_acted(reply):
-            acted_on.add(key)
-        elif key not in acted_on:
+        conn_key = commands[index][3] if script.keys[0] == "conn" else None
+        is_undone = bool(acted_on) if script.name in _OF_ANY_CONNECTION else conn_key in acted_on
+        has_acted = script.has_acted(reply)
+        # A join that left no game may have found its connection there; one that has joined is answered as before.
+        if not is_undone and not (has_acted and reply):
             repeated.add(index)
+        if has_acted and conn_key:
+            acted_on.add(conn_key)
     return sorted(repeated)
 
 

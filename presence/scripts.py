@@ -97,7 +97,7 @@ class Script:
     source: str = field(repr=False)
     sha: str = field(repr=False)
     has_acted: Callable[[Any], bool] = field(default=bool, repr=False, compare=False)
-    """Tells by its reply whether a call has changed something that its caller must not lose sight of."""
+    """Tells by its reply whether a call has changed something that may not be done, or be undone, once more."""
     call: tuple[str | bytes, ...] = field(init=False, repr=False, compare=False)
     """The command that calls it, up to its keys."""
 
@@ -122,5 +122,5 @@ def load(
 
 
 def acts_never(_: Any) -> bool:
-    """Tell that a script only reads, or that whatever it did may be done once more."""
+    """Tell that a script only reads, or that what it does may be done any number of times."""
     return False

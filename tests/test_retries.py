@@ -24,9 +24,10 @@ from tests.fault_proxy import CuttingProxy
 from tests.invariants import Keyspace, read_keyspace, violations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from presence import Operation
+    from presence.operations import Command
     from tests.conftest import Keys, ManagerFactory
     from tests.server import LocalServer
 
@@ -673,6 +674,20 @@ def test_a_register_sent_again_answers_the_same_when_another_of_the_users_connec
     assert [gone.sid for gone in again.displaced] == ["a"]
 
 
+def carried(exchange: Any, request: Sequence[Command], answer: Callable[[Sequence[Command]], list[Any]]) -> Any:
+    """Carry an exchange to its end; give its result."""
+    try:
+        while True:
+            request = exchange.send(answer(request))
+    except StopIteration as finished:
+        return finished.value
+
+
+def fault_of_a_read(command: Command) -> Exception | None:
+    is_read = command[1] == Operations("ns").get_connection_count().command()[1]
+    return redis.ConnectionError("the connection broke") if is_read else None
+
+
 class TestWhatFollowsACallThatWasRefused:
     """In a pipeline it is asked again where it has left no trace; an answer that reports a change stays."""
 
@@ -712,10 +727,25 @@ class TestWhatFollowsACallThatWasRefused:
         "a register": ([("register_connection", ("b", "user"), NOW)], []),
         "a join that found the game full": ([("join_game", ("b", "game"), 1)], [1]),
         "a join that found no connection": ([("join_game", ("b", "game"), 0)], [1]),
-        "a join that left no game": ([("join_game", ("b", "game"), b"")], []),
+        "a join that left no game": ([("join_game", ("b", "game"), b"")], [1]),
+        "a join that left one": ([("join_game", ("b", "game"), b"another")], []),
         "heartbeats of which one was unknown": ([("heartbeat_batch", (["a", "b"],), [1, 0])], [1]),
         "heartbeats that were all seen": ([("heartbeat_batch", (["a", "b"],), [])], [1]),
         "a cleanup that found nobody": ([("cleanup_batch", (), [b"1795000000000", 0])], [1]),
+        "a cleanup before a register": (
+            [("cleanup_server_batch", ("server",), [b"1795000000000", 0]), ("register_connection", ("b", "user"), NOW)],
+            [],
+        ),
+        "a leave before a heartbeat": ([("leave_game", ("b",), b""), ("update_heartbeat", ("b",), 1)], [1, 2]),
+        "a leave before a join": ([("leave_game", ("b",), b""), ("join_game", ("b", "game"), b"")], [2]),
+        "a count before a start": ([("get_connection_count", (), 1), ("start_server", (), 1_795_000_000_000_000)], [1]),
+        "a refused register before an unregister of its user": (
+            [
+                ("register_connection", ("b", "user"), NOW + b" refused 1  1 a0:1 user"),
+                ("unregister_connection", ("a",), [b"1", b"0:1 user", b"1"]),
+            ],
+            [],
+        ),
         "a cleanup that removed one": ([("cleanup_batch", (), [b"1795000000000", 1, b"c", b"0:1 user", b"1"])], []),
         "an unregister before its register": (
             [("unregister_connection", ("b",), []), ("register_connection", ("b", "user"), NOW)],
@@ -735,7 +765,8 @@ class TestWhatFollowsACallThatWasRefused:
     def test_is_told_by_each_script_in_its_own_way(
         self, following: list[tuple[str, tuple[Any, ...], Any]], again: list[int]
     ) -> None:
-        operations = Operations("ns")
+        operations = Operations("ns", server_id="server")
+        operations.boot_epoch = 1
         described = [getattr(operations, name)(*arguments) for name, arguments, _ in following]
         commands = [operations.leave_game("refused").command(), *(operation.command() for operation in described)]
         replies = [ReadOnlyError("READONLY"), *(reply for *_, reply in following)]
@@ -810,6 +841,28 @@ class TestWhatFollowsACallThatWasRefused:
             monkeypatch.setattr(pooling, "send", lose_the_first_script)
             assert answers(*manager.pipeline(describe(manager.operations)))
             assert {one.sid: one.game_id for one in manager.get_all_user_connections("user")} == games
+
+    @pytest.mark.parametrize("refusal", [NoScriptError("NOSCRIPT"), ReadOnlyError("READONLY")])
+    def test_keeps_its_answer_where_its_repetition_meets_a_fault(self, refusal: Exception) -> None:
+        operations = Operations("ns")
+        exchange = perform_all([operations.leave_game("sid"), operations.get_connection_count()])
+        load, *_ = next(exchange)
+
+        def answer(request: Sequence[Command]) -> list[Any]:
+            """Let what was refused run now, and then the connection break."""
+            return [b"sha" if command[0] == load[0] else fault_of_a_read(command) or b"game" for command in request]
+
+        assert carried(exchange, exchange.send([b"sha", b"sha", refusal, 7]), answer) == ["game", 7]
+
+    def test_so_does_it_on_a_cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("presence.retrying.cluster_pauses", lambda: iter([0.1, 0.2]))
+        operations = Operations("ns")
+        request = [operations.leave_game("sid").command(), operations.get_connection_count().command()]
+        fault, replies = redis.ConnectionError("the connection broke"), dict[int, Any]()
+        for pause, part in attempts(request, replies):
+            first = {0: fault, 1: 7} if not pause else {0: b"game", 1: fault}
+            replies |= {index: first[index] for index in part}
+        assert replies == {0: b"game", 1: 7}
 
     def test_so_it_is_on_a_cluster(self) -> None:
         fault = redis.ConnectionError("the connection broke")
