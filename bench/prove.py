@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from bench import page, report
@@ -181,6 +182,8 @@ def prove_storm(server: Server, _: Scale) -> Findings:
         if contender == PLAIN:
             rows.append(Row("plain: violations", Spread.exactly(result.violations), "", target=1, at_least=True))
         print("\n".join(f"  {contender}: {fault}" for fault in result.faults()) or f"  {contender}: nothing wrong")
+        for example in [*result.examples, *(result.history.wrong[:1] if result.history else [])]:
+            print(indent(example, "    "))
     return rows
 
 

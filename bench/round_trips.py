@@ -69,7 +69,8 @@ async def _count(name: str, url: str) -> dict[str, int]:
                 answer = await call
                 after = await reads()
                 if answer != expected:
-                    raise MeasurementError(f"{operation} of {name} answered {answer!r}, and not {expected!r}")
+                    what = operation or "a preparation"
+                    raise MeasurementError(f"{what} of {name} answered {answer!r}, and not {expected!r}")
                 if operation:
                     counts[operation] = after - before - 1  # The watcher's own.
             await contender.aclose()

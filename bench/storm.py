@@ -87,12 +87,6 @@ class StormResult:
     contender: str
     operations: int
     """Those that were done, the cleanups not counted."""
-    processes: int
-    tasks: int
-    """Of each process."""
-    users: int
-    games: int
-    seed: int
     seconds: float
     operations_per_second: float
     latencies: dict[str, Latency]
@@ -349,11 +343,6 @@ def _account(plan: StormPlan, outcomes: Sequence[WorkerOutcome], state: State, r
     return StormResult(
         contender=plan.contender,
         operations=operations,
-        processes=plan.processes,
-        tasks=plan.tasks,
-        users=plan.users,
-        games=plan.games,
-        seed=plan.seed,
         seconds=seconds,
         operations_per_second=operations / seconds,
         latencies=latencies,

@@ -120,7 +120,7 @@ if is_usual and other then
       other_game_id, other_server = split_owned(other_key, other_record, user_id, key_lifetime_ms)
     end
   end
-  is_displaced = other_game_id
+  is_displaced = other_game_id ~= nil
   if is_displaced then
     -- See event, which would format the lengths: that takes longer than the rest.
     answer = answer .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record

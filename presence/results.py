@@ -215,8 +215,8 @@ class CleanupResult:
     error: PresenceError | None = None
     """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
     detached: tuple[ConnectionInfo, ...] = ()
-    """The connections that this call detached, as they are now: those of dead game servers, and stale ones whose server
-    has missed a heartbeat and a half. No other call reports them."""
+    """The connections that this call detached, as they are now: those of dead game servers, or of the one asked for,
+    and stale ones whose server has missed a heartbeat and a half. No other call reports them."""
 
     def __bool__(self) -> bool:
         return bool(self.removed or self.detached)

@@ -890,7 +890,7 @@ def test_an_interruption_in_any_line_gives_no_call_the_reply_to_another(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal's handler may raise wherever the loop is just then; who was not interrupted goes on with the loop."""
-    monkeypatch.setattr(SlowConnection, "seconds", 0.0005)  # So calls come while the replies to others are awaited.
+    monkeypatch.setattr(SlowConnection, "seconds", 0.0002)  # So calls come while the replies to others are awaited.
     carrying = {"_take", "_take_more", "_write_beside", "_write", "_read", "_converse", "_keep_unanswered", "_answer"}
     lines = 0
     interrupted: Counter[str] = Counter()
@@ -905,7 +905,7 @@ def test_an_interruption_in_any_line_gives_no_call_the_reply_to_another(
         return [one.user_id if one else None for one in found]
 
     async def register_all(manager: presence.ConnectionManager) -> None:
-        for number in range(4):
+        for number in range(3):
             await manager.register_connection(f"sid-{number}", f"user-{number}")
 
     def interrupt(frame: FrameType, event: str, _: object) -> Any:
@@ -930,13 +930,13 @@ def test_an_interruption_in_any_line_gives_no_call_the_reply_to_another(
         at_line = 1
         while lines >= at_line - 1:
             lines = 0
-            asking = asyncio.gather(*(loop.create_task(ask_twice(manager, number)) for number in range(4)))
+            asking = asyncio.gather(*(loop.create_task(ask_twice(manager, number)) for number in range(3)))
             with suppress(KeyboardInterrupt), traced(interrupt):
                 loop.run_until_complete(asking)
             with suppress(RuntimeError):  # The loop that was interrupted was about to stop, and stops now.
-                loop.run_until_complete(asyncio.sleep(0.01))
+                loop.run_until_complete(asyncio.sleep(0.002))
             answers = loop.run_until_complete(asyncio.wait_for(asking, BOUND_SECONDS))
-            expected = [[f"user-{number}"] * 2 * max(number, 1) for number in range(4)]
+            expected = [[f"user-{number}"] * 2 * max(number, 1) for number in range(3)]
             assert answers == expected, f"interrupted in line {at_line}"
             at_line += 1
         assert interrupted["beside"] > 5

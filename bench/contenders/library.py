@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from copy import copy
 from functools import partial
@@ -13,7 +12,7 @@ import redis
 from redis.asyncio.connection import SSLConnection
 
 import presence
-from bench.contenders.interface import CONN_TTL_SECONDS, STALE_SECONDS, State, Told
+from bench.contenders.interface import CONN_TTL_SECONDS, State, Told
 from presence.replies import Position
 from tests.clock import let_time_pass
 from tests.follower import Follower
@@ -230,15 +229,21 @@ class Presence:
 
     async def _wrong_counts(self, keyspace: Keyspace) -> list[str]:
         """Tell where counts, and who is online, are not what is stored."""
-        attached = {sid: record for sid, record in keyspace.records.items() if "last_seen" not in record}
-        oldest = time.time() * 1000 - STALE_SECONDS * 1000
-        seen = {record["user_id"] for sid, record in attached.items() if keyspace.last_seen.get(sid, 0) >= oldest}
-        in_games = Counter(record["game_id"] for record in attached.values())
+        seconds, microseconds = await self._client.time()
+        now = 1000 * seconds + microseconds // 1000
+        live = {
+            sid: record
+            for sid, record in keyspace.records.items()
+            if keyspace.last_seen.get(sid, 0) >= now - 1000 * CONN_TTL_SECONDS
+        }
+        oldest = now - 3000 * self._manager.operations.heartbeat_seconds
+        seen = {record["user_id"] for sid, record in live.items() if keyspace.last_seen[sid] >= oldest}
+        in_games = Counter(record["game_id"] for record in live.values())
         users, games = list(keyspace.users), list(keyspace.games)
         count = await self._manager.get_connection_count()
         is_online = await self._manager.are_users_online(users)
         game_counts = await asyncio.gather(*map(self._manager.get_game_connection_count, games))
-        wrong = [f"the count is {count} of {len(attached)}"] if count != len(attached) else []
+        wrong = [f"the count is {count} of {len(live)}"] if count != len(live) else []
         wrong += [f"user {user!r} is online: {is_online[user]}" for user in users if is_online[user] != (user in seen)]
         return wrong + [
             f"the count of game {game!r} is {count} of {in_games[game]}"

@@ -21,7 +21,7 @@ HSET, EXPIRE, SET, EXPIRE), and of which there are 2 x 10 schedules instead: 260
 connection, and the one whose SET comes first is left an orphan.
 """
 
-from bench.explorer.explore import LIMIT, SEED, Exploration, Result, Tally, explore, measure_interleavings
+from bench.explorer.explore import Exploration, Result, Tally, explore, measure_interleavings
 from bench.explorer.pairs import (
     BATCH_PAIRS,
     FLEET_GROUPS,
@@ -38,11 +38,9 @@ __all__ = [
     "BATCH_PAIRS",
     "FLEET_GROUPS",
     "FLEET_PAIRS",
-    "LIMIT",
     "PAIRS",
     "PRESENCE_PAIRS",
     "SAME_SID_PAIRS",
-    "SEED",
     "SENT_TWICE_PAIRS",
     "Call",
     "Exploration",

@@ -50,10 +50,6 @@ class Tally:
     is_complete: bool = True
     wrong: int = 0
     """With anything wrong."""
-    with_violations: int = 0
-    """That left the keyspace inconsistent."""
-    with_wrong_answers: int = 0
-    """Whose answers no serial order gives."""
     kinds: Counter[str] = field(default_factory=Counter)
     """What was wrong: in how many schedules."""
     example: str = ""
@@ -66,9 +62,7 @@ class Tally:
         broken = violations(run.state)
         outcome = Outcome.of(run.answers, run.state)
         kinds = {kind_of(violation) for violation in broken}
-        self.with_violations += bool(broken)
         if all(outcome.answers != serial.answers for serial in outcomes):
-            self.with_wrong_answers += 1
             kinds.add(WRONG_ANSWERS)
         elif not broken and not any(map(outcome.agrees, outcomes)):
             kinds.add(WRONG_END)
@@ -88,8 +82,6 @@ class Tally:
             self.of + other.of,
             self.is_complete and other.is_complete,
             self.wrong + other.wrong,
-            self.with_violations + other.with_violations,
-            self.with_wrong_answers + other.with_wrong_answers,
             self.kinds + other.kinds,
             first.example,
             first.turns,
@@ -322,7 +314,6 @@ def measure_interleavings(
     url: str,
     explorations: Sequence[Exploration],
     *,
-    seed: str = SEED,
     processes: int | None = None,
     progress: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
@@ -331,7 +322,6 @@ def measure_interleavings(
     Args:
         url: a server's, reachable for all of them.
         explorations: those to make.
-        seed: see ``explore``.
         processes: how many explore at a time; None for as many as there are processors. Only one may where scripts are
             forgotten, as a server has the same ones for all.
         progress: called with each result as it comes.
@@ -343,7 +333,7 @@ def measure_interleavings(
     results = {}
     with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
         futures = {
-            executor.submit(explore, contender, pair, url=url, limit=limit, seed=seed): number
+            executor.submit(explore, contender, pair, url=url, limit=limit): number
             for number, (contender, pair, limit) in enumerate(explorations)
         }
         for future in as_completed(futures):
