@@ -243,7 +243,7 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
     once = redis.asyncio.retry.Retry(NoBackoff(), 0)
     is_cluster = address.deployment == "cluster"  # Its retries are the manager's: see retrying.attempts.
     options = _options(
-        address, given, once if is_cluster else redis.asyncio.retry.Retry(retrying.backoff(), retrying.RETRIES)
+        address, given, once if is_cluster else retrying.AsyncRetry(retrying.backoff(), retrying.RETRIES)
     )
     match address.deployment:
         case "sentinel":

@@ -158,11 +158,28 @@ def connect_once(connection: Any) -> Any:
 _ASKING_SENTINELS = (redis.sentinel.SentinelManagedConnection, redis.asyncio.sentinel.SentinelManagedConnection)
 
 
-class TimelyRetry(redis.retry.Retry):
-    """Gives up in time, too; redis-py only counts, and tries to connect as often again within each attempt to send.
+class AsyncRetry(redis.asyncio.retry.Retry):
+    """Does not try again what no attempt can mend, to which redis-py counts a wrong password as a broken connection."""
 
-    Each connection has a copy of its own. Where the managers send themselves, they see to the time: this is for the
-    first time that a connection is opened, and for calls that go through redis-py's ``execute_command``.
+    async def call_with_retry(
+        self, do: Callable[[], Any], fail: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> Any:
+        """Call until it succeeds, as redis-py does."""
+
+        async def fail_or_end(error: Exception, *failures: int) -> None:
+            await fail(error, *failures)
+            if isinstance(error, _PERMANENT):
+                raise error
+
+        return await super().call_with_retry(do, fail_or_end, *arguments, **options)
+
+
+class TimelyRetry(redis.retry.Retry):
+    """The same for blocking clients. It gives up in time, too.
+
+    redis-py only counts, and tries to connect as often again within each attempt to send. Each connection has a copy of
+    its own. Where the managers send themselves, they see to the time: this is for the first time that a connection is
+    opened, and for calls that go through redis-py's ``execute_command``.
     """
 
     _end: float | None = None
@@ -174,7 +191,7 @@ class TimelyRetry(redis.retry.Retry):
 
         def fail_or_end(error: Exception, *failures: int) -> None:
             fail(error, *failures)
-            if monotonic() > end:
+            if monotonic() > end or isinstance(error, _PERMANENT):
                 raise error
 
         try:

@@ -149,6 +149,17 @@ class TestAServerThatKnowsNeitherUserNorPassword:
         assert "secret" not in str(raised.value)
         assert "wrong" not in str(raised.value)
 
+    def test_is_not_asked_again_and_again(
+        self, make_manager: ManagerFactory, own_server: LocalServer, own_client: redis.Redis
+    ) -> None:
+        own_client.config_set("requirepass", "secret")
+        manager = make_manager(f"redis://:wrong@127.0.0.1:{own_server.port}/0")
+        own_client.config_resetstat()
+        with pytest.raises(presence.AuthenticationFailedError):
+            manager.get_connection_count()
+        errors: Any = own_client.info("errorstats")
+        assert errors["errorstat_WRONGPASS"]["count"] == 1
+
     @pytest.mark.parametrize("protocol", [2, 3])
     def test_a_missing_password(
         self,
