@@ -21,7 +21,7 @@ fewer than it asked for.
 KEYS  last_seen, servers, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), threshold_ms, batch_size (at most 1000),
       server_threshold_ms, server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
-      not_after_ms ('' = any time)
+      not_after_ms ('' = any time), keep ('' = only an answer that tells of a change)
 Reply {now ms, number examined (batch_size when there may be more; -1 when it is late, and had not run before: that
       counts as the last one), the connections: the stale ones, longest silent first, then those past their grace, then
       those of dead servers; as they were if removed, as they are if detached}
@@ -38,12 +38,13 @@ Cost  O(log N) for each connection that it removes, detaches or, where the clock
 -- @include remove_connection
 -- @include earlier_answer
 -- @include answer_once
+-- @include answer_nothing
 -- @include publish_end
 
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_lifetime_ms, threshold_ms, batch_size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local server_threshold_ms, server_grace_ms, server_id = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] or ''
-local events, not_after_ms = ARGV[7] or '', ARGV[8] or ''
+local events, not_after_ms, keep = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
 -- @include key_prefix
 -- @include conn_ttl_ms
 
@@ -120,7 +121,7 @@ for number = 1, math.min(#servers, most_starts) do
   end
 end
 if #found == 0 and #emptied == 0 then
-  return earlier_answer(reply_key) or {now_ms, has_more and batch_size or 0}
+  return answer_nothing(reply_key, keep, {now_ms, has_more and batch_size or 0})
 end
 
 -- 2. What becomes of each, and the answer.

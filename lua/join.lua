@@ -8,7 +8,7 @@ open every member's record.
 
 KEYS  conn, game_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), capacity ('' = any number), epoch ('' = any),
-      events ('' = off)
+      events ('' = off), keep ('' = only an answer that tells of a change)
 Reply when it is in the game now, the game left, '' for none; else a number: 0 when there is no such live connection,
       or it is not the registration of that epoch; 1 when the game is full
 Cost  O(1); O(M) when capacity members or more are listed, M = connections in the game
@@ -19,11 +19,12 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include split_record
 -- @include body_of
 -- @include make_record
--- @include earlier_answer
+-- @include answer_nothing
 -- @include answer_once
 
 local conn_key, game_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_lifetime_ms, capacity, epoch, events = ARGV[1], ARGV[2] or '', ARGV[3] or '', ARGV[4] or ''
+local keep = ARGV[5] or ''
 -- @include key_prefix
 -- @include sid
 -- @include conn_ttl_ms
@@ -31,16 +32,16 @@ local game_id = game_conns_key:sub(#key_prefix + #'game_conns:' + 1)
 
 local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record or is_detached then
-  return earlier_answer(reply_key) or 0
+  return answer_nothing(reply_key, keep, 0)
 end
 local left_game_id, user_id = split_record(record)
 if left_game_id == game_id then
-  return earlier_answer(reply_key) or ''
+  return answer_nothing(reply_key, keep, '')
 end
 if capacity ~= '' then
   -- @include has_free_seat
   if not has_free_seat(game_conns_key, last_seen_key, tonumber(capacity), now_ms, conn_ttl_ms) then
-    return earlier_answer(reply_key) or 1
+    return answer_nothing(reply_key, keep, 1)
   end
 end
 local earlier = answer_once(reply_key, left_game_id)

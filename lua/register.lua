@@ -16,7 +16,8 @@ finds it in one of the two.
 KEYS  conn, user_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), connections_per_user ('' = 1),
       reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off),
-      resumes ('' = a detached connection only, 1 = one that it displaces, too)
+      resumes ('' = a detached connection only, 1 = one that it displaces, too), keep ('' = no refusal, see
+      answer_nothing)
 Reply '<now us>' as a little-endian double and, where there is something to report, each as an event (see event), in
       this order: refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from,
       displaced (oldest first), registered (the new connection itself; not of the usual one, all of which the caller
@@ -32,6 +33,7 @@ local call = redis.call -- To look it up for each command takes a sixtieth of th
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_lifetime_ms, connections_per_user, reject_ms = ARGV[1], ARGV[2] or '', ARGV[3] or ''
 local server, metadata, events, resumes = ARGV[4] or '', ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
+local keep = ARGV[8] or ''
 -- @include key_prefix
 -- @include sid
 local user_id = user_conns_key:sub(#key_prefix + #'user_conns:' + 1)
@@ -67,8 +69,8 @@ if list then
     end
   end
 end
-if not list or kept ~= '' then
-  -- Only then may there be an answer with a key of its own: see keep_apart.
+if not list or kept ~= '' or reject_ms ~= '' then
+  -- Only then may there be an answer with a key of its own: see keep_apart, and the refusal below.
   local earlier = call('GET', reply_key)
   if earlier then
     return earlier
@@ -138,7 +140,13 @@ elseif not is_usual then
   -- @include event
   local refusing, replaced, resumed = plan.refusing, plan.replaced, plan.resumed
   if refusing then
-    return event(answer, 'refused', refusing.sid, refusing.record, refusing.score)
+    local refusal = event(answer, 'refused', refusing.sid, refusing.record, refusing.score)
+    if keep ~= '' then
+      -- As answer_nothing does.
+      -- @include kept_ms
+      call('SET', reply_key, refusal, 'PX', kept_ms)
+    end
+    return refusal
   end
 
   -- 4. The new record, with what it keeps of the connection that it refreshes or whose seat it takes.

@@ -7,28 +7,29 @@ nothing; without a grace it is removed.
 
 KEYS  conn, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), grace_ms (0 = none), epoch ('' = any),
-      events ('' = off)
+      events ('' = off), keep ('' = only an answer that tells of a change)
 Reply {now ms, record (see split_record), score (see find_record)} of the connection, as it was when removed or as it is
       when detached, or {} when there is none that is live or detached, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms
 -- @include find_registration
--- @include earlier_answer
+-- @include answer_nothing
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_lifetime_ms, grace_ms, epoch, events = ARGV[1], tonumber(ARGV[2]), ARGV[3] or '', ARGV[4] or ''
+local keep = ARGV[5] or ''
 -- @include key_prefix
 -- @include sid
 -- @include conn_ttl_ms
 
 local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record then
-  return earlier_answer(reply_key) or {}
+  return answer_nothing(reply_key, keep, {})
 end
 if is_detached and grace_ms > 0 then
-  return earlier_answer(reply_key) or {now_ms, record, score}
+  return answer_nothing(reply_key, keep, {now_ms, record, score})
 end
 local told_record, told_score = record, score
 if grace_ms > 0 then

@@ -4,7 +4,7 @@ Replace the metadata of a connection.
 
 KEYS  conn, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), metadata ('' = none), epoch ('' = any),
-      events ('' = off)
+      events ('' = off), keep ('' = only an answer that tells of a change)
 Reply 1, or 0 when there is no such live connection, or it is not the registration of that epoch
 Cost  O(1)
 Error OOM when the server's memory is full; nothing is changed then
@@ -14,21 +14,25 @@ Error OOM when the server's memory is full; nothing is changed then
 -- @include split_record
 -- @include make_record
 -- @include make_body
--- @include earlier_answer
+-- @include answer_nothing
 -- @include answer_once
 
 local conn_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_lifetime_ms, metadata, epoch, events = ARGV[1], ARGV[2] or '', ARGV[3] or '', ARGV[4] or ''
+local keep = ARGV[5] or ''
 -- @include key_prefix
 -- @include sid
 -- @include conn_ttl_ms
 
 local record, score, is_detached = find_registration(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms, epoch)
 if not record or is_detached then
-  return earlier_answer(reply_key) or 0
+  return answer_nothing(reply_key, keep, 0)
 end
 local game_id, user_id, server, its_epoch, connected_at, _, its_metadata = split_record(record)
-if its_metadata == metadata or answer_once(reply_key, 1) then
+if its_metadata == metadata then
+  return answer_nothing(reply_key, keep, 1)
+end
+if answer_once(reply_key, 1) then
   return 1
 end
 local body = make_body(user_id, its_epoch, connected_at, '', server, metadata)

@@ -15,7 +15,8 @@ from redis.exceptions import NoScriptError
 from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
 from presence.operations import Operation, ServerNotStartedError
 from presence.results import CleanupResult
-from presence.retrying import with_what_follows
+from presence.retrying import sent_again, with_what_follows
+from presence.scripts import acts_never
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -49,19 +50,23 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
         An item for each operation: its result, or the ``PresenceError`` that it met.
 
     """
-    different = dict.fromkeys(operation.script for operation in operations)
-    loads = [load_command(script) for script in different] if in_order and len(operations) > 1 else []
-    replies = yield [*loads, *(operation.command() for operation in operations)]
-    return (yield from _settle(operations, replies[len(loads) :], in_order=in_order))
+    if not in_order or len(operations) == 1:
+        replies = yield [operation.command() for operation in operations]
+        return (yield from _settle(operations, replies, in_order=False))
+    loads = [load_command(script) for script in dict.fromkeys(operation.script for operation in operations)]
+    # What found nothing to do keeps that answer, too: where all replies are lost, and all run again, it may have some.
+    replies = yield [*loads, *(sent_again(operation.command()) for operation in operations)]
+    return (yield from _settle(operations, replies[len(loads) :], in_order=True))
 
 
 def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
 
-    def to_repeat(refused: list[int]) -> list[int]:
-        if not in_order or len(operations) == 1:
-            return refused
-        return with_what_follows(refused, [operation.command() for operation in operations], replies)
+    def to_repeat(refused: list[int]) -> dict[int, Operation[Any]]:
+        """Give the operations by their indexes; what had run, and is to run as if it had not, with another token."""
+        commands = [operation.command() for operation in operations] if in_order else []
+        indexes = with_what_follows(refused, commands, replies) if in_order else refused
+        return {index: operations[index] if index in refused else operations[index].renewed() for index in indexes}
 
     for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -73,26 +78,28 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             if isinstance(loaded, Exception):
                 failed[script] = loaded
         # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-        again = [index for index in to_repeat(missed) if operations[index].script not in failed]
-        repeated = (yield [operations[index].command() for index in again]) if again else []
+        again = {index: each for index, each in to_repeat(missed).items() if each.script not in failed}
+        commands = [operation.command() for operation in again.values()]
+        repeated = (yield list(map(sent_again, commands)) if in_order else commands) if again else []
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
         ]
         for index, reply in zip(again, repeated, strict=True):
-            # What was answered has an answer, though its repetition met a fault.
-            if index in missed or not isinstance(reply, Exception):
+            # What was read has an answer, though its repetition met a fault.
+            if index in missed or not (isinstance(reply, Exception) and acts_never(operations[index].script)):
                 replies[index] = reply
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
         # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
-        first, *rest = to_repeat(refused)
-        (results[first],) = yield from attempt_all((operations[first],), in_order=in_order)
+        rest = to_repeat(refused)
+        first = min(rest)
+        (results[first],) = yield from attempt_all((rest.pop(first),), in_order=in_order)
         if rest and not isinstance(results[first], ReadOnlyServerError):
-            repeated = yield from attempt_all([operations[index] for index in rest], in_order=in_order)
+            repeated = yield from attempt_all([*rest.values()], in_order=in_order)
             for index, result in zip(rest, repeated, strict=True):
-                if index in refused or not isinstance(result, PresenceError):
+                if index in refused or not (isinstance(result, PresenceError) and acts_never(operations[index].script)):
                     results[index] = result
     return results
 

@@ -6,15 +6,13 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 from __future__ import annotations
 
 import logging
-import os
-from binascii import b2a_base64
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
-from presence import arguments, scripts
+from presence import arguments, retrying, scripts
 from presence.errors import PresenceError, unreadable
 from presence.forks import call_in_child
 from presence.replies import (
@@ -108,41 +106,42 @@ REGISTER = scripts.load(
         "metadata",
         "events",
         "resumes",
+        "keep",
     ),
     has_acted=has_registered,
 )
 UNREGISTER = scripts.load(
     "unregister",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_lifetime_ms", "grace_ms", "epoch", "events"),
+    arguments=("key_lifetime_ms", "grace_ms", "epoch", "events", "keep"),
 )
 JOIN = scripts.load(
     "join",
     keys=("conn", "game_conns", "last_seen", "reply"),
-    arguments=("key_lifetime_ms", "capacity", "epoch", "events"),
+    arguments=("key_lifetime_ms", "capacity", "epoch", "events", "keep"),
     has_acted=has_joined,
 )
 LEAVE = scripts.load(
     "leave",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_lifetime_ms", "epoch", "events"),
+    arguments=("key_lifetime_ms", "epoch", "events", "keep"),
 )
 UPDATE_METADATA = scripts.load(
     "update_metadata",
     keys=("conn", "last_seen", "reply"),
-    arguments=("key_lifetime_ms", "metadata", "epoch", "events"),
+    arguments=("key_lifetime_ms", "metadata", "epoch", "events", "keep"),
 )
 HEARTBEAT = scripts.load(
     "heartbeat",
     keys=("conn", "last_seen", "absent"),
     arguments=("key_lifetime_ms", "epoch"),
-    has_acted=scripts.acts_never,  # To be seen twice is as good as once.
+    has_acted=scripts.may_act_again,  # To be seen twice is as good as once.
 )
 HEARTBEATS = scripts.load(
     "heartbeats",
     keys=("last_seen", "absent"),
     arguments=("key_lifetime_ms", "sids"),
-    has_acted=scripts.acts_never,
+    has_acted=scripts.may_act_again,
 )
 CLEANUP = scripts.load(
     "cleanup",
@@ -156,6 +155,7 @@ CLEANUP = scripts.load(
         "server_id",
         "events",
         "not_after_ms",
+        "keep",
     ),
     has_acted=has_cleaned_up,
 )
@@ -214,6 +214,10 @@ class Operation(Generic[Result_co]):
         while end and not values[end - 1]:
             end -= 1
         return (*self.script.call, *self.keys, *values[:end])
+
+    def renewed(self) -> Operation[Result_co]:
+        """Give it with another token: as another call, which acts as a new one."""
+        return replace(self, keys=retrying.renewed_keys(self.script, self.keys))
 
     def result(self, reply: Any) -> Result_co:
         """Parse the reply; raises ``UnexpectedReplyError`` where another program's data made it."""
@@ -369,7 +373,7 @@ class Operations:
 
     def _reply(self) -> bytes:
         """Name the key under which the answer of one call is kept, for when it is sent again: it ends with a token."""
-        return self._reply_prefix + b2a_base64(os.urandom(9), newline=False)
+        return self._reply_prefix + retrying.new_token()
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None
@@ -396,6 +400,7 @@ class Operations:
                 metadata_bytes,
                 self._events,
                 self._resumes,
+                b"",
             ),
             lambda reply: parse_registration(
                 sid_bytes.decode(), user_bytes.decode(), self.server_id, metadata_bytes, reply
@@ -416,6 +421,7 @@ class Operations:
                 b"%d" % grace_ms,
                 arguments.encode_number("epoch", epoch),
                 self._events,
+                b"",
             ),
             partial(parse_connection, sid_bytes.decode()),
         )
@@ -434,6 +440,7 @@ class Operations:
                 b"" if capacity is None else b"%d" % arguments.check_count("capacity", capacity, MAX_CAPACITY),
                 arguments.encode_number("epoch", epoch),
                 self._events,
+                b"",
             ),
             parse_join,
         )
@@ -448,6 +455,7 @@ class Operations:
                 self._key_lifetime,
                 arguments.encode_number("epoch", epoch),
                 self._events,
+                b"",
             ),
             text_or_none,
         )
@@ -463,6 +471,7 @@ class Operations:
                 arguments.encode_metadata(metadata),
                 arguments.encode_number("epoch", epoch),
                 self._events,
+                b"",
             ),
             bool,
         )
@@ -744,6 +753,7 @@ class Operations:
                 server_id,
                 self._events,
                 not_after,
+                b"",
             ),
             partial(parse_cleanup, self._cleanup_batch_size, server_grace_ms > 0),
         )

@@ -50,9 +50,10 @@ _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelCo
 class _Request:
     """Commands that are sent together, and who waits for their replies."""
 
-    __slots__ = ("answer", "asked_at", "count", "packed", "replies", "size", "taken_at")
+    __slots__ = ("answer", "asked_at", "commands", "count", "packed", "replies", "size", "taken_at")
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]], now: float) -> None:
+        self.commands = commands
         self.packed = b"".join(map(pack, commands))
         self.size = len(self.packed)
         self.count = len(commands)
@@ -61,6 +62,13 @@ class _Request:
         self.asked_at = now
         self.taken_at = 0.0
         """When it was first to be sent, by the loop's clock, as the time before."""
+
+    def begin_anew(self) -> None:
+        """Make it ready to be sent again, where it may have been sent before."""
+        self.replies = []
+        if self.taken_at:
+            self.packed = b"".join([pack(retrying.sent_again(command)) for command in self.commands])
+            self.size = len(self.packed)
 
 
 class SharedConnection:
@@ -176,7 +184,7 @@ class SharedConnection:
             taken_from.clear()
         self._commands_sent = self._bytes_sent = 0
         for request in requests:
-            request.replies = []
+            request.begin_anew()
         return requests
 
     async def _use(self, connection: AbstractConnection) -> None:
@@ -234,7 +242,8 @@ class SharedConnection:
         self._refused.clear()
         self._commands_sent = self._bytes_sent = 0
         for request in self._sent:
-            request.replies = []
+            if self._fault is not None:
+                request.begin_anew()
             self._commands_sent += request.count
             self._bytes_sent += request.size
 

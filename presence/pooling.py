@@ -82,17 +82,16 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
         RedisError: a fault, or the error that is the reply to a single command.
 
     """
-    packed = b"".join(map(pack, request))
-    pieces = [packed]
-    if len(packed) > PIECE_BYTES:
-        pieces = [packed[start : start + PIECE_BYTES] for start in range(0, len(packed), PIECE_BYTES)]
+    pieces = _in_pieces(request)
     fault: Exception | None = None
 
     def attempt() -> list[Any]:
+        nonlocal pieces
         if fault is not None:
             # Before it sends, for this may take as long as its timeouts say.
             retrying.connect_once(connection)
             give_up_if_late(fault)
+            pieces = _in_pieces([retrying.sent_again(command) for command in request])
         connection.send_packed_command(pieces)
         if len(request) == 1:
             return [connection.read_response(disable_decoding=True, disconnect_on_error=True)]
@@ -130,6 +129,13 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
         # While one was opened, perhaps: then redis-py has put it back as if it were ready, but half greeted.
         _close_free(pool)
         raise
+
+
+def _in_pieces(request: Sequence[Command]) -> list[bytes]:
+    packed = b"".join(map(pack, request))
+    if len(packed) <= PIECE_BYTES:
+        return [packed]
+    return [packed[start : start + PIECE_BYTES] for start in range(0, len(packed), PIECE_BYTES)]
 
 
 def _take(pool: ConnectionPool) -> Any:

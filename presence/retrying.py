@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from binascii import b2a_base64
 from itertools import takewhile
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -13,13 +15,14 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff
 
 from presence.errors import as_fault
-from presence.scripts import BY_SHA
+from presence.scripts import BY_SHA, acts_never
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from presence.addresses import Address
     from presence.operations import Command
+    from presence.scripts import Script
 
 RETRIES = 6
 """Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
@@ -59,6 +62,46 @@ def cluster_pauses() -> Iterator[float]:
     return map(pauses.compute, failures)
 
 
+TOKEN_BYTES = 9
+"""Of the random token that a reply key ends with: 12 characters."""
+
+
+def new_token() -> bytes:
+    """Draw the token of a call, by which it is known when it is sent again."""
+    return b2a_base64(os.urandom(TOKEN_BYTES), newline=False)
+
+
+def renewed_keys(script: Script, keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a call's keys with another token, if it has one: so it is another call, and acts as a new one."""
+    if script.keys[-1] != "reply":
+        return keys
+    token = new_token()
+    return (*keys[:-1], keys[-1][: -len(token)] + token)
+
+
+def _renewed(command: Command) -> Command:
+    script = BY_SHA[command[1]]
+    end = 3 + len(script.keys)
+    return (*command[:3], *renewed_keys(script, command[3:end]), *command[end:])
+
+
+def _acts_never(command: Command) -> bool:
+    script = BY_SHA.get(command[1])
+    return script is not None and acts_never(script)
+
+
+def sent_again(command: Command) -> Command:
+    """Let a command that may have been sent before, or that others follow, keep its answer in any case.
+
+    That of one which found nothing to do, too: see lua/include/answer_nothing.lua.
+    """
+    script = BY_SHA.get(command[1])
+    if script is None or script.arguments[-1:] != ("keep",):
+        return command
+    missing = 3 + len(script.keys) + len(script.arguments) - len(command)
+    return (*command, *[b""] * (missing - 1), b"1") if missing else command
+
+
 def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
@@ -72,9 +115,13 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
         failed = transient_faults([*replies.values()])
         if not failed:
             return
-        answers |= {index: reply for index, reply in replies.items() if not isinstance(reply, Exception)}
-        yield pause, {index: request[index] for index in with_what_follows(failed, request, replies)}
-    # What was answered once has an answer, though its repetition met a fault.
+        again = with_what_follows(failed, request, replies)
+        answers |= {index: replies[index] for index in again if index not in failed and _acts_never(request[index])}
+        yield (
+            pause,
+            {index: sent_again(request[index]) if index in failed else _renewed(request[index]) for index in again},
+        )
+    # What was read once has an answer, though its repetition met a fault.
     replies |= {index: answer for index, answer in answers.items() if isinstance(replies[index], Exception)}
 
 

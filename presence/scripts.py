@@ -116,11 +116,16 @@ def load(
     source = without_comments(splice(lua_folder(), name))
     sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
     if source.startswith("#!lua flags=no-writes\n"):
-        has_acted = acts_never
+        has_acted = may_act_again
     script = BY_SHA[sha.encode()] = Script(name, keys, arguments, source, sha, has_acted)
     return script
 
 
-def acts_never(_: Any) -> bool:
-    """Tell that a script only reads, or that what it does may be done any number of times."""
+def may_act_again(_: Any) -> bool:
+    """Tell that no call has acted: the script only reads, or what it does may be done any number of times."""
     return False
+
+
+def acts_never(script: Script) -> bool:
+    """Tell whether all that the script does may be done any number of times."""
+    return script.has_acted is may_act_again

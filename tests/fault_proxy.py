@@ -27,6 +27,8 @@ class Fate(enum.Enum):
     """The connection breaks after the server has run it."""
     HOLD_REPLY = enum.auto()
     """The reply waits for ``release()``."""
+    HOLD_REQUEST = enum.auto()
+    """The request itself does, and then reaches the server, whether the client is still there or not."""
 
 
 class Proxy:
@@ -55,7 +57,7 @@ class Proxy:
         return f"{'rediss' if self._tls else 'redis'}://127.0.0.1:{self.port}/0"
 
     def release(self) -> None:
-        """Let the reply that is held pass."""
+        """Let what is held pass."""
         self._loop.call_soon_threadsafe(self._released.set)
 
     def __enter__(self) -> Self:
@@ -131,8 +133,12 @@ class _Connection:
                 self._fate = self._proxy.fates.pop(0) if self._proxy.fates else Fate.PASS
             if self._fate is Fate.LOSE_REQUEST:
                 return
+            if self._fate is Fate.HOLD_REQUEST:
+                await self._proxy.hold()
             to_server.write(chunk)
             await to_server.drain()
+            if self._fate is Fate.HOLD_REQUEST:
+                await asyncio.sleep(0.2)  # Else the client's end may close the connection before the server reads.
 
     async def pass_replies(self, from_server: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         while chunk := await from_server.read(CHUNK):

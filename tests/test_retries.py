@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,14 +21,15 @@ from presence.operations import CLEANUP_BATCH_SIZE, Operations
 from presence.retrying import attempts, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
-from tests.fault_proxy import CuttingProxy
+from tests.fault_proxy import CuttingProxy, Fate, Proxy
 from tests.invariants import Keyspace, read_keyspace, violations
+from tests.watching import scripts_run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from presence import Operation
-    from presence.operations import Command
+    from presence.operations import Command, Displacement
     from tests.conftest import Keys, ManagerFactory
     from tests.server import LocalServer
 
@@ -703,17 +705,21 @@ class TestWhatFollowsACallThatWasRefused:
         ]
         exchange = perform_all(described)
         load, _, *calls = next(exchange)
-        asked = [exchange.send([b"sha", b"sha", b"", refusal, b"game", b"", 1])]
+        asked = exchange.send([b"sha", b"sha", b"", refusal, b"game", b"", 1])
         if isinstance(refusal, NoScriptError):
-            assert asked == [[load]]
-            asked = [exchange.send([b"sha"])]
-            assert asked == [[calls[1], calls[3], calls[4]]]
+            assert asked == [load]
+            asked = exchange.send([b"sha"])
+            assert asked[0] == calls[1]
         else:
-            assert asked == [[calls[1]]]
-            asked = [exchange.send([b"game"])]
-            *_, next_to_last, last = asked[0]
-            assert [next_to_last, last] == [calls[3], calls[4]]
-        answers: list[Any] = [b"game"] * (isinstance(refusal, NoScriptError) or len(asked[0]) - 2)
+            assert list(asked) == [described[1].command()]
+            asked = exchange.send([b"game"])
+        *before, next_to_last, last = asked
+        # What had run already has another token: it keeps no answer that it would be given again.
+        reply_key = calls[3][5]
+        assert next_to_last[:5] == calls[3][:5]
+        assert next_to_last[5] != reply_key
+        assert last == calls[4]
+        answers: list[Any] = [b"game"] * (isinstance(refusal, NoScriptError) or len(before))
         with pytest.raises(StopIteration) as finished:
             exchange.send([*answers, b"next game", 2])
         assert finished.value.value == [None, "game", "game", "next game", 2]
@@ -861,6 +867,8 @@ class TestWhatFollowsACallThatWasRefused:
         fault, replies = redis.ConnectionError("the connection broke"), dict[int, Any]()
         for pause, part in attempts(request, replies):
             first = {0: fault, 1: 7} if not pause else {0: b"game", 1: fault}
+            # What may have run keeps its answer in any case.
+            assert 0 not in part or part[0][7:] == ((b"", b"", b"1") if pause else ())
             replies |= {index: first[index] for index in part}
         assert replies == {0: b"game", 1: 7}
 
@@ -874,3 +882,118 @@ class TestWhatFollowsACallThatWasRefused:
         replies |= {0: b"", 1: fault, 2: b"game", 3: 1}
         _, part = next(attempt)
         assert part == {1: request[1], 3: read}
+
+
+REJECT: Displacement = "reject_while_alive"
+
+
+class TestAFirstCopyThatComesLate:
+    """Lost packets hold a request up for longer than its timeout: it arrives when another copy has been answered."""
+
+    @pytest.fixture
+    def late(self, own_server: LocalServer, own_client: redis.Redis, make_manager: ManagerFactory) -> Iterator[Late]:
+        with Proxy(own_server.port) as proxy:
+            yield Late(proxy, own_client, make_manager(own_server.url, displacement=REJECT), make_manager)
+
+    def test_leaves_no_game_that_was_joined_since(self, late: Late) -> None:
+        late.other.register_connection("sid", "alice")
+        with late.held():
+            assert late.manager.leave_game("sid") is None
+            assert late.manager.join_game("sid", "game")
+        assert late.game_of("sid") == "game"
+
+    def test_joins_no_game_that_was_full(self, late: Late) -> None:
+        for sid in ("sid", "another"):
+            late.other.register_connection(sid, f"user of {sid}")
+        late.other.join_game("another", "game")
+        with late.held():
+            assert late.manager.join_game("sid", "game", capacity=1).is_full
+            late.other.leave_game("another")
+            assert late.manager.join_game("sid", "next game")
+        assert late.game_of("sid") == "next game"
+
+    def test_joins_no_game_that_it_was_in_already(self, late: Late) -> None:
+        late.other.register_connection("sid", "alice")
+        late.other.join_game("sid", "game")
+        with late.held():
+            assert late.manager.join_game("sid", "game").left_game_id is None
+            assert late.manager.leave_game("sid") == "game"
+        assert late.game_of("sid") is None
+
+    def test_removes_no_connection_that_was_registered_since(self, late: Late) -> None:
+        with late.held():
+            assert late.manager.unregister_connection("sid") is None
+            assert late.manager.register_connection("sid", "alice")
+        assert late.other.update_heartbeat("sid")
+
+    @pytest.mark.parametrize("metadata", ["later", "first"])
+    def test_sets_no_metadata_of_one_that_was_registered_since(self, late: Late, metadata: str) -> None:
+        """Nor where it had found its own value there."""
+        if metadata == "first":
+            late.other.register_connection("sid", "alice", metadata="late")
+        with late.held():
+            assert late.manager.update_metadata("sid", "late") is (metadata == "first")
+            late.other.register_connection("sid", "alice", metadata=metadata)
+        found = late.other.get_connection("sid")
+        assert found is not None
+        assert found.metadata == metadata.encode()
+
+    def test_registers_nobody_who_was_refused(self, late: Late) -> None:
+        late.other.register_connection("first", "alice")
+        with late.held():
+            assert late.manager.register_connection("sid", "alice").refused
+            late.other.unregister_connection("first")
+        assert not late.other.is_user_online("alice")
+
+    def test_undoes_nothing_in_a_pipeline_all_of_whose_replies_were_lost(self, late: Late) -> None:
+        describe = late.manager.operations
+        late.proxy.fates = [Fate.LOSE_REPLY]
+        removed, made = late.manager.pipeline(
+            [describe.unregister_connection("sid"), describe.register_connection("sid", "alice")]
+        )
+        assert removed is None
+        assert made
+        assert late.other.update_heartbeat("sid")
+
+    def test_cleans_up_nobody_who_is_reported_to_no_one(self, late: Late) -> None:
+        with late.held():
+            assert not late.manager.cleanup_stale_connections(0.05)
+            late.other.register_connection("sid", "alice")
+            time.sleep(0.1)
+        assert [gone.sid for gone in late.other.cleanup_stale_connections(0.05)] == ["sid"]
+
+
+class Late:
+    """A manager whose next call is held up on its way, another that is not, and a look at the server."""
+
+    def __init__(
+        self, proxy: Proxy, client: redis.Redis, other: ConnectionManager, make_manager: ManagerFactory
+    ) -> None:
+        self.client = client
+        self.proxy = proxy
+        self.other = other
+        self.manager = make_manager(proxy.url, displacement=REJECT, socket_timeout=0.3)
+        # The server has the scripts, and the manager a connection.
+        for call in (self.manager.leave_game, self.manager.unregister_connection):
+            call("unknown")
+        for sid in ("first", "second"):
+            self.manager.register_connection(sid, "warm")
+        self.manager.join_game("first", "warm", capacity=2)
+        self.manager.update_metadata("first", "warm")
+        self.manager.unregister_connection("first")
+        self.manager.cleanup_stale_connections()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the first request of the block up until its end."""
+        self.proxy.fates = [Fate.HOLD_REQUEST]
+        yield
+        assert self.proxy.is_holding.is_set()
+        before = scripts_run(self.client)
+        self.proxy.release()
+        wait_until(lambda: scripts_run(self.client) > before)
+
+    def game_of(self, sid: str) -> str | None:
+        found = self.other.get_connection(sid)
+        assert found is not None
+        return found.game_id

@@ -308,6 +308,7 @@ EXPECTED_ARGUMENTS = {
     "connections_per_user": b"2",
     "batch_size": b"%d" % CLEANUP_BATCH_SIZE,
     "epoch": b"",
+    "keep": b"",
     "grace_ms": b"0",
     "capacity": b"",
     "sids": b"sid",
