@@ -80,13 +80,30 @@ FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What redis-py raises for a fault; its cluster exception is no RedisError."""
 
 
+WRITE_REFUSALS = (RuntimeError, TypeError)
+"""What writing to a connection that is closed raises, as in the midst of another's call: see :func:`as_fault`."""
+
+
 def as_fault(error: Any) -> Any:
-    """Give an error as redis-py would have named it: uvloop's, when it writes to what was closed, is a RuntimeError."""
-    if not isinstance(error, RuntimeError) or "handler is closed" not in str(error):
+    """Give an error as redis-py would have named it, where it comes of writing to a connection that is closed.
+
+    uvloop's is a RuntimeError. Since Python 3.12, asyncio's own ``writelines`` calls what it has set to None then.
+    """
+    is_uvloops = isinstance(error, RuntimeError) and "handler is closed" in str(error)
+    is_asyncios = isinstance(error, TypeError) and _raised_in(error) == "writelines"
+    if not is_uvloops and not is_asyncios:
         return error
     fault = exceptions.ConnectionError("the connection was closed")
     fault.__cause__ = error
     return fault
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name the function that raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_name if trace is not None else ""
 
 
 _Explanation: TypeAlias = "tuple[type[PresenceError], str]"

@@ -19,7 +19,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients, retrying
-from presence.errors import FAULTS, as_fault
+from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
 from presence.exchanges import pack
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class SharedConnection:
     async def _attempt(self, connection: AbstractConnection) -> None:
         try:
             await self._converse(connection)
-        except RuntimeError as error:
+        except WRITE_REFUSALS as error:
             fault = as_fault(error)
             if fault is error:
                 raise

@@ -16,7 +16,15 @@ import redis.asyncio
 
 from presence import arguments
 from presence.cancellation import heeding_cancellation
-from presence.errors import FAULTS, EventsLostError, UnexpectedReplyError, as_fault, explain, unreadable
+from presence.errors import (
+    FAULTS,
+    WRITE_REFUSALS,
+    EventsLostError,
+    UnexpectedReplyError,
+    as_fault,
+    explain,
+    unreadable,
+)
 from presence.exchanges import perform
 from presence.replies import Position, parse_message
 
@@ -321,9 +329,9 @@ class AsyncSubscription(_Subscription):
                     await connection.send_command("PING", check_health=False)
             else:
                 feed.take(reply)
-        except (*FAULTS, EventsLostError, RuntimeError) as met:
+        except (*FAULTS, EventsLostError, *WRITE_REFUSALS) as met:
             error = as_fault(met)
-            if isinstance(error, RuntimeError):
+            if isinstance(error, WRITE_REFUSALS):
                 raise
             if self._is_open:
                 self._lose(error)

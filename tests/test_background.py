@@ -45,7 +45,7 @@ class Background:
         self._kind = kind
         self._url = url
         # A cleanup comes after some heartbeats.
-        self._options = {"heartbeat_seconds": 0.1} | options
+        self._options = {"heartbeat_seconds": 0.1, "conn_ttl_seconds": 4 * HOUR} | options
         self._is_to_close = threading.Event()
         self.is_closed = threading.Event()
         self.has_ended = threading.Event()

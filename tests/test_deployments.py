@@ -43,7 +43,7 @@ from tests.fault_tls import server_context, write_certificate
 from tests.processes import in_child
 from tests.server import LocalServer, free_port, program
 from tests.test_events import MODES, Subscribed, subscribed
-from tests.watching import admin, evalsha_calls, refuse_next_write, wait_until
+from tests.watching import admin, evalsha_calls, every_refusal, refuse_next_write, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -1133,13 +1133,16 @@ class TestCluster:
             # The one for the script that was missing, both registrations, and none of the second again.
             assert evalsha_calls(cluster.clients[0]) - before == 3
 
-    def test_does_not_notice_that_a_write_is_refused(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As uvloop refuses it on a connection that is closed."""
+    @every_refusal
+    def test_does_not_notice_that_a_write_is_refused(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+    ) -> None:
+        """As on a connection that is closed."""
 
         async def register() -> None:
             async with presence.ConnectionManager.from_url(cluster.url, namespace="one") as manager:
                 await manager.register_connection("sid", "user")
-                refuse_next_write(monkeypatch)
+                refuse_next_write(monkeypatch, refusal)
                 assert await manager.update_heartbeat("sid")
 
         asyncio.run(register())

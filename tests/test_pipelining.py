@@ -25,7 +25,7 @@ from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port
-from tests.watching import is_held, refuse_next_write, scripts_run, traced, wait_until
+from tests.watching import every_refusal, is_held, refuse_next_write, scripts_run, traced, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -1096,43 +1096,48 @@ class TestABrokenConnection:
 
         run(work())
 
-    def test_that_refuses_the_greeting_is_named(self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    @every_refusal
+    def test_that_refuses_the_greeting_is_named(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+    ) -> None:
         async def work() -> None:
             async with presence.ConnectionManager.from_url(own_server.url) as manager:
-                refuse_next_write(monkeypatch)
+                refuse_next_write(monkeypatch, refusal)
                 with pytest.raises(presence.ServerUnreachableError):
                     await manager.get_connection_count()
                 assert await manager.get_connection_count() == 0
 
         run(work())
 
+    @every_refusal
     def test_that_refuses_the_health_check_is_not_noticed(
-        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, refusal: Exception
     ) -> None:
         async def work() -> None:
             async with presence.ConnectionManager.from_url(own_server.url, health_check_interval=0.01) as manager:
                 await manager.register_connection("sid", "user")
                 await asyncio.sleep(0.05)
-                refuse_next_write(monkeypatch)
+                refuse_next_write(monkeypatch, refusal)
                 assert await manager.update_heartbeat("sid")
 
         run(work())
 
     @pytest.mark.parametrize("mode", ["pubsub", "stream"])
+    @every_refusal
     def test_that_refuses_what_a_subscription_writes_is_named(
-        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, mode: str
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, mode: str, refusal: Exception
     ) -> None:
         async def work() -> None:
             options = {"events": mode, **one_attempt("asyncio")}
             async with presence.ConnectionManager.from_url(own_server.url, **options) as manager:
                 await manager.register_connection("sid", "user")
                 if mode == "pubsub":
-                    refuse_next_write(monkeypatch)
+                    refuse_next_write(monkeypatch, refusal)
                     with pytest.raises(presence.ServerUnreachableError):
                         await anext(await manager.subscribe().__aenter__())
                     return
                 async with manager.subscribe() as events:
-                    refuse_next_write(monkeypatch)
+                    refuse_next_write(monkeypatch, refusal)
                     with pytest.raises(presence.ServerUnreachableError):
                         await anext(events)
 

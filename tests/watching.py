@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import redis
 
 from tests.fault_proxy import BOUND_SECONDS
@@ -15,8 +16,6 @@ from tests.fault_proxy import BOUND_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
-
-    import pytest
 
     from tests.fault_proxy import Proxy
     from tests.server import LocalServer
@@ -48,15 +47,23 @@ def admin(server: LocalServer) -> Iterator[Any]:
         yield client
 
 
-def refuse_next_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let redis-py's next asyncio write meet what uvloop says of a connection that is closed."""
+REFUSALS = {
+    "uvloop": RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed"),
+    "asyncio since Python 3.12": TypeError("'NoneType' object is not callable"),
+}
+"""What is said to who writes to a connection that is closed."""
+every_refusal = pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 
-    def refuse(writer: asyncio.StreamWriter, _: object) -> None:
+
+def refuse_next_write(monkeypatch: pytest.MonkeyPatch, refusal: Exception) -> None:
+    """Let redis-py's next asyncio write meet what is said of a connection that is closed."""
+
+    def writelines(writer: asyncio.StreamWriter, _: object) -> None:
         monkeypatch.undo()
         writer.transport.abort()
-        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+        raise refusal
 
-    monkeypatch.setattr(asyncio.StreamWriter, "writelines", refuse)
+    monkeypatch.setattr(asyncio.StreamWriter, "writelines", writelines)
 
 
 @contextmanager
