@@ -53,7 +53,7 @@ class RepeatedCleanup:
         self._operations = operations
         self._interval = interval = arguments.milliseconds("interval_seconds", interval_seconds) / 1000
         self._threshold_seconds = threshold_seconds
-        self._operation = operations.cleanup_batch(threshold_seconds, not_after_ms=0)
+        self._describe(0)
         heartbeat = operations.heartbeat_seconds
         look = max(heartbeat / 12, LEAST_SECONDS)
         quarter = 3 * look
@@ -78,6 +78,7 @@ class RepeatedCleanup:
         """How often the answers came too far apart since the last cleanup."""
 
     def _describe(self, not_after_ms: int | None) -> None:
+        self._may_remove = not_after_ms != 0
         self._operation = self._operations.cleanup_batch(self._threshold_seconds, not_after_ms=not_after_ms)
 
     def next(self) -> Operation[CleanupBatch]:
@@ -122,6 +123,14 @@ class RepeatedCleanup:
         may_run = pause_ms <= self._look_ms
         self._describe(now_ms + self._longest_gap_ms if may_run else 0)
         return min(pause_ms, self._look_ms) / 1000
+
+    def end(self) -> None:
+        """Log it where a batch may have removed somebody of whom nobody is told any more."""
+        if self._sent_at is not None and self._may_remove:
+            logger.error(
+                "run_cleanup ended before the answer to a batch got through: whom that has removed, if anyone, nobody "
+                "is told of"
+            )
 
     def _note_gap(self, gap_ms: int) -> None:
         self._gaps += 1

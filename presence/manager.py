@@ -777,7 +777,7 @@ class ConnectionManager:
         heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a threshold
         below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) A
         cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch;
-        only the end of the event loop itself can lose that.
+        only the end of the event loop itself can lose that, or a fault after which the task is ended: it is logged.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
@@ -796,7 +796,7 @@ class ConnectionManager:
         """
         arguments.check_callback("on_removed", on_removed, is_awaited=True)
         cleanup = RepeatedCleanup(self.operations, interval_seconds, threshold_seconds)
-        return self._named("run_cleanup", lambda: self._clean_up_batch(cleanup, on_removed), to_its_end=True)
+        return self._named("run_cleanup", lambda: self._clean_up_batch(cleanup, on_removed), cleanup.end)
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
         """Beat for this game server at once and then again and again, until the manager is closed.
@@ -817,23 +817,29 @@ class ConnectionManager:
 
         """
         heartbeat = RepeatedServerHeartbeat(self.operations, interval_seconds)
-        return self._named("run_server_heartbeat", lambda: self._beat_for_server(heartbeat), to_its_end=False)
+        return self._named("run_server_heartbeat", lambda: self._beat_for_server(heartbeat))
 
     def _named(
-        self, name: str, step: Callable[[], Coroutine[Any, Any, float | None]], *, to_its_end: bool
+        self,
+        name: str,
+        step: Callable[[], Coroutine[Any, Any, float | None]],
+        at_end: Callable[[], None] | None = None,
     ) -> Coroutine[Any, Any, None]:
         """Give the coroutine that repeats a step, under the name by which whoever forgets to await it knows it."""
-        repeating: Any = self._repeat(step, self._closes, to_its_end=to_its_end)
+        repeating: Any = self._repeat(step, self._closes, at_end)
         repeating.__name__, repeating.__qualname__ = name, f"{type(self).__qualname__}.{name}"
         return repeating  # type: ignore[no-any-return]
 
     async def _repeat(
-        self, step: Callable[[], Coroutine[Any, Any, float | None]], closes: int, *, to_its_end: bool
+        self,
+        step: Callable[[], Coroutine[Any, Any, float | None]],
+        closes: int,
+        at_end: Callable[[], None] | None,
     ) -> None:
         """Do the step until the manager is closed; it answers how many seconds to pause, or None to end.
 
-        ``closes`` is how often the manager had been closed when this was asked for, which a task may begin later;
-        ``to_its_end`` lets a cancellation wait for the step, of which only its answer reports what it did.
+        ``closes`` is how often the manager had been closed when this was asked for, which a task may begin later.
+        Where there is an ``at_end`` to call, only the answer of a step tells what it did: a cancellation waits for it.
         """
         if self._closes != closes:
             return
@@ -847,7 +853,7 @@ class ConnectionManager:
         try:
             while not running.stop.is_set():
                 running.step = asyncio.ensure_future(do_step())
-                pause = await (_to_its_end(running.step) if to_its_end else running.step)
+                pause = await (_to_its_end(running.step) if at_end else running.step)
                 if pause is None:
                     return
                 if pause:
@@ -856,6 +862,8 @@ class ConnectionManager:
         finally:
             self._repetitions.discard(running)
             running.ended.set()
+            if at_end is not None:
+                at_end()
 
     async def _beat_for_server(self, heartbeat: RepeatedServerHeartbeat) -> float | None:
         """Send one heartbeat of the server; give the seconds to pause, or None when another has replaced it."""

@@ -755,7 +755,10 @@ class ConnectionManager:
         """
         arguments.check_callback("on_removed", on_removed, is_awaited=False)
         cleanup = RepeatedCleanup(self.operations, interval_seconds, threshold_seconds)
-        self._repeat(lambda: self._clean_up_batch(cleanup, on_removed))
+        try:
+            self._repeat(lambda: self._clean_up_batch(cleanup, on_removed))
+        finally:
+            cleanup.end()
 
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> None:
         """Beat for this game server at once and then again and again, until the manager is closed.

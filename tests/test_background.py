@@ -251,6 +251,20 @@ class TestRunCleanup:
 
 
 @both_managers
+@pytest.mark.parametrize("is_batch", [True, False])
+def test_what_ends_before_a_batch_was_answered_is_logged(
+    own_server: LocalServer, kind: str, is_batch: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager, Proxy(own_server.port) as proxy:
+        assert not manager.cleanup_stale_connections()  # The server has the script now.
+        proxy.fates = [*[Fate.PASS] * 4 * is_batch, Fate.LOSE_REPLY]  # The looks before the batch.
+        with repeating(Background(kind, proxy.url, **one_attempt(kind)), "run_cleanup", HOUR):
+            wait_until(lambda: caplog.records)
+    told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert [message[:55] for message in told] == ["run_cleanup ended before the answer to a batch got thro"] * is_batch
+
+
+@both_managers
 @pytest.mark.parametrize("name", ["run_cleanup", "run_server_heartbeat"])
 def test_a_fault_is_followed_by_the_pause(kind: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
     url = f"redis://127.0.0.1:{free_port()}/0"

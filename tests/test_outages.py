@@ -15,7 +15,7 @@ import pytest
 import presence
 from presence import retrying
 from presence.background import RepeatedCleanup
-from presence.operations import Operations
+from presence.operations import CLEANUP, Operations
 from presence.replies import CleanupBatch
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ TIMEOUT = 5
 PAUSES = (0.04, 0.1, 0.2, 0.4, 0.8, 1)
 
 ROUND_TRIP = 0.001
+NOT_AFTER = CLEANUP.arguments.index("not_after_ms")
 TODAY_MS = 1_800_000_000_000
 """The server's time when the simulation begins."""
 
@@ -91,7 +92,7 @@ def cleanups(
         done = None
         if one.runs_at is not None:
             now_ms, token = TODAY_MS + round(1000 * one.runs_at), operation.keys[-1]
-            if token not in kept and now_ms <= int(operation.arguments[-1]):
+            if token not in kept and now_ms <= int(operation.arguments[NOT_AFTER]):
                 kept[token] = now_ms
                 yield one.runs_at
             done = CleanupBatch((), is_last=True, now_ms=kept.get(token, now_ms), is_late=token not in kept)
@@ -166,13 +167,13 @@ class Answers:
         """Answer so many seconds after the answer before; give the pause, and for how long the next may run."""
         self.seconds += after
         now_ms = TODAY_MS + round(1000 * self.seconds)
-        not_after = self.cleanup.next().arguments[-1]
+        not_after = self.cleanup.next().arguments[NOT_AFTER]
         is_late = not_after != b"" and now_ms > int(not_after)
         pause = self.cleanup.succeed(CleanupBatch((), is_last=is_last, now_ms=now_ms, is_late=is_late))
         return pause, self.may_run_for()
 
     def may_run_for(self) -> float | None:
-        not_after = self.cleanup.next().arguments[-1]
+        not_after = self.cleanup.next().arguments[NOT_AFTER]
         if not_after == b"0":
             return None
         return (int(not_after) - TODAY_MS) / 1000 - self.seconds if not_after else float("inf")
@@ -243,7 +244,7 @@ def test_a_fault_begins_it_anew_and_what_met_it_may_run_no_more() -> None:
     answers.cleanup.fail(presence.ServerUnreachableError())
     again = answers.cleanup.next()
     assert (again.keys, *again.arguments[:-1]) == (first.keys, *first.arguments[:-1])
-    assert (first.arguments[-1] > b"0", again.arguments[-1]) == (True, b"0")
+    assert (first.arguments[NOT_AFTER] > b"0", again.arguments[NOT_AFTER]) == (True, b"0")
     assert answers.give(1) == (2.5, None)
     answers.wait()
 
