@@ -243,7 +243,7 @@ def test_a_fault_begins_it_anew_and_what_met_it_may_run_no_more() -> None:
     first = answers.cleanup.next()
     answers.cleanup.fail(presence.ServerUnreachableError())
     again = answers.cleanup.next()
-    assert (again.keys, *again.arguments[:-1]) == (first.keys, *first.arguments[:-1])
+    assert (again.keys, *again.arguments[:NOT_AFTER]) == (first.keys, *first.arguments[:NOT_AFTER])
     assert (first.arguments[NOT_AFTER] > b"0", again.arguments[NOT_AFTER]) == (True, b"0")
     assert answers.give(1) == (2.5, None)
     answers.wait()
