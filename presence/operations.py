@@ -199,7 +199,7 @@ class Operation(Generic[Result_co]):
 
     Every call that changes something, except heartbeats, carries a token. Sent again within a minute, because its reply
     was lost, it changes nothing more and gives the same answer. So for another call make another operation. One that
-    had changed nothing keeps no answer: sent again, it is as if it came later.
+    had changed nothing keeps no answer, unless it was in a pipeline with others: sent again, it is as if it came later.
     """
 
     script: scripts.Script

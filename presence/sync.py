@@ -869,8 +869,8 @@ class ConnectionManager:
         ``with manager.subscribe(game_id="chess-7") as events:`` and then ``for event in events:``. It is
         subscribed when the block is entered, and one ``Event`` comes for each change of a connection, of all changes of
         the namespace or of those in one game or of one user. What may be missing is not passed over in silence: the
-        iteration ends with ``EventsLostError``. (Only who has read nothing since before the first event of all is not
-        told that the server has lost everything.)
+        iteration ends with ``EventsLostError``. (One gap: a subscription that is still at the position ``0-0/0``, begun
+        before anything was published, cannot notice that the server has lost its data.)
 
         Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
         too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
