@@ -122,7 +122,8 @@ if is_usual and other then
       other_game_id, other_server = split_owned(other_key, other_record, user_id, key_lifetime_ms)
     end
   end
-  is_displaced = other_game_id ~= nil
+  -- Where its record was evicted, or is another user's by now, nothing is.
+  is_displaced = other_game_id and true
   if is_displaced then
     -- See event, which would format the lengths: that takes longer than the rest.
     answer = answer .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record
