@@ -36,7 +36,6 @@ Cost  O(log N) for each connection that it removes, detaches or, where the clock
 -- @include detached_record
 -- @include detach_connection
 -- @include remove_connection
--- @include earlier_answer
 -- @include answer_once
 -- @include answer_nothing
 -- @include publish_end
@@ -49,7 +48,8 @@ local events, not_after_ms, keep = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
 -- @include conn_ttl_ms
 
 if not_after_ms ~= '' and tonumber(now_ms) > tonumber(not_after_ms) then
-  return earlier_answer(reply_key) or {now_ms, -1}
+  local earlier = answer_nothing(reply_key, keep, {now_ms, -1})
+  return earlier[2] == -1 and {now_ms, -1} or earlier
 end
 
 -- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 25 KiB for a batch of 20.

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis.connection
-from redis.retry import AbstractRetry
 
 from presence import arguments
 
@@ -198,8 +197,10 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
     if "max_connections" in given:
         arguments.check_count("max_connections", given["max_connections"], MAX_CONNECTIONS)
     retry = given.get("retry")
-    if retry is not None and not isinstance(retry, AbstractRetry):
-        raise TypeError(f"retry must be a redis-py Retry, not {type(retry).__name__}: {arguments.shown(retry)}")
+    kind = module.retry.Retry
+    if retry is not None and not isinstance(retry, kind):
+        what = f"{type(retry).__module__}.{type(retry).__name__}"
+        raise TypeError(f"retry must be a {kind.__module__}.Retry, not {what}: {arguments.shown(retry)}")
     # Two that exist, but would be a fault of every call.
     if "ssl" in given and address.deployment == "server":
         raise TypeError("from_url() has no option 'ssl' for one server: its URL says so, redis:// or rediss://")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from presence import arguments
 from presence.errors import PresenceError
-from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS, made_late
+from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS, made_again, made_late
 
 if TYPE_CHECKING:
     from presence.operations import Operation, Operations
@@ -92,6 +92,8 @@ class RepeatedCleanup:
         if self._goes_by_heartbeats:
             # The same operation, which may not run any more; if it has, it is answered as before.
             self._operation = made_late(self._operation)
+        else:
+            self._operation = made_again(self._operation)
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         pause = min(self._interval, RESENDING_SECONDS if is_kept else self._operations.heartbeat_seconds)
@@ -163,6 +165,8 @@ class RepeatedServerHeartbeat:
                 f"interval_seconds must be less than three heartbeat_seconds, {dead_after:g}, not {self._interval:g}: "
                 "after three without a heartbeat of the server, cleanups take all of its players"
             )
+        half_way = (self._interval + dead_after) / 2
+        operations.silent_after_seconds = max(operations.silent_after_seconds, half_way)
 
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""

@@ -61,12 +61,16 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
 
 def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
+    operations = list(operations)
 
     def to_repeat(refused: list[int]) -> dict[int, Operation[Any]]:
         """Give the operations by their indexes; what had run, and is to run as if it had not, with another token."""
         commands = [operation.command() for operation in operations] if in_order else []
         indexes = with_what_follows(refused, commands, replies) if in_order else refused
-        return {index: operations[index] if index in refused else operations[index].renewed() for index in indexes}
+        for index in indexes:
+            if index not in refused:
+                operations[index] = operations[index].renewed()  # And stays so, where it is refused in its turn.
+        return {index: operations[index] for index in indexes}
 
     for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -79,8 +83,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
                 failed[script] = loaded
         # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
         again = {index: each for index, each in to_repeat(missed).items() if each.script not in failed}
-        commands = [operation.command() for operation in again.values()]
-        repeated = (yield list(map(sent_again, commands)) if in_order else commands) if again else []
+        # Of a call whose first copy was held up, this may be the third.
+        repeated = (yield [sent_again(operation.command()) for operation in again.values()]) if again else []
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
@@ -95,7 +99,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
         rest = to_repeat(refused)
         first = min(rest)
-        (results[first],) = yield from attempt_all((rest.pop(first),), in_order=in_order)
+        ahead = rest.pop(first)
+        (results[first],) = yield from _settle((ahead,), (yield [sent_again(ahead.command())]), in_order=False)
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from attempt_all([*rest.values()], in_order=in_order)
             for index, result in zip(rest, repeated, strict=True):

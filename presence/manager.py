@@ -777,7 +777,8 @@ class ConnectionManager:
         heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a threshold
         below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) A
         cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch;
-        only the end of the event loop itself can lose that, or a fault after which the task is ended: it is logged.
+        only the end of the event loop itself can lose that; and one that a fault came between is lost where the task is
+        ended before it is answered, which is logged.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.

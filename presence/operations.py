@@ -312,6 +312,8 @@ class Operations:
         self.events_key: bytes = prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""
+        self.silent_after_seconds: float = SERVER_HEARTBEATS_UNTIL_WARNING * heartbeat_seconds
+        """How long the game server may send no heartbeat before that is warned of."""
         self._beaten_at = inf
         """When its start or heartbeat was answered last; infinite from a warning to the next heartbeat."""
         self._start: Operation[int] | None = None
@@ -358,7 +360,7 @@ class Operations:
         if self.boot_epoch is None:
             return
         silence = monotonic() - self._beaten_at
-        if silence > SERVER_HEARTBEATS_UNTIL_WARNING * self.heartbeat_seconds:
+        if silence > self.silent_after_seconds:
             logger.warning(SERVER_IS_SILENT, self.server_id, silence)
             self._beaten_at = inf
 
@@ -777,7 +779,12 @@ class Operations:
 def made_late(batch: Operation[CleanupBatch]) -> Operation[CleanupBatch]:
     """Give the same batch of a cleanup, which does nothing any more unless it has run already."""
     not_after = CLEANUP.arguments.index("not_after_ms")
-    return replace(batch, arguments=(*batch.arguments[:not_after], b"0", *batch.arguments[not_after + 1 :]))
+    return made_again(replace(batch, arguments=(*batch.arguments[:not_after], b"0", *batch.arguments[not_after + 1 :])))
+
+
+def made_again(batch: Operation[CleanupBatch]) -> Operation[CleanupBatch]:
+    """Give the same batch, which may have been sent before: see ``retrying.sent_again``."""
+    return replace(batch, arguments=(*batch.arguments[:-1], b"1"))
 
 
 class Batches(Generic[Key, Result_co]):

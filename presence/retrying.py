@@ -111,16 +111,16 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
     pauses = cluster_pauses()
     yield 0, dict(enumerate(request))
     answers: dict[int, Any] = {}
+    latest = dict(enumerate(request))
     for pause in pauses:
         failed = transient_faults([*replies.values()])
         if not failed:
             return
         again = with_what_follows(failed, request, replies)
         answers |= {index: replies[index] for index in again if index not in failed and _acts_never(request[index])}
-        yield (
-            pause,
-            {index: sent_again(request[index]) if index in failed else _renewed(request[index]) for index in again},
-        )
+        # What is renewed stays so, where it fails in its turn.
+        latest |= {index: sent_again(latest[index]) if index in failed else _renewed(latest[index]) for index in again}
+        yield pause, {index: latest[index] for index in again}
     # What was read once has an answer, though its repetition met a fault.
     replies |= {index: answer for index, answer in answers.items() if isinstance(replies[index], Exception)}
 

@@ -293,7 +293,7 @@ class AsyncSubscription(_Subscription):
 
     async def __anext__(self) -> Event:
         task, waiting = asyncio.current_task(), self._waiting
-        if waiting is not None and waiting is not task and not waiting.done():
+        if waiting is not None and waiting is not task and not (waiting.done() or waiting.cancelling()):
             raise RuntimeError("another task waits for this subscription's next event: subscribe once for each task")
         try:
             self._waiting = task

@@ -835,7 +835,6 @@ class TestTheOptionsOfAClient:
         [
             ({"socket_timeout": "5"}, "socket_timeout must be a number of seconds, not str: '5'"),
             ({"socket_connect_timeout": -1}, "socket_connect_timeout must be positive, not -1"),
-            ({"retry": 3}, "retry must be a redis-py Retry, not int: 3"),
             ({"max_connections": "64"}, "max_connections must be an int, not str: '64'"),
             ({"max_connections": 0}, "max_connections must be from 1 to"),
         ],
@@ -845,6 +844,15 @@ class TestTheOptionsOfAClient:
         with pytest.raises((TypeError, ValueError), match=re.escape(told)):
             manager.from_url("redis://localhost", **given)
         manager.from_url("redis://localhost", socket_timeout=None, socket_connect_timeout=None, max_connections=1)
+
+    def test_of_retries_must_be_the_client_s_kind(self, kind: str) -> None:
+        manager = presence.ConnectionManager if kind == "asyncio" else presence.sync.ConnectionManager
+        kinds: list[Any] = [redis.asyncio.retry.Retry, redis.retry.Retry]
+        own, other = kinds if kind == "asyncio" else reversed(kinds)
+        for retry in (3, other(ConstantBackoff(1), 1)):
+            with pytest.raises(TypeError, match=rf"^retry must be a {own.__module__}.Retry, not "):
+                manager.from_url("redis://localhost", retry=retry)
+        manager.from_url("redis://localhost", retry=own(ConstantBackoff(1), 1))
 
     @staticmethod
     def limits(client: Any) -> tuple[int, float]:

@@ -6,6 +6,7 @@ import struct
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -15,10 +16,19 @@ import redis.retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ReadOnlyError
 
-from presence import CleanupResult, ConnectionInfo, HeartbeatStatus, JoinResult, Registration, pooling
-from presence.exchanges import perform_all
-from presence.operations import CLEANUP_BATCH_SIZE, Operations
-from presence.retrying import attempts, with_what_follows
+from presence import (
+    CleanupResult,
+    ConnectionInfo,
+    HeartbeatStatus,
+    JoinResult,
+    Registration,
+    ServerUnreachableError,
+    pooling,
+)
+from presence.background import RepeatedCleanup
+from presence.exchanges import perform, perform_all
+from presence.operations import CLEANUP_BATCH_SIZE, Operations, made_again, made_late
+from presence.retrying import attempts, sent_again, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy, Fate, Proxy
@@ -711,7 +721,7 @@ class TestWhatFollowsACallThatWasRefused:
             asked = exchange.send([b"sha"])
             assert asked[0] == calls[1]
         else:
-            assert list(asked) == [described[1].command()]
+            assert list(asked) == [sent_again(described[1].command())]
             asked = exchange.send([b"game"])
         *before, next_to_last, last = asked
         # What had run already has another token: it keeps no answer that it would be given again.
@@ -872,6 +882,19 @@ class TestWhatFollowsACallThatWasRefused:
             replies |= {index: first[index] for index in part}
         assert replies == {0: b"game", 1: 7}
 
+    def test_has_its_new_token_for_good(self) -> None:
+        """Under the first one it has an answer, which it would be given again."""
+        operations = Operations("ns")
+        request = [operations.leave_game("a").command(), operations.leave_game("b").command()]
+        fault, replies, tokens = redis.ConnectionError("the connection broke"), dict[int, Any](), []
+        for _, part in islice(attempts(request, replies), 3):
+            tokens.append([command[5] for command in part.values()])
+            replies |= {0: fault, 1: fault} if len(tokens) > 1 else {0: fault, 1: b""}
+        (of_a, of_b), (again_of_a, new_of_b), last = tokens
+        assert again_of_a == of_a
+        assert new_of_b != of_b
+        assert last == [of_a, new_of_b]
+
     def test_so_it_is_on_a_cluster(self) -> None:
         fault = redis.ConnectionError("the connection broke")
         read = Operations("ns").get_connection_count().command()
@@ -961,6 +984,35 @@ class TestAFirstCopyThatComesLate:
             late.other.register_connection("sid", "alice")
             time.sleep(0.1)
         assert [gone.sid for gone in late.other.cleanup_stale_connections(0.05)] == ["sid"]
+
+
+def test_the_copy_after_a_script_was_loaded_keeps_its_answer_as_well() -> None:
+    """One before it may be on its way still."""
+    operation = Operations("ns").leave_game("sid")
+    exchange = perform(operation)
+    assert list(next(exchange)) == [operation.command()]
+    exchange.send([NoScriptError("NOSCRIPT")])
+    assert exchange.send([b"sha"]) == [sent_again(operation.command())]
+
+
+@pytest.mark.parametrize("resend", [made_late, made_again])
+def test_a_batch_of_a_cleanup_does_nothing_after_another_copy_of_it_has_found_nothing(
+    manager: ConnectionManager, resend: Callable[[Operation[Any]], Operation[Any]]
+) -> None:
+    first = manager.operations.cleanup_batch(0.01, not_after_ms=1 << 50)
+    assert manager.pipeline([resend(first)])[0].removed == ()
+    manager.register_connection("sid", "user")
+    time.sleep(0.05)
+    assert manager.pipeline([first])[0].removed == ()
+    assert manager.get_connection("sid") is not None
+
+
+@pytest.mark.parametrize("threshold_seconds", [None, 0.01])
+def test_run_cleanup_sends_such_a_copy_after_a_fault(threshold_seconds: float | None) -> None:
+    repeated = RepeatedCleanup(Operations("ns"), 30, threshold_seconds)
+    first = repeated.next()
+    repeated.fail(ServerUnreachableError("away"))
+    assert (repeated.next().keys, repeated.next().arguments[-1]) == (first.keys, b"1")
 
 
 class Late:

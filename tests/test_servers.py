@@ -14,6 +14,7 @@ import presence
 import presence.sync
 from presence import PresenceError
 from presence.arguments import MAX_METADATA_BYTES
+from presence.background import RepeatedServerHeartbeat
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import Fate, Proxy
@@ -621,6 +622,19 @@ def test_a_manager_whose_server_does_not_beat_says_once_that_its_players_will_be
     (message,) = caplog.messages
     assert message.startswith("the game server 'server' has sent no heartbeat for 21 s")
     assert "run_server_heartbeat()" in message
+
+
+def test_it_waits_for_heartbeats_that_come_more_seldom(
+    make_manager: ManagerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
+    manager = make_manager(server_id="server", heartbeat_seconds=10)
+    RepeatedServerHeartbeat(manager.operations, 25)
+    manager.register_connection("sid", "user")
+    for now, told in ((27.0, 0), (28.0, 1)):  # noqa: B007, the clock
+        manager.update_heartbeat("sid")
+        assert len(caplog.messages) == told
 
 
 @pytest.mark.parametrize(
