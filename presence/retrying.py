@@ -146,7 +146,7 @@ def with_what_follows(
         conn_key = commands[index][3] if script.keys[0] == "conn" else None
         is_undone = bool(acted_on) if script.name in _OF_ANY_CONNECTION else conn_key in acted_on
         has_acted = script.has_acted(reply)
-        # A join that left no game may have found its connection there; one that has joined is answered as before.
+        # A join that left no game may have found its connection there already; one that has joined finds it there now.
         if not is_undone and not (has_acted and reply):
             repeated.add(index)
         if has_acted and conn_key:
