@@ -31,7 +31,7 @@ from presence.exchanges import (
     perform_batches,
     recover,
 )
-from presence.operations import Command, Operation, Operations
+from presence.operations import Command, Operation, Operations, shown_with
 from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
 from presence.subscriptions import AsyncSubscription, Feed
@@ -259,7 +259,7 @@ class ConnectionManager:
         return manager
 
     def __repr__(self) -> str:
-        return f"<{type(self).__module__}.{type(self).__qualname__} {self.operations!r}>"
+        return shown_with(self.operations, self)
 
     async def __aenter__(self) -> Self:
         return self

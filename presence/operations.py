@@ -234,6 +234,12 @@ class ServerNotStartedError(ValueError):
         super().__init__("the game server has no boot epoch yet: start_server() of the manager gives it one")
 
 
+def shown_with(operations: Operations, shown: object) -> str:
+    """Show operations, or the manager that has them, with namespace and server_id."""
+    server = "" if operations.server_id is None else f" server_id={operations.server_id!r}"
+    return f"<{type(shown).__module__}.{type(shown).__qualname__} namespace={operations.namespace!r}{server}>"
+
+
 class Operations:
     """The operations of one namespace, each method checking its arguments and describing one call.
 
@@ -352,8 +358,7 @@ class Operations:
         return f"{self.boot_epoch}:{self.server_id}".encode()
 
     def __repr__(self) -> str:
-        server = "" if self.server_id is None else f" server_id={self.server_id!r}"
-        return f"namespace={self.namespace!r}{server}"
+        return shown_with(self, self)
 
     def _warn_if_silent(self) -> None:
         """Warn once where a game server that has started sends no heartbeats: its players are about to be taken."""

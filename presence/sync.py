@@ -28,7 +28,7 @@ from presence.exchanges import (
     recover,
 )
 from presence.forks import call_in_child
-from presence.operations import Command, Operation, Operations
+from presence.operations import Command, Operation, Operations, shown_with
 from presence.results import CleanupResult
 from presence.subscriptions import Feed, Subscription
 
@@ -257,7 +257,7 @@ class ConnectionManager:
         return [known for _, known in list(self._calls.values())]
 
     def __repr__(self) -> str:
-        return f"<{type(self).__module__}.{type(self).__qualname__} {self.operations!r}>"
+        return shown_with(self.operations, self)
 
     def __enter__(self) -> Self:
         self._is_closed = False

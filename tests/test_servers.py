@@ -603,19 +603,28 @@ class TestCleanupServer:
             getattr(manager, method)()
 
 
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set the clock by which a manager tells how long its server has been silent."""
+
+    def set_to(now: float) -> None:
+        monkeypatch.setattr("presence.operations.monotonic", lambda: now)
+
+    set_to(0)
+    return set_to
+
+
 def test_a_manager_whose_server_does_not_beat_says_once_that_its_players_will_be_taken(
-    make_manager: ManagerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_manager: ManagerFactory, set_clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
     manager = make_manager(server_id="server", heartbeat_seconds=10)
     manager.register_connection("sid-1", "user-1")
-    now = 19
+    set_clock(19)
     manager.update_server_heartbeat()
-    now = 38
+    set_clock(38)
     manager.register_connection("sid-2", "user-2")
     assert caplog.messages == []
-    now = 40
+    set_clock(40)
     manager.operations.update_server_heartbeat()  # Only described, as by one that never gets through.
     manager.register_connection("sid-3", "user-3")
     manager.register_connection("sid-4", "user-4")
@@ -625,14 +634,13 @@ def test_a_manager_whose_server_does_not_beat_says_once_that_its_players_will_be
 
 
 def test_it_waits_for_heartbeats_that_come_more_seldom(
-    make_manager: ManagerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_manager: ManagerFactory, set_clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
     manager = make_manager(server_id="server", heartbeat_seconds=10)
     RepeatedServerHeartbeat(manager.operations, 25)
     manager.register_connection("sid", "user")
-    for now, told in ((27.0, 0), (28.0, 1)):  # noqa: B007, the clock
+    for now, told in ((27, 0), (28, 1)):
+        set_clock(now)
         manager.update_heartbeat("sid")
         assert len(caplog.messages) == told
 
@@ -648,16 +656,14 @@ def test_it_waits_for_heartbeats_that_come_more_seldom(
 )
 def test_it_says_so_where_nobody_new_comes_as_well(
     make_manager: ManagerFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    set_clock: Callable[[float], None],
     caplog: pytest.LogCaptureFixture,
     work: Callable[[ConnectionManager], object],
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("presence.operations.monotonic", lambda: now)
     manager, another = make_manager(server_id="server", heartbeat_seconds=10), make_manager(server_id="not started")
     manager.register_connection("sid", "user")
-    for later in (20, 21, 22):
-        now = later
+    for now in (20, 21, 22):
+        set_clock(now)
         work(manager)
         work(another)
     (message,) = caplog.messages
