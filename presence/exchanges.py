@@ -16,7 +16,6 @@ from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, e
 from presence.operations import Operation, ServerNotStartedError
 from presence.results import CleanupResult
 from presence.retrying import sent_again, with_what_follows
-from presence.scripts import acts_never
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -91,7 +90,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         ]
         for index, reply in zip(again, repeated, strict=True):
             # What was read has an answer, though its repetition met a fault.
-            if index in missed or not (isinstance(reply, Exception) and acts_never(operations[index].script)):
+            if index in missed or not (isinstance(reply, Exception) and operations[index].script.is_repeatable):
                 replies[index] = reply
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
@@ -104,7 +103,9 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from attempt_all([*rest.values()], in_order=in_order)
             for index, result in zip(rest, repeated, strict=True):
-                if index in refused or not (isinstance(result, PresenceError) and acts_never(operations[index].script)):
+                if index in refused or not (
+                    isinstance(result, PresenceError) and operations[index].script.is_repeatable
+                ):
                     results[index] = result
     return results
 

@@ -108,7 +108,8 @@ REGISTER = scripts.load(
         "resumes",
         "keep",
     ),
-    has_acted=has_registered,
+    tells_of_change=has_registered,
+    reaches_others=True,
 )
 UNREGISTER = scripts.load(
     "unregister",
@@ -119,7 +120,7 @@ JOIN = scripts.load(
     "join",
     keys=("conn", "game_conns", "last_seen", "reply"),
     arguments=("key_lifetime_ms", "capacity", "epoch", "events", "keep"),
-    has_acted=has_joined,
+    tells_of_change=has_joined,
 )
 LEAVE = scripts.load(
     "leave",
@@ -135,13 +136,13 @@ HEARTBEAT = scripts.load(
     "heartbeat",
     keys=("conn", "last_seen", "absent"),
     arguments=("key_lifetime_ms", "epoch"),
-    has_acted=scripts.may_act_again,  # To be seen twice is as good as once.
+    tells_of_change=None,  # To be seen twice is as good as once.
 )
 HEARTBEATS = scripts.load(
     "heartbeats",
     keys=("last_seen", "absent"),
     arguments=("key_lifetime_ms", "sids"),
-    has_acted=scripts.may_act_again,
+    tells_of_change=None,
 )
 CLEANUP = scripts.load(
     "cleanup",
@@ -157,7 +158,8 @@ CLEANUP = scripts.load(
         "not_after_ms",
         "keep",
     ),
-    has_acted=has_cleaned_up,
+    tells_of_change=has_cleaned_up,
+    reaches_others=True,
 )
 START_SERVER = scripts.load(
     "start_server",

@@ -15,7 +15,7 @@ import redis.sentinel
 from redis.backoff import EqualJitterBackoff
 
 from presence.errors import as_fault
-from presence.scripts import BY_SHA, acts_never
+from presence.scripts import BY_SHA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -85,11 +85,6 @@ def _renewed(command: Command) -> Command:
     return (*command[:3], *renewed_keys(script, command[3:end]), *command[end:])
 
 
-def _acts_never(command: Command) -> bool:
-    script = BY_SHA.get(command[1])
-    return script is not None and acts_never(script)
-
-
 def sent_again(command: Command) -> Command:
     """Let a command that may have been sent before, or that others follow, keep its answer in any case.
 
@@ -117,16 +112,14 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
         if not failed:
             return
         again = with_what_follows(failed, request, replies)
-        answers |= {index: replies[index] for index in again if index not in failed and _acts_never(request[index])}
+        answers |= {
+            index: replies[index] for index in again if index not in failed and BY_SHA[request[index][1]].is_repeatable
+        }
         # What is renewed stays so, where it fails in its turn.
         latest |= {index: sent_again(latest[index]) if index in failed else _renewed(latest[index]) for index in again}
         yield pause, {index: latest[index] for index in again}
     # What was read once has an answer, though its repetition met a fault.
     replies |= {index: answer for index, answer in answers.items() if isinstance(replies[index], Exception)}
-
-
-_OF_ANY_CONNECTION = ("register", "cleanup")
-"""Scripts that may act on connections, or be refused by them, of which the call does not tell."""
 
 
 def with_what_follows(
@@ -144,7 +137,7 @@ def with_what_follows(
         if script is None or isinstance(reply, Exception):
             continue
         conn_key = commands[index][3] if script.keys[0] == "conn" else None
-        is_undone = bool(acted_on) if script.name in _OF_ANY_CONNECTION else conn_key in acted_on
+        is_undone = bool(acted_on) if script.reaches_others else conn_key in acted_on
         has_acted = script.has_acted(reply)
         # A join that left no game may have found its connection there already; one that has joined finds it there now.
         if not is_undone and not (has_acted and reply):

@@ -96,13 +96,25 @@ class Script:
     arguments: tuple[str, ...]
     source: str = field(repr=False)
     sha: str = field(repr=False)
-    has_acted: Callable[[Any], bool] = field(default=bool, repr=False, compare=False)
-    """Tells by its reply whether a call has changed something that may not be done, or be undone, once more."""
+    tells_of_change: Callable[[Any], bool] | None = field(repr=False, compare=False)
+    """Tells by its reply whether a call has changed something that may not be done, or be undone, once more. None where
+    none ever does: the script only reads, or what it does may be done any number of times."""
+    reaches_others: bool
+    """Whether it acts on connections, or is refused because of some, that its keys do not name."""
     call: tuple[str | bytes, ...] = field(init=False, repr=False, compare=False)
     """The command that calls it, up to its keys."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "call", ("EVALSHA", self.sha.encode(), b"%d" % len(self.keys)))
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether all that the script does may be done any number of times."""
+        return self.tells_of_change is None
+
+    def has_acted(self, reply: Any) -> bool:
+        """Tell whether the call that was answered so may not be made once more, nor what came before it."""
+        return self.tells_of_change is not None and self.tells_of_change(reply)
 
 
 BY_SHA: dict[str | bytes, Script] = {}
@@ -110,22 +122,17 @@ BY_SHA: dict[str | bytes, Script] = {}
 
 
 def load(
-    name: str, keys: tuple[str, ...], arguments: tuple[str, ...], has_acted: Callable[[Any], bool] = bool
+    name: str,
+    keys: tuple[str, ...],
+    arguments: tuple[str, ...],
+    *,
+    tells_of_change: Callable[[Any], bool] | None = bool,
+    reaches_others: bool = False,
 ) -> Script:
     """Load a script by name; its SHA1 is computed here, so no round trip is spent on asking for it."""
     source = without_comments(splice(lua_folder(), name))
     sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
     if source.startswith("#!lua flags=no-writes\n"):
-        has_acted = may_act_again
-    script = BY_SHA[sha.encode()] = Script(name, keys, arguments, source, sha, has_acted)
+        tells_of_change = None
+    script = BY_SHA[sha.encode()] = Script(name, keys, arguments, source, sha, tells_of_change, reaches_others)
     return script
-
-
-def may_act_again(_: Any) -> bool:
-    """Tell that no call has acted: the script only reads, or what it does may be done any number of times."""
-    return False
-
-
-def acts_never(script: Script) -> bool:
-    """Tell whether all that the script does may be done any number of times."""
-    return script.has_acted is may_act_again
