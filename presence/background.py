@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from presence import arguments
 from presence.errors import PresenceError
-from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS, made_again, made_late
+from presence.operations import HEARTBEATS_UNTIL_STALE, KEPT_SECONDS
 
 if TYPE_CHECKING:
     from presence.operations import Operation, Operations
@@ -89,11 +89,10 @@ class RepeatedCleanup:
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""
         self._answered_ms = None
+        # The same operation, which may have run: then it is answered as before; see retrying.sent_again.
+        self._operation = self._operation.having(keep=b"1")
         if self._goes_by_heartbeats:
-            # The same operation, which may not run any more; if it has, it is answered as before.
-            self._operation = made_late(self._operation)
-        else:
-            self._operation = made_again(self._operation)
+            self._operation = self._operation.having(not_after_ms=b"0")  # If it has not, it may not do so any more.
         # The answer to a batch that was sent is kept for a minute, of which the call has used up some.
         is_kept = self._sent_at is not None and monotonic() - self._sent_at < KEPT_SECONDS
         pause = min(self._interval, RESENDING_SECONDS if is_kept else self._operations.heartbeat_seconds)

@@ -71,6 +71,12 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
                 operations[index] = operations[index].renewed()  # And stays so, where it is refused in its turn.
         return {index: operations[index] for index in indexes}
 
+    def take_over(answered: list[Any], again: Iterable[int], repeated: list[Any], refused: list[int]) -> None:
+        """Put the answers to repeated calls in their places, but no fault in that of what a call has read."""
+        for index, answer in zip(again, repeated, strict=True):
+            if index in refused or not (isinstance(answer, Exception) and operations[index].script.is_repeatable):
+                answered[index] = answer
+
     for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
@@ -88,10 +94,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
         ]
-        for index, reply in zip(again, repeated, strict=True):
-            # What was read has an answer, though its repetition met a fault.
-            if index in missed or not (isinstance(reply, Exception) and operations[index].script.is_repeatable):
-                replies[index] = reply
+        take_over(replies, again, repeated, missed)
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
@@ -102,11 +105,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         (results[first],) = yield from _settle((ahead,), (yield [sent_again(ahead.command())]), in_order=False)
         if rest and not isinstance(results[first], ReadOnlyServerError):
             repeated = yield from attempt_all([*rest.values()], in_order=in_order)
-            for index, result in zip(rest, repeated, strict=True):
-                if index in refused or not (
-                    isinstance(result, PresenceError) and operations[index].script.is_repeatable
-                ):
-                    results[index] = result
+            take_over(results, rest, repeated, refused)
     return results
 
 

@@ -221,6 +221,11 @@ class Operation(Generic[Result_co]):
         """Give it with another token: as another call, which acts as a new one."""
         return replace(self, keys=retrying.renewed_keys(self.script, self.keys))
 
+    def having(self, **values: bytes) -> Operation[Result_co]:
+        """Give the same call with other values of some arguments, by the names that the script has for them."""
+        named = dict(zip(self.script.arguments, self.arguments, strict=True)) | values
+        return replace(self, arguments=tuple(named.values()))
+
     def result(self, reply: Any) -> Result_co:
         """Parse the reply; raises ``UnexpectedReplyError`` where another program's data made it."""
         try:
@@ -781,17 +786,6 @@ class Operations:
     def _beaten(self, reply: int) -> bool:
         self._beaten_at = monotonic()
         return bool(reply)
-
-
-def made_late(batch: Operation[CleanupBatch]) -> Operation[CleanupBatch]:
-    """Give the same batch of a cleanup, which does nothing any more unless it has run already."""
-    not_after = CLEANUP.arguments.index("not_after_ms")
-    return made_again(replace(batch, arguments=(*batch.arguments[:not_after], b"0", *batch.arguments[not_after + 1 :])))
-
-
-def made_again(batch: Operation[CleanupBatch]) -> Operation[CleanupBatch]:
-    """Give the same batch, which may have been sent before: see ``retrying.sent_again``."""
-    return replace(batch, arguments=(*batch.arguments[:-1], b"1"))
 
 
 class Batches(Generic[Key, Result_co]):

@@ -27,7 +27,7 @@ from presence import (
 )
 from presence.background import RepeatedCleanup
 from presence.exchanges import perform, perform_all
-from presence.operations import CLEANUP_BATCH_SIZE, Operations, made_again, made_late
+from presence.operations import CLEANUP_BATCH_SIZE, Operations
 from presence.retrying import attempts, sent_again, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
@@ -995,12 +995,12 @@ def test_the_copy_after_a_script_was_loaded_keeps_its_answer_as_well() -> None:
     assert exchange.send([b"sha"]) == [sent_again(operation.command())]
 
 
-@pytest.mark.parametrize("resend", [made_late, made_again])
+@pytest.mark.parametrize("values", [{"keep": b"1", "not_after_ms": b"0"}, {"keep": b"1"}])
 def test_a_batch_of_a_cleanup_does_nothing_after_another_copy_of_it_has_found_nothing(
-    manager: ConnectionManager, resend: Callable[[Operation[Any]], Operation[Any]]
+    manager: ConnectionManager, values: dict[str, bytes]
 ) -> None:
     first = manager.operations.cleanup_batch(0.01, not_after_ms=1 << 50)
-    assert manager.pipeline([resend(first)])[0].removed == ()
+    assert manager.pipeline([first.having(**values)])[0].removed == ()
     manager.register_connection("sid", "user")
     time.sleep(0.05)
     assert manager.pipeline([first])[0].removed == ()
