@@ -110,7 +110,7 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
     for pause in pauses:
         failed = transient_faults([*replies.values()])
         if not failed:
-            return
+            break
         again = with_what_follows(failed, request, replies)
         answers |= {
             index: replies[index] for index in again if index not in failed and BY_SHA[request[index][1]].is_repeatable
@@ -118,8 +118,11 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
         # What is renewed stays so, where it fails in its turn.
         latest |= {index: sent_again(latest[index]) if index in failed else _renewed(latest[index]) for index in again}
         yield pause, {index: latest[index] for index in again}
-    # What was read once has an answer, though its repetition met a fault.
-    replies |= {index: answer for index, answer in answers.items() if isinstance(replies[index], Exception)}
+    # What was read once has an answer, though its repetition met a fault. (What has missed its script is still to run.)
+    for index, answer in answers.items():
+        met = replies[index]
+        if isinstance(met, Exception) and not isinstance(met, redis.exceptions.NoScriptError):
+            replies[index] = answer
 
 
 def with_what_follows(
