@@ -191,11 +191,11 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
             if name in own:
                 hint = f"{name} is one of from_url() itself"
             raise ValueError(f"url is malformed: an option in it does not exist; {hint}")
-    for name in ("socket_timeout", "socket_connect_timeout"):
-        if given.get(name) is not None:
-            arguments.milliseconds(name, given[name])
-    if "max_connections" in given:
-        arguments.check_count("max_connections", given["max_connections"], MAX_CONNECTIONS)
+    _check_values(given)
+    try:
+        _check_values(in_url)
+    except ValueError as error:
+        raise ValueError(f"url is malformed: {error}") from None
     retry = given.get("retry")
     kind = module.retry.Retry
     if retry is not None and not isinstance(retry, kind):
@@ -210,6 +210,15 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
         raise ValueError(f"protocol must be 2 or 3, not {arguments.shown(given['protocol'])}")
     if in_url.get("protocol") not in PROTOCOLS:
         raise ValueError("url is malformed: protocol must be 2 or 3")
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """Refuse what redis-py would stumble over in a call."""
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if options.get(name) is not None:
+            arguments.milliseconds(name, options[name])
+    if "max_connections" in options:
+        arguments.check_count("max_connections", options["max_connections"], MAX_CONNECTIONS)
 
 
 @cache

@@ -712,6 +712,9 @@ class TestAUrl:
             manager_type.from_url(f"{url}?protocol=4")
         with pytest.raises(ValueError, match=r"^protocol must be 2 or 3, not 'three'$"):
             manager_type.from_url(url, protocol="three")
+        for wrong in ("socket_timeout=-1", "socket_timeout=nan", "socket_connect_timeout=0", "max_connections=-3"):
+            with pytest.raises(ValueError, match=rf"^url is malformed: {wrong.partition('=')[0]} must be "):
+                manager_type.from_url(f"{url}?{wrong}")
         with pytest.raises(TypeError, match=r"no option 'colour'$"):
             manager_type.from_url(url, colour="red")
         with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'socket_timeout'"):
