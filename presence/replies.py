@@ -15,7 +15,7 @@ from presence.results import (
     HeartbeatStatus,
     JoinResult,
     Registration,
-    _Times,
+    make_connection,
     to_time,
 )
 
@@ -82,52 +82,17 @@ class CleanupBatch(NamedTuple):
     """Whether it did nothing, since it ran after the time that it was given."""
 
 
-class _Unfrozen(_Times):
-    """The same fields as a ``ConnectionInfo``, which is what it becomes once they are set."""
-
-    __slots__ = ConnectionInfo.__slots__
-
-
-def _connection(
-    sid: str,
-    user_id: str,
-    game_id: str | None,
-    connected_at: int,
-    last_seen: int,
-    observed_at: int,
-    epoch: int,
-    detached_until: int | None = None,
-    server_id: str | None = None,
-    metadata: bytes = b"",
-) -> ConnectionInfo:
-    """Make a ``ConnectionInfo``, its times in milliseconds, in a third of the time that setting frozen fields takes."""
-    info: Any = _Unfrozen()
-    info.sid = sid
-    info.user_id = user_id
-    info.game_id = game_id
-    info._connected_at = connected_at
-    info._last_seen = last_seen
-    info._observed_at = observed_at
-    info.epoch = epoch
-    info.detached_until = None if detached_until is None else to_time(detached_until)
-    info.server_id = server_id
-    info.metadata = metadata
-    # Both have the same slots, so the one may become the other.
-    info.__class__ = ConnectionInfo
-    return info  # type: ignore[no-any-return]
-
-
 def parse_body(sid: str, game_id: str | None, body: bytes, score: bytes | int, observed_at: int) -> ConnectionInfo:
     """Parse the body of a record, see lua/include/split_record.lua, with the score, see lua/include/find_record.lua."""
     head, _, payload = body.partition(b" ")
     if head.isdigit():
         epoch = int(head)
-        return _connection(sid, payload.decode(), game_id, epoch // 1000, int(score), observed_at, epoch)
+        return make_connection(sid, payload.decode(), game_id, epoch // 1000, int(score), observed_at, epoch)
     number, connected_at, heartbeat_at, user, server = (head.split(b":") + [b""] * 3)[:5]
     epoch = int(number)
     user_end = int(user) if user else len(payload)
     server_end = user_end + int(server or 0)
-    return _connection(
+    return make_connection(
         sid,
         payload[:user_end].decode(),
         game_id,
@@ -194,7 +159,7 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
         else:
             return Registration(told, refused=True)
     return Registration(
-        connection or _connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
+        connection or make_connection(sid, user_id, None, now, now, now, epoch, None, server_id, metadata),
         tuple(displaced),
         resumed_from is not None,
         replaced,
@@ -243,7 +208,7 @@ def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[Connect
             continue
         # Most have no more than a user; a snapshot is read so often that these are parsed without another call.
         epoch = int(head)
-        connections.append(_connection(sid.decode(), user_id.decode(), game_id, epoch // 1000, seen, now, epoch))
+        connections.append(make_connection(sid.decode(), user_id.decode(), game_id, epoch // 1000, seen, now, epoch))
     connections.sort(key=_EPOCH)
     return connections
 
