@@ -30,19 +30,17 @@ local function plan_registration(
     plan.taken[#plan.taken + 1] = taken
     return taken
   end
-  local function is_live(score)
-    return tonumber(score) >= now_ms - conn_ttl_ms
-  end
-  -- Detached, and within its grace.
-  local function is_seat(score)
-    return -score >= tonumber(now_ms)
-  end
-  local function holds(score)
-    return is_live(score) or is_seat(score)
-  end
-  -- Seen so recently that the policy refuses a newer one; none is where the newest wins.
-  local function keeps_others_out(score)
-    return reject_ms > 0 and tonumber(score) >= now_ms - reject_ms
+  -- What a score says of its connection: 'seat', detached and within its grace; 'alive', seen so recently that the
+  -- policy refuses a newer one (none is where the newest wins); 'live', seen within its TTL; nil, holding nothing.
+  local function state_of(score)
+    local seen = tonumber(score)
+    if -seen >= tonumber(now_ms) then
+      return 'seat'
+    end
+    if seen < now_ms - conn_ttl_ms then
+      return nil
+    end
+    return reject_ms > 0 and seen >= now_ms - reject_ms and 'alive' or 'live'
   end
 
   -- 1. What has the sid already. Where its score was lost, its record still tells where else it is listed.
@@ -53,9 +51,10 @@ local function plan_registration(
     local had_sid = {
       sid = sid, record = own_record, score = own_score, game_id = game_id, server = server, user_id = its_user_id,
     }
-    if its_user_id == user_id and holds(own_score) then
+    local state = state_of(own_score)
+    if its_user_id == user_id and state then
       plan.own = had_sid
-      plan.resumed = is_seat(own_score) and had_sid or nil
+      plan.resumed = state == 'seat' and had_sid or nil
     else
       plan.replaced = had_sid
     end
@@ -63,15 +62,17 @@ local function plan_registration(
 
   -- 2. The user's other connections: how many there will be with the new one, which keep it out, and whose seat can be
   -- resumed.
-  local count, alive, seat_index = 1, {}, nil
+  local count, states, alive, seat_index = 1, {}, {}, nil
   for index, other in ipairs(others) do
-    local score = scores[index] or 0
-    plan.was_online = plan.was_online or (scores[index] and tonumber(score) >= 0)
-    if other ~= sid and holds(score) then
+    local score = scores[index]
+    plan.was_online = plan.was_online or (score and tonumber(score) >= 0)
+    local state = score and other ~= sid and state_of(score)
+    if state then
+      states[index] = state
       count = count + 1
-      if keeps_others_out(score) then
+      if state == 'alive' then
         alive[#alive + 1] = index
-      elseif is_seat(score) and not plan.own then
+      elseif state == 'seat' and not plan.own then
         seat_index = index
       end
     end
@@ -85,7 +86,7 @@ local function plan_registration(
       return {refusing = {sid = others[newest], record = record, score = scores[newest]}}
     end
     -- Its record was evicted, and may be another user's by now: it is not alive.
-    scores[newest] = false
+    scores[newest], states[newest] = false, nil
     count = count - 1
   end
 
@@ -95,13 +96,13 @@ local function plan_registration(
     count = count - 1
   end
   for index, other in ipairs(others) do
-    local score = scores[index] or 0
     if other ~= sid and index ~= seat_index then
-      if holds(score) and (count <= connections_per_user or keeps_others_out(score)) then
+      local state = states[index]
+      if state and (count <= connections_per_user or state == 'alive') then
         plan.stay[#plan.stay + 1] = other
       else
-        plan.gone[#plan.gone + 1] = take(other, score)
-        count = holds(score) and count - 1 or count
+        plan.gone[#plan.gone + 1] = take(other, scores[index] or 0)
+        count = state and count - 1 or count
       end
     end
   end
@@ -109,7 +110,7 @@ local function plan_registration(
   -- 5. Where no seat was kept, that of the newest live one that goes.
   if resumes and not plan.own and not plan.resumed then
     for _, gone in ipairs(plan.gone) do
-      plan.resumed = is_live(gone.score) and gone or plan.resumed
+      plan.resumed = state_of(gone.score) == 'live' and gone or plan.resumed
     end
   end
   return plan
