@@ -89,7 +89,7 @@ class RepeatedCleanup:
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""
         self._answered_ms = None
-        # The same operation, which may have run: then it is answered as before; see retrying.sent_again.
+        # The same operation, which may have run: then it is answered as before; see commands.sent_again.
         self._operation = self._operation.having(keep=b"1")
         if self._goes_by_heartbeats:
             self._operation = self._operation.having(not_after_ms=b"0")  # If it has not, it may not do so any more.

@@ -98,6 +98,15 @@ def as_fault(error: Any) -> Any:
     return fault
 
 
+def as_cluster_fault(error: Any) -> Any:
+    """Turn AttributeError (a node came or went) and RuntimeError (a connection was closed); others stay as they are."""
+    if not isinstance(error, AttributeError):
+        return as_fault(error)
+    fault = exceptions.ClusterError("a node came or went during the call")
+    fault.__cause__ = error
+    return fault
+
+
 def _raised_in(error: BaseException) -> str:
     """Name the function that raised an error."""
     trace = error.__traceback__

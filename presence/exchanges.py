@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from hiredis import pack_command
 from redis.exceptions import NoScriptError
 
+from presence.commands import SecondLoad, load_command, sent_again
 from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
 from presence.operations import Operation, ServerNotStartedError
 from presence.results import CleanupResult
-from presence.retrying import sent_again, with_what_follows
+from presence.retrying import with_what_follows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     from presence import scripts
-    from presence.operations import Batches, Command, Operations
+    from presence.commands import Command
+    from presence.operations import Batches, Operations
     from presence.replies import CleanupBatch
     from presence.results import ConnectionInfo
 
@@ -30,10 +31,6 @@ Key = TypeVar("Key")
 
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
-
-SCRIPT_LOAD = "SCRIPT LOAD"
-AS_BYTES = {"NEVER_DECODE": True}
-"""redis-py's option for replies that stay bytes, however the client decodes."""
 
 
 def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
@@ -131,33 +128,6 @@ def check_operations(operations: object) -> tuple[Operation[Any], ...]:
                 "manager.operations.update_heartbeat(sid), not manager.update_heartbeat(sid)"
             )
     return checked
-
-
-def load_command(script: scripts.Script) -> Command:
-    """Give the command that loads a script. It has no key; a cluster needs it on the node of the namespace."""
-    return (SCRIPT_LOAD, script.source.encode())
-
-
-class SecondLoad(tuple[str | bytes, ...]):
-    """The command that loads a script once more, since the call has missed it nevertheless.
-
-    There was a failover between the first and the call; or the slot is on its way to a node that does not have the
-    script, so on a cluster every primary gets it; and once more, for the node may have been out of reach just then.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, script: scripts.Script) -> SecondLoad:  # noqa: D102
-        return super().__new__(cls, load_command(script))
-
-
-def pack(command: Command) -> bytes:
-    """Give a command as it goes to the server, whatever encoding a client was made with."""
-    if command[0] == SCRIPT_LOAD:
-        command = (*SCRIPT_LOAD.split(), *command[1:])
-    # hiredis declares a tuple of one item, and takes any.
-    packed: bytes = pack_command(command)  # type: ignore[arg-type]
-    return packed
 
 
 def perform_all(operations: Sequence[Operation[Result]]) -> Exchange[list[Result]]:

@@ -18,12 +18,10 @@ from redis.asyncio import Redis, RedisCluster
 from presence import addresses, arguments, clients, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
 from presence.cancellation import cancellations, heeding_cancellation
-from presence.errors import FAULTS, as_fault
+from presence.commands import AS_BYTES, SCRIPT_LOAD, SecondLoad
+from presence.errors import FAULTS, as_cluster_fault, as_fault
 from presence.exchanges import (
-    AS_BYTES,
-    SCRIPT_LOAD,
     Exchange,
-    SecondLoad,
     check_operations,
     clean_up,
     for_server,
@@ -31,7 +29,7 @@ from presence.exchanges import (
     perform_batches,
     recover,
 )
-from presence.operations import Command, Operation, Operations, shown_with
+from presence.operations import Operation, Operations, shown_with
 from presence.pipelining import SharedConnection
 from presence.results import CleanupResult
 from presence.subscriptions import AsyncSubscription, Feed
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
+    from presence.commands import Command
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
@@ -1080,12 +1079,12 @@ class ConnectionManager:
                     pipeline.execute_command(*command, **AS_BYTES)
                 replies = await pipeline.execute(raise_on_error=False)
         except Exception as met:
-            error = retrying.as_cluster_fault(met) if open_client.is_cluster else as_fault(met)
+            error = as_cluster_fault(met) if open_client.is_cluster else as_fault(met)
             if not isinstance(error, FAULTS):
                 raise
             replies = [error] * len(request)
         if open_client.is_cluster:
-            replies = retrying.cluster_replies(replies)
+            replies = [as_cluster_fault(reply) for reply in replies]
             if retrying.transient_faults(replies) and open_client.layout is not None and open_client.layout.done():
                 open_client.layout = None
         return replies

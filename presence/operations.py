@@ -12,7 +12,8 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
-from presence import arguments, retrying, scripts
+from presence import arguments, scripts
+from presence.commands import Command, new_token, renewed_keys
 from presence.errors import PresenceError, unreadable
 from presence.forks import call_in_child
 from presence.replies import (
@@ -48,10 +49,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 Key = TypeVar("Key")
-
-Command: TypeAlias = "tuple[str | bytes, ...]"
-"""A command: its name, then its arguments as bytes. (redis-py encodes a text as its client was told to, and hiredis 3.5
-can crash where a signal's handler raises while it makes a text of an int.)"""
 
 Displacement: TypeAlias = Literal["newest_wins", "newest_resumes", "reject_while_alive"]
 """Which connection gives way when a user has as many as are allowed."""
@@ -219,7 +216,7 @@ class Operation(Generic[Result_co]):
 
     def renewed(self) -> Operation[Result_co]:
         """Give it with another token: as another call, which acts as a new one."""
-        return replace(self, keys=retrying.renewed_keys(self.script, self.keys))
+        return replace(self, keys=renewed_keys(self.script, self.keys))
 
     def having(self, **values: bytes) -> Operation[Result_co]:
         """Give the same call with other values of some arguments, by the names that the script has for them."""
@@ -387,7 +384,7 @@ class Operations:
 
     def _reply(self) -> bytes:
         """Name the key under which the answer of one call is kept, for when it is sent again: it ends with a token."""
-        return self._reply_prefix + retrying.new_token()
+        return self._reply_prefix + new_token()
 
     def register_connection(
         self, sid: str, user_id: str | UUID, *, metadata: str | bytes | None = None

@@ -19,15 +19,15 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients, retrying
+from presence.commands import pack, sent_again
 from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
-from presence.exchanges import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from redis.asyncio import ConnectionPool, Redis
 
-    from presence.operations import Command
+    from presence.commands import Command
 
 MAX_COMMANDS = 256
 """Commands on the wire that are not answered yet, at most; what is asked for beyond it waits."""
@@ -67,7 +67,7 @@ class _Request:
         """Make it ready to be sent again, where it may have been sent before."""
         self.replies = []
         if self.taken_at:
-            self.packed = b"".join([pack(retrying.sent_again(command)) for command in self.commands])
+            self.packed = b"".join([pack(sent_again(command)) for command in self.commands])
             self.size = len(self.packed)
 
 

@@ -16,15 +16,15 @@ from redis.exceptions import RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
 from presence import retrying
+from presence.commands import pack, sent_again
 from presence.errors import FAULTS
-from presence.exchanges import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from redis.connection import AbstractConnection
 
-    from presence.operations import Command
+    from presence.commands import Command
 
 
 PIECE_BYTES = 1 << 16
@@ -91,7 +91,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             # Before it sends, for this may take as long as its timeouts say.
             retrying.connect_once(connection)
             give_up_if_late(fault)
-            pieces = _in_pieces([retrying.sent_again(command) for command in request])
+            pieces = _in_pieces([sent_again(command) for command in request])
         connection.send_packed_command(pieces)
         if len(request) == 1:
             return [connection.read_response(disable_decoding=True, disconnect_on_error=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from binascii import b2a_base64
 from itertools import takewhile
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -14,15 +12,14 @@ import redis.retry
 import redis.sentinel
 from redis.backoff import EqualJitterBackoff
 
-from presence.errors import as_fault
+from presence.commands import renewed, sent_again
 from presence.scripts import BY_SHA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from presence.addresses import Address
-    from presence.operations import Command
-    from presence.scripts import Script
+    from presence.commands import Command
 
 RETRIES = 6
 """Attempts after the first. With the backoff below they span 1.75 to 3.5 seconds: a restart, not a long outage.
@@ -62,41 +59,6 @@ def cluster_pauses() -> Iterator[float]:
     return map(pauses.compute, failures)
 
 
-TOKEN_BYTES = 9
-"""Of the random token that a reply key ends with: 12 characters."""
-
-
-def new_token() -> bytes:
-    """Draw the token of a call, by which it is known when it is sent again."""
-    return b2a_base64(os.urandom(TOKEN_BYTES), newline=False)
-
-
-def renewed_keys(script: Script, keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give a call's keys with another token, if it has one: so it is another call, and acts as a new one."""
-    if script.keys[-1] != "reply":
-        return keys
-    token = new_token()
-    return (*keys[:-1], keys[-1][: -len(token)] + token)
-
-
-def _renewed(command: Command) -> Command:
-    script = BY_SHA[command[1]]
-    end = 3 + len(script.keys)
-    return (*command[:3], *renewed_keys(script, command[3:end]), *command[end:])
-
-
-def sent_again(command: Command) -> Command:
-    """Let a command that may have been sent before, or that others follow, keep its answer in any case.
-
-    That of one which found nothing to do, too: see lua/include/answer_nothing.lua.
-    """
-    script = BY_SHA.get(command[1])
-    if script is None or script.arguments[-1:] != ("keep",):
-        return command
-    missing = 3 + len(script.keys) + len(script.arguments) - len(command)
-    return (*command, *[b""] * (missing - 1), b"1") if missing else command
-
-
 def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
@@ -116,7 +78,7 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
             index: replies[index] for index in again if index not in failed and BY_SHA[request[index][1]].is_repeatable
         }
         # What is renewed stays so, where it fails in its turn.
-        latest |= {index: sent_again(latest[index]) if index in failed else _renewed(latest[index]) for index in again}
+        latest |= {index: sent_again(latest[index]) if index in failed else renewed(latest[index]) for index in again}
         yield pause, {index: latest[index] for index in again}
     # What was read once has an answer, though its repetition met a fault. (What has missed its script is still to run.)
     for index, answer in answers.items():
@@ -172,20 +134,6 @@ _TRANSIENT = (
 )
 
 _PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
-
-
-def cluster_replies(replies: list[Any]) -> list[Any]:
-    """Turn what redis-py leaks as AttributeError or RuntimeError into ClusterError or ConnectionError."""
-    return [as_cluster_fault(reply) for reply in replies]
-
-
-def as_cluster_fault(error: Any) -> Any:
-    """Turn AttributeError (a node came or went) and RuntimeError (a connection was closed); others stay as they are."""
-    if not isinstance(error, AttributeError):
-        return as_fault(error)
-    fault = redis.exceptions.ClusterError("a node came or went during the call")
-    fault.__cause__ = error
-    return fault
 
 
 def connect_once(connection: Any) -> Any:

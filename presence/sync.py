@@ -14,12 +14,10 @@ from redis import Redis, RedisCluster
 
 from presence import addresses, arguments, clients, pooling, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
-from presence.errors import FAULTS, explain
+from presence.commands import AS_BYTES, SCRIPT_LOAD, SecondLoad
+from presence.errors import FAULTS, as_cluster_fault, explain
 from presence.exchanges import (
-    AS_BYTES,
-    SCRIPT_LOAD,
     Exchange,
-    SecondLoad,
     check_operations,
     clean_up,
     for_server,
@@ -28,7 +26,7 @@ from presence.exchanges import (
     recover,
 )
 from presence.forks import call_in_child
-from presence.operations import Command, Operation, Operations, shown_with
+from presence.operations import Operation, Operations, shown_with
 from presence.results import CleanupResult
 from presence.subscriptions import Feed, Subscription
 
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
+    from presence.commands import Command
     from presence.operations import Displacement, EventsMode
     from presence.results import ConnectionInfo, GameSnapshot, HeartbeatStatus, JoinResult, Registration
 
@@ -1056,7 +1055,7 @@ class ConnectionManager:
                 pipeline.execute_command(*command, **AS_BYTES)
             replies = pipeline.execute(raise_on_error=False)
         except (*FAULTS, AttributeError) as met:
-            error = retrying.as_cluster_fault(met) if isinstance(client, RedisCluster) else met
+            error = as_cluster_fault(met) if isinstance(client, RedisCluster) else met
             if not isinstance(error, FAULTS):
                 raise
             return [error] * len(request)
@@ -1064,4 +1063,4 @@ class ConnectionManager:
             if pool is None:
                 pooling.close_unread(client)
             raise
-        return retrying.cluster_replies(replies) if isinstance(client, RedisCluster) else replies
+        return [as_cluster_fault(reply) for reply in replies] if isinstance(client, RedisCluster) else replies

@@ -31,7 +31,6 @@ from presence.operations import (
     GET_USERS_CONNECTIONS,
     HEARTBEAT,
     HEARTBEATS,
-    Command,
     Operation,
 )
 from presence.scripts import lua_folder
@@ -48,6 +47,7 @@ from tests.watching import admin, evalsha_calls, every_refusal, refuse_next_writ
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from presence.commands import Command
     from presence.operations import EventsMode
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory

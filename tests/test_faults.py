@@ -22,8 +22,8 @@ from redis.cache import CacheConfig
 import presence
 import presence.sync
 from presence import addresses, clients, retrying
-from presence.exchanges import load_command
-from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Command, Operation, Operations
+from presence.commands import Command, load_command
+from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Operation, Operations
 from presence.subscriptions import Feed
 from tests.clock import let_time_pass
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene

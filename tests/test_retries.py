@@ -26,9 +26,10 @@ from presence import (
     pooling,
 )
 from presence.background import RepeatedCleanup
+from presence.commands import sent_again
 from presence.exchanges import perform, perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
-from presence.retrying import attempts, sent_again, with_what_follows
+from presence.retrying import attempts, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy, Fate, Proxy
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from presence import Operation
-    from presence.operations import Command, Displacement
+    from presence.commands import Command
+    from presence.operations import Displacement
     from tests.conftest import Keys, ManagerFactory
     from tests.server import LocalServer
 
