@@ -107,8 +107,8 @@ def with_what_follows(
         # A join that left no game may have found its connection there already; one that has joined finds it there now.
         if not is_undone and not (has_acted and reply):
             repeated.add(index)
-        if has_acted and conn_key:
-            acted_on.add(conn_key)
+        if has_acted and (conn_key or script.reaches_others):
+            acted_on.add(conn_key or script.name)
     return sorted(repeated)
 
 

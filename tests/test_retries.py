@@ -823,6 +823,12 @@ class TestWhatFollowsACallThatWasRefused:
                 lambda left, removed, made: left == "game" and removed is None and made,
                 {"a": None, "b": None},
             ),
+            (
+                {"displacement": "reject_while_alive"},
+                lambda o: [o.leave_game("a"), o.register_connection("b", "user"), o.cleanup_batch(0.001)],
+                lambda _, made, cleanup: made.refused and [gone.sid for gone in cleanup.removed] == ["a"],
+                {},
+            ),
         ],
         ids=[
             "refused register",
@@ -830,6 +836,7 @@ class TestWhatFollowsACallThatWasRefused:
             "unknown heartbeat",
             "join of who is there",
             "unregister before register",
+            "refused register before cleanup",
         ],
     )
     def test_leaves_what_all_would_in_their_order(
@@ -857,6 +864,7 @@ class TestWhatFollowsACallThatWasRefused:
             manager.register_connection("a", "user")
             manager.join_game("a", "game")
             monkeypatch.setattr(pooling, "send", lose_the_first_script)
+            time.sleep(0.005)
             assert answers(*manager.pipeline(describe(manager.operations)))
             assert {one.sid: one.game_id for one in manager.get_all_user_connections("user")} == games
 
