@@ -30,25 +30,22 @@ def shown(value: object) -> str:
         return "(it cannot be shown)"
 
 
-def check_text(name: str, value: object) -> str:
-    """Check an id, and give it back."""
+def encode(name: str, value: object) -> bytes:
+    """Check an id, and encode it as UTF-8, whatever encoding the client was made with."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, not {type(value).__name__}: {shown(value)}")
     if not value:
         raise ValueError(f"{name} must not be empty")
     if len(value) > MAX_ID_LENGTH:
         raise ValueError(f"{name} must be at most {MAX_ID_LENGTH} characters long, not {len(value)}")
-    return value
+    return _as_utf8(name, value)
 
 
-def encode(name: str, value: object) -> bytes:
-    """Check a sid or game id, and encode it as UTF-8, whatever encoding the client was made with."""
+def _as_utf8(name: str, text: str) -> bytes:
     try:
-        return check_text(name, value).encode()
+        return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} must not contain lone surrogates, which have no UTF-8 form: {shown(value)}"
-        ) from error
+        raise ValueError(f"{name} must not contain lone surrogates, which have no UTF-8 form: {shown(text)}") from error
 
 
 def encode_user_id(name: str, value: object) -> bytes:
@@ -103,10 +100,7 @@ def check_choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choic
 def encode_metadata(metadata: object) -> bytes:
     """Check metadata, and give it as bytes."""
     if isinstance(metadata, str):
-        try:
-            metadata = metadata.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("metadata must not contain lone surrogates, which have no UTF-8 form") from error
+        metadata = _as_utf8("metadata", metadata)
     if not isinstance(metadata, bytes):
         raise TypeError(f"metadata must be bytes or a str, not {type(metadata).__name__}: {shown(metadata)}")
     if len(metadata) > MAX_METADATA_BYTES:
