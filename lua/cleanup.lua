@@ -5,12 +5,12 @@ the detached ones whose grace is over, and of those of dead servers; or only of 
 
 A server is dead when it was not seen for longer than the threshold, or another with its id has started since. With a
 server_grace_ms its connections are detached, not removed, so that their users can resume them elsewhere (not those that
-have expired). With a server its clients fall silent, some of them before it is taken for dead: so a stale one whose
-server has missed a heartbeat and a half is detached as well.
+have expired). Clients fall silent together with their server, and some are stale before it is taken for dead: so a
+stale one whose server has missed a heartbeat and a half is detached as well.
 
 A batch that runs after not_after_ms is late and does nothing: something held it up, such as a server that stood
-still, and the heartbeats that were sent since then may be held up as well, and run only after it. With a 0 it is always
-late: so run_cleanup looks whether the server answers.
+still, and heartbeats that were sent since then may be held up as well, and run only after it. With 0 it is always late,
+which is how run_cleanup looks whether the server answers.
 
 What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still

@@ -1,8 +1,8 @@
 #!lua flags=no-writes
 --[[
-Read the events that come after a position in the stream, and tell whether any between were lost: trimmed, or with a
-stream that has gone. They may be where the entry at the position itself is not there, or not as many come after it as
-were added.
+Read the events that come after a position in the stream, and tell whether any were lost in between: trimmed, or gone
+with an earlier stream. Some may be when the entry at the position itself is no longer there, or when fewer entries
+come after it than were added.
 
 KEYS  events
 ARGV  after_id, after_number (how many entries were added up to after_id), limit,

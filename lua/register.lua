@@ -16,8 +16,8 @@ finds it in one of the two.
 KEYS  conn, user_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), connections_per_user ('' = 1),
       reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off),
-      resumes ('' = a detached connection only, 1 = one that it displaces, too), keep ('' = no refusal, see
-      answer_nothing)
+      resumes ('' = a detached connection only, 1 = one that it displaces, too), keep ('' = not the answer of
+      a refusal, see answer_nothing)
 Reply '<now us>' as a little-endian double and, where there is something to report, each as an event (see event), in
       this order: refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from,
       displaced (oldest first), registered (the new connection itself; not of the usual one, all of which the caller

@@ -85,9 +85,9 @@ WRITE_REFUSALS = (RuntimeError, TypeError)
 
 
 def as_fault(error: Any) -> Any:
-    """Give an error as redis-py would have named it, where it comes of writing to a connection that is closed.
+    """Turn what writing to a closed connection raises into redis-py's ConnectionError; others stay as they are.
 
-    uvloop's is a RuntimeError. Since Python 3.12, asyncio's own ``writelines`` calls what it has set to None then.
+    uvloop raises a RuntimeError; asyncio's ``writelines``, since Python 3.12, the TypeError of calling what is None.
     """
     is_uvloops = isinstance(error, RuntimeError) and "handler is closed" in str(error)
     is_asyncios = isinstance(error, TypeError) and _raised_in(error) == "writelines"

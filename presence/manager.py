@@ -775,9 +775,9 @@ class ConnectionManager:
         after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of one, if that is longer; where
         heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a threshold
         below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) A
-        cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch;
-        only the end of the event loop itself can lose that; and one that a fault came between is lost where the task is
-        ended before it is answered, which is logged.
+        cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch:
+        only the end of the event loop itself can lose that. A batch whose answer a fault has held up is lost if the
+        task ends before it is answered; that is logged.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
@@ -825,7 +825,7 @@ class ConnectionManager:
         step: Callable[[], Coroutine[Any, Any, float | None]],
         at_end: Callable[[], None] | None = None,
     ) -> Coroutine[Any, Any, None]:
-        """Give the coroutine that repeats a step, under the name by which whoever forgets to await it knows it."""
+        """Give the coroutine that repeats a step, named after the method: a warning that nobody awaited it says so."""
         repeating: Any = self._repeat(step, self._closes, at_end)
         repeating.__name__, repeating.__qualname__ = name, f"{type(self).__qualname__}.{name}"
         return repeating  # type: ignore[no-any-return]
@@ -961,8 +961,8 @@ class ConnectionManager:
             PresenceError: when the block is entered or, with the stream, while it iterates: a fault.
             RuntimeError: it is iterated over without ``async with``.
 
-        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace and, while
-        nothing happens, each second one read and, on each connection that waits, one wait.
+        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace. While nothing
+        happens, each second one read by each subscription, and one wait on each connection that waits.
 
         """
         feed = Feed(self.operations, game_id, user_id, after)

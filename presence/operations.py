@@ -67,7 +67,7 @@ SERVER_IS_SILENT = (
 
 EXPIRES_EARLY = (
     "conn_ttl_seconds (%g) is not longer than heartbeat_seconds (%g): connections expire between two heartbeats; make "
-    "it longer than three"
+    "it longer than three heartbeats"
 )
 
 CLEANUP_BATCH_SIZE = 20
@@ -85,7 +85,12 @@ USERS_BATCH_CONNECTIONS = 1000
 """Connections that one script reads of all its users: below 5 ms of the server even where all of them are detached."""
 GAMES_BATCH_SIZE = 10
 """Games that one script reads: below 5 ms of the server also where a hundred connections are in each."""
+EVENTS_BATCH_SIZE = 100
+"""Changes that one script reads from the stream of events."""
+
 MAX_CONNECTIONS_PER_USER = 100
+MAX_CAPACITY = 1_000_000
+MAX_EVENTS = 100_000_000
 
 RETENTION_MS = 27 * 60 * 60 * 1000
 """How much longer than its connections a key lives: see lua/include/retention_ms.lua, which says the same."""
@@ -185,12 +190,6 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
 )
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit", "again"))
 
-MAX_CAPACITY = 1_000_000
-
-MAX_EVENTS = 100_000_000
-EVENTS_BATCH_SIZE = 100
-"""Changes that one script reads from the stream of events."""
-
 
 @dataclass(slots=True, eq=False)
 class Operation(Generic[Result_co]):
@@ -198,7 +197,8 @@ class Operation(Generic[Result_co]):
 
     Every call that changes something, except heartbeats, carries a token. Sent again within a minute, because its reply
     was lost, it changes nothing more and gives the same answer. So for another call make another operation. One that
-    had changed nothing keeps no answer, unless it was in a pipeline with others: sent again, it is as if it came later.
+    changed nothing keeps no answer, unless it went through a pipeline with others or was a repetition itself: sent
+    again, it acts as if it came later.
     """
 
     script: scripts.Script

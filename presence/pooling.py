@@ -139,9 +139,10 @@ def _in_pieces(request: Sequence[Command]) -> list[bytes]:
 
 
 def _take(pool: ConnectionPool) -> Any:
-    """Take a connection out of the pool, as often as its policy says where each is closed as soon as it is greeted.
+    """Take a connection out of the pool, opening one if need be.
 
-    There redis-py gives up at once. Where it cannot connect at all, it has tried as often already.
+    Where the server closes each connection as soon as it has greeted it, redis-py gives up at once: so this tries
+    again, as often as the pool's retry policy says. (Where it cannot connect at all, redis-py has done so already.)
     """
     failures = 0
     while True:

@@ -71,7 +71,7 @@ class EventsBatch:
 
 
 class CleanupBatch(NamedTuple):
-    """What one run of the cleanup script removed, and whether it found fewer than it might have."""
+    """What one run of the cleanup script removed and detached, and whether nothing was left to do."""
 
     removed: tuple[ConnectionInfo, ...]
     is_last: bool

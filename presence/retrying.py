@@ -137,9 +137,9 @@ _PERMANENT = (redis.exceptions.AuthenticationError, redis.exceptions.Authorizati
 
 
 def connect_once(connection: Any) -> Any:
-    """Connect, to be awaited with asyncio, trying it once: it is a part of an attempt that is tried again.
+    """Connect, trying only once, since the attempt that this is a part of is repeated; with asyncio, await it.
 
-    To connect, or to send without doing so before, redis-py would try as often within each attempt.
+    redis-py's own ``connect``, and its sending on a connection that is not open, would retry within each attempt.
     """
     if isinstance(connection, _ASKING_SENTINELS):
         return connection._connect_retry()

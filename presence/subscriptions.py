@@ -186,7 +186,7 @@ def _own_connection(source: Any) -> Any:
 
 
 class _Subscription:
-    """What both kinds know and tell."""
+    """What the asyncio and the blocking subscription have in common."""
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed

@@ -893,8 +893,8 @@ class ConnectionManager:
             PresenceError: when the block is entered or, with the stream, while it iterates: a fault.
             RuntimeError: it is iterated over without ``with``.
 
-        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace and, while
-        nothing happens, each second one read and, on each connection that waits, one wait.
+        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace. While nothing
+        happens, each second one read by each subscription, and one wait on each connection that waits.
 
         """
         feed = Feed(self.operations, game_id, user_id, after)

@@ -1,2 +1,3 @@
 -- What the keys of the namespace begin with. What the keys tell is not passed as an argument, too.
+-- Reads its includer's last_seen_key.
 local key_prefix = last_seen_key:sub(1, -#'last_seen' - 1)

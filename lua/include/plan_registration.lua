@@ -9,7 +9,7 @@
 --               gone
 --   was_online  whether one of the user's connections is not detached
 --   gone        the user's other connections that go and are displaced, oldest first
---   taken       those whose records were taken away: gone and resumed, but for own
+--   taken       all whose records were taken away: those in gone, and resumed unless it is own
 --   stay        the sids of those that stay, oldest first
 -- Each connection is {sid, record, score, game_id, server}, by these names.
 local function plan_registration(
