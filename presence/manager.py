@@ -1050,9 +1050,9 @@ class ConnectionManager:
 
     async def _send_once(self, open_client: _OpenClient, request: Sequence[Command], end: float = inf) -> list[Any]:
         with heeding_cancellation():
-            return await self._exchange(open_client, request, end)
+            return await self._send_unheeding(open_client, request, end)
 
-    async def _exchange(self, open_client: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
+    async def _send_unheeding(self, open_client: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
         client = open_client.client
         try:
             if open_client.is_cluster:
@@ -1070,7 +1070,7 @@ class ConnectionManager:
                         with suppress(*FAULTS, AttributeError, RuntimeError):  # Another may come or go meanwhile.
                             await client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
-                return replies + (await self._exchange(open_client, rest, end) if rest else [])
+                return replies + (await self._send_unheeding(open_client, rest, end) if rest else [])
             if len(request) == 1:
                 replies = [await client.execute_command(*request[0], **AS_BYTES)]
             else:

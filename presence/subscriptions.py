@@ -87,7 +87,7 @@ class Feed:
         # Replaced whole, so that whoever is interrupted here misses nothing.
         self._received = _Received(start, (), start)
         self._game_id = self._user_id = None
-        self._is_asked = False
+        self._is_silent = False
         self.is_at_end: bool = False
         self.key: bytes = operations.events_key
         self.channel: bytes = self.key
@@ -134,7 +134,7 @@ class Feed:
         to the node that has the namespace now.
         """
         batch = yield from perform(self._operations.read_events(_BEYOND))
-        self._is_asked = False
+        self._is_silent = False
         if self._received.end is _BEYOND:
             self._received = _Received(batch.position, (), batch.position)
 
@@ -163,7 +163,7 @@ class Feed:
 
     def take(self, reply: Any) -> None:
         """Receive the events in what came through pub/sub."""
-        self._is_asked = False
+        self._is_silent = False
         kind, *rest = reply if isinstance(reply, list) else (reply,)
         if kind == b"sunsubscribe":
             raise EventsLostError("the namespace's slot has moved to another node of the cluster")
@@ -173,11 +173,11 @@ class Feed:
             except ValueError as error:
                 raise unreadable(error) from error
 
-    def ask(self) -> None:
-        """Note that nothing came for a while, and that the server is asked now; the second time it is gone."""
-        if self._is_asked:
+    def note_silence(self) -> None:
+        """Note that nothing came for a while, so that the server is to be asked; if it had been already, it is gone."""
+        if self._is_silent:
             raise EventsLostError("the server does not answer on the connection any more")
-        self._is_asked = True
+        self._is_silent = True
 
 
 def _own_connection(source: Any) -> Any:
@@ -324,7 +324,7 @@ class AsyncSubscription(_Subscription):
             )
             self._silent_since = monotonic()
             if reply is None:
-                feed.ask()
+                feed.note_silence()
                 with heeding_cancellation():
                     await connection.send_command("PING", check_health=False)
             else:
@@ -421,7 +421,7 @@ class Subscription(_Subscription):
                 reply = connection.read_response(disable_decoding=True, disconnect_on_error=False, push_request=True)
                 feed.take(reply)
             else:
-                feed.ask()
+                feed.note_silence()
                 connection.send_command("PING", check_health=False)
             self._is_receiving = False
         except (*FAULTS, EventsLostError) as error:
