@@ -1,6 +1,6 @@
 #!lua flags=no-writes
 --[[
-Tell of several users which have a connection that was seen within the threshold.
+Tell which of several users have a connection that was seen within the threshold.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  threshold_ms (at most the TTL of connections), user_ids (at most 100)

@@ -1,32 +1,33 @@
 #!lua flags=allow-oom
 --[[
-Remove one batch of the connections that were not seen for longer than the threshold, or the TTL if that is shorter, of
-the detached ones whose grace is over, and of those of dead servers; or only of all those of one server.
+Remove one batch of the connections that have not been seen for longer than the threshold (or the TTL, if that is
+shorter), of the detached ones whose grace is over, and of those of dead servers; or, with a server_id, of all
+connections of that server.
 
-A server is dead when it was not seen for longer than the threshold, or another with its id has started since. With a
-server_grace_ms its connections are detached, not removed, so that their users can resume them elsewhere (not those that
-have expired). Clients fall silent together with their server, and some are stale before it is taken for dead: so a
-stale one whose server has missed a heartbeat and a half is detached as well.
+A server is dead when it has not been seen for longer than server_threshold_ms, or another with its id has started
+since. With a server_grace_ms its connections are detached, not removed (unless they have expired), so that their users
+can resume them elsewhere. Clients fall silent together with their server, some before it is taken for dead, so a stale
+connection whose server has missed a heartbeat and a half is detached as well.
 
-A batch that runs after not_after_ms is late and does nothing: something held it up, such as a server that stood
-still, and heartbeats that were sent since then may be held up as well, and run only after it. With 0 it is always late,
-which is how run_cleanup looks whether the server answers.
+A batch that runs after not_after_ms is late and does nothing: what held it up, such as a server that stood still, may
+also have held up the heartbeats sent since then, which then run only after it. With 0 it is always late: that is how
+run_cleanup looks whether the server answers.
 
-What this call removes or detaches no other call can find, so each connection is reported by exactly one caller. An
-entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that is still
-to come, since the clock was set back, counts as one that came now. The batch bounds the time that the script holds the
-server (guarantee 7), and so does a bound on what the records hold together; the caller repeats it until it examines
+No other call can find what this call removes or detaches, so each connection is reported by exactly one caller. An
+entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that lies in
+the future, because the clock was set back, counts as one that came now. The batch size bounds the time that the script
+holds the server (guarantee 7), and so does a limit on the bytes of the records; the caller repeats it until it examines
 fewer than it asked for.
 
 KEYS  last_seen, servers, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), threshold_ms, batch_size (at most 1000),
       server_threshold_ms, server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
       not_after_ms ('' = any time), keep ('' = only an answer that tells of a change)
-Reply {now ms, number examined (batch_size when there may be more; -1 when it is late, and had not run before: that
-      counts as the last one), the connections: the stale ones, longest silent first, then those past their grace, then
-      those of dead servers; as they were if removed, as they are if detached}
+Reply {now ms, number examined (batch_size when there may be more; -1 when the batch is late and had not run before,
+      which counts as the last one), the connections: the stale ones, longest silent first, then those past their grace,
+      then those of dead servers; as they were if removed, as they are if detached}
       a connection = sid, record (see split_record), score (see find_record)
-Cost  O(log N) for each connection that it removes, detaches or, where the clock was set back, moves to now, N =
+Cost  O(log N) for each connection that it removes, detaches or, if the clock was set back, moves to now, N =
       connections in the namespace; O(S) for the S dead servers, or with a server_id, all servers
 ]]
 -- @include now_ms
@@ -52,12 +53,12 @@ if not_after_ms ~= '' and tonumber(now_ms) > tonumber(not_after_ms) then
   return earlier[2] == -1 and {now_ms, -1} or earlier
 end
 
--- A record may hold 4 KiB of metadata and ids as long, and is copied several times: 25 KiB for a batch of 20.
+-- A record may hold 4 KiB of metadata and ids just as long, and is copied several times: 25 KiB for a batch of 20.
 local most_bytes = 1280 * batch_size
--- The caller repeats the batch until none is left.
+-- The caller repeats the batch until nothing is left.
 local most_dead_servers, most_starts = 10, 100
 
--- What may have to go, each {sid, score, server} by these names: the server in whose list it was found, if it was.
+-- What may have to go: {sid, score, server} by these names, with the server only if it was found in a server's list.
 local found = {}
 
 local function find_by_score(oldest, newest)
@@ -81,7 +82,7 @@ end
 
 local has_more = false
 
--- Where the clock was set back, who has fallen silent would stay alive until it is there again.
+-- If the clock was set back, what has fallen silent would otherwise stay alive until the clock has caught up.
 local function bring_back(key)
   local ahead = redis.call('ZRANGE', key, '(' .. now_ms, '+inf', 'BYSCORE', 'LIMIT', 0, batch_size)
   for _, member in ipairs(ahead) do
@@ -90,8 +91,8 @@ local function bring_back(key)
   has_more = has_more or #ahead == batch_size
 end
 
--- 1. The stale ones and those past their grace, then those of servers that are dead: not seen for longer than the
--- threshold, or replaced by a later start of the same id, which leaves a score of 0.
+-- 1. The stale ones and those past their grace, then those of dead servers: not seen for longer than the threshold, or
+-- replaced by a later start of the same id, which leaves a score of 0.
 local servers
 if server_id == '' then
   bring_back(last_seen_key)
@@ -112,7 +113,7 @@ for number = 1, math.min(#servers, most_starts) do
     for index, sid in ipairs(sids) do
       found[#found + 1] = {sid = sid, score = scores[index] or '0', server = server}
     end
-    -- One that is alive stays known, for it tells that those before it were replaced.
+    -- A live server stays known: it tells that its earlier starts were replaced.
     local is_dead = server_id == ''
       or tonumber(redis.call('ZSCORE', servers_key, server)) < now_ms - server_threshold_ms
     if is_dead and #sids < limit then
@@ -141,7 +142,7 @@ for index, one in ipairs(found) do
   end
   local server = record and select(3, split_record(record))
   if not record or (one.server and one.server ~= server) then
-    -- Where records are evicted, a sid may be left in a server's list that is another server's by now.
+    -- If records are evicted, a server's list may still hold a sid that is another server's by now.
     one.has_record = record
     strays[#strays + 1] = one
   elseif not taken[sid] then

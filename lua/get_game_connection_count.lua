@@ -2,14 +2,14 @@
 --[[
 Count the live connections in a game.
 
-Of a game that is not small, all members are live but those that are among the namespace's connections that have expired
-or are detached, of which cleanups leave few. To ask for the score of each member takes 1 to 2 us.
+In a game that is not small, all members are live except those among the namespace's expired and detached connections,
+of which cleanups leave few. Asking for the score of each member takes 1 to 2 us.
 
 KEYS  game_conns, last_seen
 ARGV  conn_ttl_ms
 Reply the count
-Cost  O(M), M = connections in the game; of more than 50 O(log N + D), N = connections in the namespace, D = those of
-      them that are detached or have expired, unless these are as many as M, or 1000
+Cost  O(M), M = connections in the game; if more than 50, O(log N + D), N = connections in the namespace, D = those of
+      them that are detached or have expired, unless D reaches M or 1000
 ]]
 -- @include now_ms
 -- @include as_argument

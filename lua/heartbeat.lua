@@ -2,10 +2,10 @@
 --[[
 Mark a connection as seen now and keep every key that it lives in from expiring.
 
-The TTLs are refreshed by chance, about once in 15 minutes: so no heartbeat has to ask a key for its TTL, and the
-connections of a server do not all refresh theirs at once. (To refresh them only when the previous heartbeat was long
-ago would not do: a client that beats every 30 seconds would never refresh them.)
-A full memory does not stop a heartbeat: a player who is there must not be cleaned up because the server is full.
+The TTLs are refreshed about once in 15 minutes, by chance, so that no heartbeat has to ask for a TTL and the
+connections of a server do not all refresh theirs together. (The age of the previous heartbeat alone cannot decide it: a
+client that beats every 30 seconds would never refresh them.) A full memory does not stop a heartbeat: a player who is
+there must not be cleaned up because the server is full.
 
 KEYS  conn, last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), epoch ('' = any)

@@ -2,7 +2,7 @@
 --[[
 Mark many connections as seen now and keep every key that they live in from expiring.
 
-The TTLs are refreshed by chance, as heartbeat does.
+The TTLs are refreshed by chance, as in heartbeat.
 
 KEYS  last_seen, absent (never there, so that a cluster refuses the call while it moves the slot's keys)
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), sids (at most 100)

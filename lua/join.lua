@@ -1,16 +1,16 @@
 #!lua
 --[[
-Join a game: leave the current one first, if it is another.
+Join a game, leaving the current one first if it is another.
 
 A connection that is unknown, expired or detached joins nothing and is not brought back (guarantee 3). One that finds
-the game full stays in its current one. The game keeps what a snapshot needs of each member, so that a snapshot need not
+the game full stays in its current game. A game keeps what a snapshot needs of each member, so that a snapshot need not
 open every member's record.
 
 KEYS  conn, game_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), capacity ('' = any number), epoch ('' = any),
       events ('' = off), keep ('' = only an answer that tells of a change)
-Reply when it is in the game now, the game left, '' for none; else a number: 0 when there is no such live connection,
-      or it is not the registration of that epoch; 1 when the game is full
+Reply the game left ('' for none) when it is in the game now; else a number: 0 when there is no such live connection, or
+      it is not the registration of that epoch; 1 when the game is full
 Cost  O(1); O(M) when capacity members or more are listed, M = connections in the game
 Error OOM when the server's memory is full; nothing is changed then
 ]]

@@ -1,8 +1,8 @@
 #!lua flags=no-writes
 --[[
-Read the events that come after a position in the stream, and tell whether any were lost in between: trimmed, or gone
-with an earlier stream. Some may be when the entry at the position itself is no longer there, or when fewer entries
-come after it than were added.
+Read the events that come after a position in the stream, and tell whether any in between were lost: trimmed, or gone
+with an earlier stream. Some may be lost if the entry at the position itself is gone, or if not as many come after it as
+were added.
 
 KEYS  events
 ARGV  after_id, after_number (how many entries were added up to after_id), limit,
@@ -18,7 +18,7 @@ local after_id, after_number, limit, again = ARGV[1], tonumber(ARGV[2]), tonumbe
 
 local state = stream_state(events_key)
 local is_lost = state.added < after_number or state.gone > after_number
--- Without it, this may be another stream, of which as much was trimmed.
+-- Without this entry, it may be another stream, of which as much was trimmed.
 if not is_lost and after_number > 0 then
   is_lost = #redis.call('XRANGE', events_key, after_id, after_id) == 0
 end
@@ -26,7 +26,7 @@ local entries = {}
 if not is_lost then
   local from = again == '' and '(' .. after_id or after_id
   entries = redis.call('XRANGE', events_key, from, '+', 'COUNT', limit)
-  -- Another stream may have an entry of the same moment, as one of another number.
+  -- Another stream may have an entry of the same moment, but with another number.
   is_lost = #entries ~= math.min(limit, state.added - after_number + (again == '' and 0 or 1))
 end
 if is_lost then

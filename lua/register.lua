@@ -2,34 +2,35 @@
 --[[
 Register a connection, make it its user's active one and displace the user's earlier ones.
 
-A known sid is refreshed and keeps its game when it is the same user's and live; otherwise what had the sid is removed
+A known sid is refreshed and keeps its game if it is the same user's and live; otherwise what had the sid is removed
 first and reported as replaced (guarantee 4). A detached connection of the user within its grace is resumed: the new one
-takes its seat, game and all. Of the user's other connections the expired ones go, then the oldest, until the new one
-fits the limit; each of them is reported here and, being gone, nowhere else (guarantee 2). With resumes, the newest live
-one that goes is resumed as well. With reject_ms, the register is refused instead while as many others as the limit
-allows were seen within that time.
+takes its seat, including the game. Of the user's other connections the expired ones go first, then the oldest, until
+the new one fits the limit; each is reported here and, being gone, nowhere else (guarantee 2). With resumes, if there is
+no detached one, the newest live one that goes is resumed. With reject_ms, the registration is refused instead while as
+many others as the limit allows were seen within that time.
 
-The answer is kept with the user's list, which is written anyway, until the user's next registration, the list's end or
-a refresh of its TTL; one which is less than a minute old moves to its own key, reply. So a call that is sent again
-finds it in one of the two.
+The answer is kept with the user's list, which is written anyway. If the list gets another answer or is deleted within a
+minute, the answer moves to its own key, reply, so a call that is sent again finds it in one of the two. After the
+minute, the next refresh of the list's TTL drops it.
 
 KEYS  conn, user_conns, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), connections_per_user ('' = 1),
       reject_ms ('' = the newest wins), server ('' = none), metadata ('' = none, or what it had), events ('' = off),
-      resumes ('' = a detached connection only, 1 = one that it displaces, too), keep ('' = not the answer of
-      a refusal, see answer_nothing)
-Reply '<now us>' as a little-endian double and, where there is something to report, each as an event (see event), in
-      this order: refused (the newest connection that is alive; then there is nothing else), replaced, resumed_from,
-      displaced (oldest first), registered (the new connection itself; not of the usual one, all of which the caller
-      knows: it is in no game, connected now, its epoch is now us, and its metadata is what was passed)
+      resumes ('' = a detached connection only, 1 = one that it displaces, too),
+      keep ('' = a refusal is not kept, see answer_nothing)
+Reply '<now us>' as a little-endian double, then what there is to report, as events (see event), in this order: refused
+      (the newest connection that is alive, and then nothing else), replaced, resumed_from, displaced (oldest first),
+      registered (the new connection itself, but not the usual one, of which the caller knows everything: it is in no
+      game, connected now, its epoch is now us, and its metadata is what was passed)
 Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces;
-      O(S) once, S = servers, where its server is not known any more
+      O(S) once, S = servers, if its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
 -- @include now_ms
 
-local call = redis.call -- To look it up for each command takes a sixtieth of the whole.
+-- Looking it up for each command would take a sixtieth of the whole.
+local call = redis.call
 local conn_key, user_conns_key, last_seen_key, reply_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local key_lifetime_ms, connections_per_user, reject_ms = ARGV[1], ARGV[2] or '', ARGV[3] or ''
 local server, metadata, events, resumes = ARGV[4] or '', ARGV[5] or '', ARGV[6] or '', ARGV[7] or ''
@@ -38,13 +39,13 @@ local keep = ARGV[8] or ''
 -- @include sid
 local user_id = user_conns_key:sub(#key_prefix + #'user_conns:' + 1)
 
--- In us as well, to compare and to pack.
+-- The time in us as a number, to compare and to pack.
 local now = now_us + 0
 -- @include token_length
--- Eight bytes rather than sixteen digits: every list keeps them, and in most it spares a size class of the allocator.
+-- Eight bytes rather than sixteen digits: every list holds them, and in most that saves a size class of the allocator.
 local token, answer = reply_key:sub(-token_length), struct.pack('<d', now)
 
--- 1. The user's list: its only connection, as most hold one, or all others; and the kept answer while it is recent.
+-- 1. The user's list: its only connection, as in most lists, or all of them; and the kept answer, if it is recent.
 local list = call('GET', user_conns_key)
 local other, other_length, others, kept = nil, nil, nil, ''
 if list then
@@ -70,15 +71,15 @@ if list then
   end
 end
 if not list or kept ~= '' or reject_ms ~= '' then
-  -- Only then may there be an answer with a key of its own: see keep_apart, and the refusal below.
+  -- Only then can there be an answer under a key of its own: see keep_apart, and the refusal below.
   local earlier = call('GET', reply_key)
   if earlier then
     return earlier
   end
 end
 
--- 2. The usual connection is written at once, without a plan: nothing has its sid, and its user has no other, or one
--- that is connected and goes since the newest wins. The writes tell whether it is that.
+-- 2. The usual connection is written at once, without a plan: its sid is free, and its user has no other connection, or
+-- one that is connected and goes, as the newest wins. The writes tell whether it is that.
 local is_usual, other_score, other_seen = not list, nil, nil
 if other and other ~= sid and connections_per_user == '' and reject_ms == '' and resumes == '' then
   other_score = call('ZSCORE', last_seen_key, other)
@@ -94,12 +95,12 @@ if is_usual then
     -- @include make_body
     record = make_record('', make_body(user_id, now_us, '', '', server, metadata))
   end
-  -- GET: nothing, where nothing was there, costs less than OK.
+  -- With GET, the reply for a free sid is nil, which costs less than OK.
   is_usual = not call('SET', conn_key, record, 'NX', 'GET', 'PX', key_lifetime_ms)
   if is_usual then
     is_usual = call('ZADD', last_seen_key, 'LT', 'CH', '-' .. now_us, '', now_ms, sid) == 2
     if not is_usual then
-      -- Its epoch is not the largest, since the clock ran back, or the sid has a score, whose record was evicted: from
+      -- Its epoch is not the largest (the clock ran back), or the sid still has a score (its record was evicted): from
       -- here on it is a connection that is registered again.
       call('ZADD', last_seen_key, now_ms, sid)
     end
@@ -111,7 +112,7 @@ if is_usual and other then
   local other_key = key_prefix .. 'conn:' .. other
   other_record = call('GETDEL', other_key)
   if other_record then
-    -- Most have an epoch of 16 digits, then the user's id and no more, and are taken apart here: see split_record.
+    -- Most bodies are an epoch of 16 digits and the user's id, and are taken apart here: see split_record.
     local colon = other_record:find(':', 1, true)
     local game_end = colon + other_record:sub(1, colon - 1)
     local epoch_end = other_record:find(' ', game_end + 1, true)
@@ -122,14 +123,14 @@ if is_usual and other then
       other_game_id, other_server = split_owned(other_key, other_record, user_id, key_lifetime_ms)
     end
   end
-  -- Where its record was evicted, or is another user's by now, nothing is.
+  -- Nothing is displaced if the record was evicted or is another user's by now.
   is_displaced = other_game_id and true
   if is_displaced then
-    -- See event, which would format the lengths: that takes longer than the rest.
+    -- As event does; but that would format the lengths, which takes longer than the rest.
     answer = answer .. ' displaced ' .. other_length .. '  ' .. other_score .. ' ' .. other .. other_record
   end
 elseif not is_usual then
-  -- 3. Any other has a plan.
+  -- 3. Any other registration has a plan.
   -- @include next_epoch
   -- @include plan_registration
   -- @include conn_ttl_ms
@@ -180,7 +181,7 @@ elseif not is_usual then
   reported[#reported + 1] = event('', 'registered', sid, record, now_ms)
   answer = table.concat(reported)
 
-  -- 6. The writes. What had the sid goes first, the others last: the new connection enters before they go, so that no
+  -- 6. The writes. What had the sid goes first; the others go last, after the new connection has entered, so that no
   -- key is deleted and made again in between.
   if replaced then
     -- @include drop_from_indexes
@@ -207,14 +208,14 @@ if kept ~= '' then
   -- @include keep_apart
   keep_apart(key_prefix, kept)
 end
--- Most sids are equally long, and to format a length takes longer than the rest.
+-- Most sids have the same length, and formatting a length takes longer than the rest.
 local sid_length = other and #other == #sid and other_length or #sid
 list = stay .. sid_length .. ':' .. sid .. '=' .. token .. answer
 
 -- 7. The user's list, and what is shared with others: the TTL of last_seen, and the server.
 local is_due = true
 if is_displaced then
-  -- To come back counts as a heartbeat, which refreshes TTLs by chance.
+  -- Coming back counts as a heartbeat, which refreshes TTLs by chance.
   -- @include random_number
   -- @include refresh_interval_ms
   is_due = random_number + (now / 1000 - other_seen) / refresh_interval_ms >= 1
@@ -230,7 +231,7 @@ if server ~= '' then
   local server_conns_key = key_prefix .. 'server_conns:' .. server
   call('SADD', server_conns_key, sid)
   call('PEXPIRE', server_conns_key, key_lifetime_ms)
-  -- One that was taken for dead is known again: otherwise nobody would find its connections when it dies.
+  -- A server that was taken for dead is known again: otherwise nobody would find its connections when it dies.
   local servers_key = key_prefix .. 'servers'
   if call('ZADD', servers_key, 'NX', now_ms, server) == 1 and is_replaced(servers_key, server) then
     call('ZADD', servers_key, '0', server)
@@ -238,7 +239,7 @@ if server ~= '' then
   call('PEXPIRE', servers_key, key_lifetime_ms)
 end
 
--- 8. The end of those that go, whose records and places in the user's list are gone already.
+-- 8. Those that go leave the indexes; their records and places in the user's list are gone already.
 if is_displaced then
   -- @include drop_from_indexes
   drop_from_indexes(key_prefix, last_seen_key, other, other_game_id, other_server)
@@ -256,7 +257,7 @@ if events ~= '' then
   local channels = {'user:' .. user_id}
   local message
   if is_usual and not other then
-    -- Both events say the same of the connection, which is put together once.
+    -- Both events describe the same connection, so its text is put together once.
     local registered = event('', 'registered', sid, record, now_ms)
     message = now_ms .. registered .. ' user_online' .. registered:sub(#' registered' + 1)
   else

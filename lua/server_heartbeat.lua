@@ -2,7 +2,7 @@
 --[[
 Mark a game server as seen now.
 
-One that was taken for dead is known again, but one that another start of its id has replaced stays dead.
+A server that was taken for dead is known again, but one replaced by a later start of its id stays dead.
 
 KEYS  servers
 ARGV  server ('<boot epoch>:<server_id>'), key_lifetime_ms
@@ -16,7 +16,7 @@ local servers_key = KEYS[1]
 local server, key_lifetime_ms = ARGV[1], ARGV[2]
 
 local score = redis.call('ZSCORE', servers_key, server)
--- Once cleanup has taken all its connections, only the later start itself tells that it was replaced.
+-- Once cleanup has taken all its connections, only the later start itself shows that it was replaced.
 if score == '0' or (not score and is_replaced(servers_key, server)) then
   return 0
 end

@@ -1,15 +1,15 @@
 #!lua flags=allow-oom
 --[[
-Remove a connection from everywhere, or detach it: with a grace its seat is kept until that ends.
+Remove a connection everywhere, or detach it: with a grace, its seat is kept until the grace ends.
 
-A newer connection of the same user is never touched (guarantee 3). To detach a detached connection again changes
+A newer connection of the same user is never touched (guarantee 3). Detaching a detached connection again changes
 nothing; without a grace it is removed.
 
 KEYS  conn, last_seen, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), grace_ms (0 = none), epoch ('' = any),
       events ('' = off), keep ('' = only an answer that tells of a change)
-Reply {now ms, record (see split_record), score (see find_record)} of the connection, as it was when removed or as it is
-      when detached, or {} when there is none that is live or detached, or it is not the registration of that epoch
+Reply {now ms, record (see split_record), score (see find_record)} of the connection, as it was if removed or as it is
+      if detached, or {} when there is no live or detached one, or it is not the registration of that epoch
 Cost  O(log N), N = connections in the namespace
 ]]
 -- @include now_ms

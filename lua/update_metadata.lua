@@ -40,7 +40,7 @@ record = make_record(game_id, body)
 redis.call('SET', conn_key, record, 'KEEPTTL')
 if game_id ~= '' then
   redis.call('HSET', key_prefix .. 'game_conns:' .. game_id, sid, body)
-  -- It is new where the game was evicted.
+  -- The key is new if the game was evicted.
   redis.call('PEXPIRE', key_prefix .. 'game_conns:' .. game_id, key_lifetime_ms)
 end
 if events ~= '' then

@@ -1,8 +1,8 @@
 -- @include earlier_answer
 -- @include answer_once
--- Answer a call that has found nothing to do. With keep (it may have been sent before, or others follow it in a
--- pipeline) this answer is kept as well: otherwise an earlier copy that was only held up on its way would act after the
--- caller has been told that there was nothing to do.
+-- Answer a call that has found nothing to do. With keep (the call may have been sent before, or others follow it in a
+-- pipeline), this answer is kept as well: otherwise a first copy that was only held up on the way would act after the
+-- caller was told that there was nothing to do.
 local function answer_nothing(reply_key, keep, answer)
   if keep ~= '' then
     return answer_once(reply_key, answer) or answer

@@ -1,3 +1,3 @@
--- The server's clock as it tells it: the second, and the microsecond of it. No other clock is ever read, and no time of
--- one passed in (guarantee 5).
+-- The server's clock as TIME gives it: the second, and the microsecond within it. No other clock is ever read, and no
+-- time of another clock is passed in (guarantee 5).
 local clock = redis.call('TIME')

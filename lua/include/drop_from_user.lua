@@ -2,7 +2,7 @@
 -- @include make_sids
 -- @include is_recent
 -- @include keep_apart
--- Take a connection out of its user's list, and the list away when it was the only one.
+-- Take a connection out of its user's list, and delete the list if it was the only one.
 local function drop_from_user(key_prefix, user_id, sid, key_lifetime_ms, now_ms)
   local user_conns_key = key_prefix .. 'user_conns:' .. user_id
   local list = redis.call('GET', user_conns_key)

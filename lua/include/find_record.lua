@@ -7,6 +7,6 @@ local function find_record(conn_key, last_seen_key, sid, now_ms, conn_ttl_ms)
   if not seen or (seen >= 0 and seen < now_ms - conn_ttl_ms) or (seen < 0 and -seen < tonumber(now_ms)) then
     return nil
   end
-  -- Where records are evicted, only the score may be left.
+  -- If records are evicted, only the score may be left.
   return redis.call('GET', conn_key) or nil, score, seen < 0
 end

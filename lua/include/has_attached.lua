@@ -1,5 +1,5 @@
 -- @include split_sids
--- Tell whether a user has a connection that is not detached, besides one.
+-- Tell whether a user has a connection that is not detached, apart from except_sid.
 local function has_attached(key_prefix, last_seen_key, user_id, except_sid)
   local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
   -- The oldest fall silent first.

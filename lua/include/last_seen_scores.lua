@@ -1,4 +1,4 @@
--- The scores in last_seen of the sids, in their order; false for one that is not there.
+-- The scores in last_seen of the sids, in their order; false for a sid that is not there.
 local function last_seen_scores(last_seen_key, sids)
   if #sids == 0 then
     return {}

@@ -1,6 +1,6 @@
 -- Publish the events of one change as one message: '<now ms>' and then each event, see event.
 -- events is 'pubsub', or the length of the stream; channels are the 'user:<id>' and 'game:<id>' that it concerns. Each
--- gets all events of the change together, so that nobody sees half of it, and once, even if it is named twice.
+-- gets all events of the change together, so that nobody sees half of it, and only once, even if it is named twice.
 local function publish(key_prefix, events, key_lifetime_ms, channels, message)
   local key = key_prefix .. 'events'
   if events ~= 'pubsub' then

@@ -2,8 +2,8 @@
 -- @include has_attached
 -- @include event
 -- @include publish
--- Publish that a connection was removed or detached, and with the last one that is not detached, that its user is
--- offline. record and score are as they are then or, of one removed, as they were.
+-- Publish that a connection was removed or detached and, if it was the user's last one that was not detached, that the
+-- user is offline. record and score are those after it was detached, or before it was removed.
 local function publish_end(
   key_prefix, last_seen_key, key_lifetime_ms, events, now_ms, kind, sid, record, score, is_attached
 )

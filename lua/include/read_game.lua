@@ -1,6 +1,6 @@
 -- @include last_seen_scores
 -- Read a game as it is stored: sid and body of each member, then in the same order the score in last_seen of each.
--- One flat table, the one that HGETALL gave: for two players, a table more adds a twentieth to the whole.
+-- It is one flat table, the one that HGETALL gave: for two players, a second table adds a twentieth to the whole.
 local function read_game(game_conns_key, last_seen_key)
   local members = redis.call('HGETALL', game_conns_key)
   local sids, count = {}, #members

@@ -2,9 +2,9 @@
 -- @include split_sids
 -- @include make_sids
 -- @include is_recent
--- Keep every key that a connection lives in from expiring; mend its user's list, where that was evicted, and rid it of
--- an old answer. False when its record was evicted: then nothing of it is left but its entry in last_seen, which goes
--- too.
+-- Keep every key that a connection lives in from expiring; mend its user's list if that was evicted, and rid the list
+-- of an old answer. Gives false if the record was evicted: then nothing of the connection is left but its entry in
+-- last_seen, which goes too.
 local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now_ms)
   local conn_key = key_prefix .. 'conn:' .. sid
   local record = redis.call('GET', conn_key)
@@ -23,14 +23,14 @@ local function refresh_ttls(key_prefix, last_seen_key, sid, key_lifetime_ms, now
     is_listed = is_listed or listed == sid
   end
   if not is_listed then
-    -- The list was evicted, and may have begun anew: then that connection is the active one.
+    -- The list was evicted, and may have begun anew with another connection, which is then the active one.
     table.insert(sids, 1, sid)
   end
   local is_to_stay = kept == '' or is_recent(list, kept_at, 1000 * now_ms)
   if is_listed and is_to_stay then
     redis.call('PEXPIRE', user_conns_key, key_lifetime_ms)
   else
-    -- The kept answer takes more memory than the list.
+    -- The old answer takes more memory than the list.
     redis.call('SET', user_conns_key, make_sids(sids, is_to_stay and kept or ''), 'PX', key_lifetime_ms)
   end
   if game_id ~= '' then

@@ -1,6 +1,6 @@
 -- @include split_record
--- The game and the server of a record that was taken away, if it is the user's. Else nil, and the record goes back: the
--- user's was evicted, and the sid is another user's by now.
+-- The game and the server of a record that was taken away, if it is the user's. Otherwise nil, and the record is put
+-- back: the user's own was evicted, and the sid is another user's by now.
 local function split_owned(conn_key, record, user_id, key_lifetime_ms)
   local game_id, its_user_id, server = split_record(record)
   if its_user_id == user_id then

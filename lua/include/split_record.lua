@@ -1,9 +1,9 @@
 -- Take a record apart: game_id, user_id, server, epoch, connected_at, heartbeat_at, metadata; '' for none.
--- A record is '<length of the game's id>:<game's id><body>', so any id can stand in it, and a game keeps the bodies.
+-- A record is '<length of the game's id>:<game's id><body>', so it can hold any id, and a game keeps the bodies.
 -- A body is '<epoch>[:<connected_at ms>[:<last heartbeat ms>[:<length of user id>:<length of server>]]] '
 -- and then the user's id, the server and the metadata without anything in between; most have nothing but the user's id.
--- The epoch, the order of all registrations, is a time in us, so connected_at stands there only where it differs: the
--- sid was registered again, or the clock ran back. The last heartbeat stands there of a detached connection only.
+-- The epoch, which orders all registrations, is a time in us, so connected_at is there only if it differs: the sid was
+-- registered again, or the clock ran back. The last heartbeat is there only for a detached connection.
 local function split_record(record)
   local colon = record:find(':', 1, true)
   local game_end = colon + record:sub(1, colon - 1)

@@ -1,2 +1,2 @@
--- Characters of a token: 72 random bits, so that of all calls within a minute no two have the same.
+-- Characters of a token: 72 random bits, so that no two calls within a minute have the same.
 local token_length = 12
