@@ -62,4 +62,4 @@ __all__ = [
 ]
 
 connection_manager: ConnectionManager = ConnectionManager()
-"""A ready manager. It connects on first use: to ``PRESENCE_REDIS_URL``, ``REDIS_URL``, or the local server."""
+"""A ready-made manager. It connects on first use: to ``PRESENCE_REDIS_URL``, ``REDIS_URL``, or the local server."""

@@ -34,12 +34,12 @@ _QUOTING = {
     "Port could not": "the port is no number",
     "netloc ": "a character before the path is not allowed there",
 }
-"""How the errors begin that quote what may be a password, and what is said instead."""
+"""Beginnings of errors that quote what may be a password, and what is said instead."""
 
 _QUOTING_HINT = "special characters in a password must be percent-encoded"
 
 MAX_CONNECTIONS = 1 << 31
-"""As many as redis-py's own pools have at most."""
+"""The maximum of redis-py's own pools."""
 
 PROTOCOLS = (None, 2, 3, "2", "3")
 """The versions of RESP, as redis-py takes them."""
@@ -52,7 +52,7 @@ def default_url() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A parsed URL: which kind of deployment, which hosts, and what redis-py is to be told."""
+    """A parsed URL: which kind of deployment, which hosts, and which options for redis-py."""
 
     url: str = field(repr=False)
     deployment: str = "server"
@@ -66,16 +66,16 @@ def parse(url: str) -> Address:
     """Check a URL and take it apart, without connecting.
 
     Args:
-        url: ``redis://``, ``rediss://`` (TLS) and ``unix://`` as redis-py has them;
+        url: ``redis://``, ``rediss://`` (TLS) and ``unix://`` as in redis-py;
             ``redis+sentinel://[user:password@]host[:port][,host[:port]…]/service[/db]``, whose query may hold
-            ``sentinel_username`` and ``sentinel_password``; ``redis+cluster://[user:password@]host[:port][,…]``.
-            With ``rediss+`` both use TLS. The query may hold redis-py's options, as in redis-py's own URLs.
+            ``sentinel_username`` and ``sentinel_password``; ``redis+cluster://[user:password@]host[:port][,…]``. Both
+            use TLS with ``rediss+``. The query may hold redis-py's options, as in redis-py's own URLs.
 
     Returns:
         The address.
 
     Raises:
-        TypeError: it is not a str.
+        TypeError: the URL is not a str.
         ValueError: the scheme is unknown, or a part is missing or malformed.
 
     """
@@ -112,7 +112,7 @@ def parse_default(module: Any, manager: type) -> Address:
 
 
 def _parse_fleet(url: str, base: str, deployment: str) -> Address:
-    # urlsplit refuses several hosts where one is an IPv6 address, in those Python versions that check the brackets.
+    # In Python versions that check the brackets, urlsplit refuses several hosts if one of them is an IPv6 address.
     location = url.partition("://")[2]
     netloc = re.split("[/?#]", location, maxsplit=1)[0]
     parts = urlsplit("//hosts" + location[len(netloc) :])
@@ -122,7 +122,7 @@ def _parse_fleet(url: str, base: str, deployment: str) -> Address:
     default_port = DEFAULT_SENTINEL_PORT if deployment == "sentinel" else DEFAULT_CLUSTER_PORT
     hosts = tuple(_parse_host(host, default_port) for host in host_list.split(","))
     service_name, _, database = parts.path.strip("/").partition("/")
-    # What is left is one of redis-py's own URLs; it knows its options and their types.
+    # What is left is one of redis-py's own URLs; redis-py knows its options and their types.
     plain = urlunsplit((base, f"{credentials}{at}localhost", "", parts.query, ""))
     options = dict(redis.connection.parse_url(plain))
     for name in ("host", "connection_class"):
@@ -154,7 +154,7 @@ def _parse_host(text: str, default_port: int) -> tuple[str, int]:
 
 
 def _parse_database(text: str) -> int:
-    # redis-py would take another database, 0, for a number that it cannot read.
+    # If redis-py cannot read the number, it takes another database, 0.
     if not re.fullmatch(r"\d*", text, re.ASCII):
         # It is not quoted: it may be half a password.
         raise ValueError(f"the database is no number; {_QUOTING_HINT}")
@@ -163,7 +163,7 @@ def _parse_database(text: str) -> int:
 
 def _check_host(host: str) -> None:
     try:
-        # As the socket module will, whose error is no fault of the network.
+        # As the socket module will, whose error would not count as a fault of the network.
         host.encode("idna")
     except UnicodeError:
         # It is not quoted: it may be half a password.
@@ -171,7 +171,7 @@ def _check_host(host: str) -> None:
 
 
 def check_options(address: Address, given: dict[str, Any], module: Any, manager: type) -> None:
-    """Refuse what no client of this module of redis-py takes; perhaps an option of the manager was meant.
+    """Refuse an option that no client of this redis-py module takes; perhaps one of the manager's was meant.
 
     redis-py itself would do so on first use, perhaps in a background task, and its blocking cluster client never.
     """
@@ -201,7 +201,7 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
     if retry is not None and not isinstance(retry, kind):
         what = f"{type(retry).__module__}.{type(retry).__name__}"
         raise TypeError(f"retry must be a {kind.__module__}.Retry, not {what}: {arguments.shown(retry)}")
-    # Two that exist, but would be a fault of every call.
+    # Two that exist, but would make every call fail.
     if "ssl" in given and address.deployment == "server":
         raise TypeError("from_url() has no option 'ssl' for one server: its URL says so, redis:// or rediss://")
     if isinstance(in_url.get("ssl"), str):
@@ -223,7 +223,7 @@ def _check_values(options: dict[str, Any]) -> None:
 
 @cache
 def _options_of(module: Any) -> frozenset[str]:
-    """Name the options of a module's clients, pools and connections, which hand on those of their base classes."""
+    """Name the options of a module's clients, pools and connections, with those passed on to their base classes."""
     connections = module.connection
     kinds = (
         module.RedisCluster,
@@ -234,5 +234,5 @@ def _options_of(module: Any) -> frozenset[str]:
         connections.UnixDomainSocketConnection,
     )
     classes = {base for kind in kinds for base in kind.__mro__ if "__init__" in vars(base)}
-    # Two are taken out of the rest, so that no signature names them.
+    # Two are taken out of **kwargs, so no signature names them.
     return frozenset({"ssl", "check_connection"}.union(*(signature(base.__init__).parameters for base in classes)))

@@ -10,20 +10,20 @@ from uuid import UUID
 Choice = TypeVar("Choice", bound=str)
 
 MAX_ID_LENGTH = 1024
-"""Characters in a sid, user id, game id or namespace, at most."""
+"""The most characters in a sid, user id, game id or namespace."""
 
 MAX_METADATA_BYTES = 4096
-"""Bytes of metadata of one connection, at most."""
+"""The most bytes of metadata of one connection."""
 
 MAX_SECONDS = 10 * 365 * 24 * 60 * 60
 """Ten years: the longest duration. The server's arithmetic on times stays exact far beyond it."""
 
 MAX_NUMBER = (1 << 63) - 1
-"""More than any epoch will ever be; Python makes no text of an int of more than 4,300 digits."""
+"""More than any epoch will ever be; Python does not format an int of more than 4,300 digits."""
 
 
 def shown(value: object) -> str:
-    """Show the beginning of a refused value; it may have no repr, as an int of more than 4,300 digits."""
+    """Show the beginning of a refused value; it may have no repr, like an int of more than 4,300 digits."""
     try:
         return f"{value!r:.80}"
     except Exception:
@@ -74,7 +74,7 @@ def milliseconds(name: str, seconds: object, *, allow_zero: bool = False) -> int
 
 
 def encode_number(name: str, value: object) -> bytes:
-    """Check an epoch or a time, and give it as the scripts take it: empty for any."""
+    """Check an epoch or a time, and give it as the scripts take it: empty for None."""
     if value is None:
         return b""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -87,7 +87,7 @@ def encode_number(name: str, value: object) -> bytes:
 
 
 def check_choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
-    """Check that a value is one of several texts, and give that one: of a str with an Enum, ``str()`` is another."""
+    """Check that a value is one of several texts, and give that text: ``str()`` of a str that is an Enum differs."""
     if isinstance(value, str):
         for choice in choices:
             if value == choice:
@@ -116,7 +116,7 @@ def check_iterable(name: str, values: object) -> list[Any]:
 
 
 def unique_ids(name: str, values: object) -> list[str]:
-    """Check several ids, and give each once, as text: of a str with an Enum, ``str()`` is another."""
+    """Check several ids, and give each once, as text: ``str()`` of a str that is an Enum differs."""
     several = check_iterable(name, values)
     return list(dict.fromkeys(encode(f"each of {name}", value).decode() for value in several))
 
@@ -128,7 +128,7 @@ def unique_user_ids(name: str, values: object) -> list[str]:
 
 
 def check_callback(name: str, callback: object, *, is_awaited: bool) -> None:
-    """Check what is to be called back, if anything is; a coroutine that nobody awaits would do nothing."""
+    """Check a callback, if there is one; a coroutine that nobody awaits would do nothing."""
     if callback is None:
         return
     is_async = callable(callback) and any(map(inspect.iscoroutinefunction, (callback, callback.__call__)))

@@ -17,36 +17,36 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("presence")
 
 RESENDING_SECONDS = 5
-"""The pause of a ``run_cleanup``, at most, after a fault of a batch whose answer may be kept."""
+"""The longest pause of a ``run_cleanup`` after a fault of a batch whose answer may still be kept."""
 
 LEAST_SECONDS = 0.1
-"""The time between two looks of a ``run_cleanup`` at the server at least, for their round trips."""
+"""The least time between two looks of a ``run_cleanup`` at the server, to leave room for their round trips."""
 
 HELD_UP_SECONDS = 7.5
 """How long a call may be held up beyond the end of an outage: the client's timeout, of 5 seconds, and pauses."""
 
 ROUND_TRIP_SECONDS = 1
-"""What the answers may be apart at least, however short the heartbeats are."""
+"""How far apart the answers may be even if heartbeats are short."""
 
 GAPS_UNTIL_WARNING = 10
-"""How often a ``run_cleanup`` begins to wait anew, without a cleanup between, before it is logged."""
+"""How often a ``run_cleanup`` begins its wait again, without a cleanup in between, before that is logged."""
 
 
 class RepeatedCleanup:
     """What a ``run_cleanup`` sends next, and how many seconds it pauses after the answer or the fault.
 
-    A batch that failed is sent again as the same operation: if only its reply was lost, it is answered as before while
-    the answer is kept, and what it removed is still reported.
+    A batch that failed is sent again as the same operation: if only its reply was lost, it gets the same answer while
+    that is kept, and what it removed is still reported.
 
-    While the server is away or stands still, no heartbeat comes through, and all may come to look stale. So this looks
-    at the server twelve times a heartbeat, and cleans up only where it has answered regularly for a heartbeat and a
-    quarter. Within that, everyone has sent one; the quarter is for those whose last call the outage held up beyond its
-    end. The first answer begins that time, and so does one after a fault, or more than a quarter of a heartbeat after
-    the one before. (Where heartbeats are short, both quarters are longer: see the constants above.)
+    While the server is away or stands still, no heartbeat comes through, and everyone may look stale. This therefore
+    looks at the server twelve times a heartbeat, and cleans up only once it has answered regularly for a heartbeat and
+    a quarter. In that time everyone has sent a heartbeat; the quarter is for those whose last call the outage held up
+    beyond its end. The first answer begins that time, and so does one after a fault, or more than a quarter of a
+    heartbeat after the previous one. (If heartbeats are short, both quarters are longer: see the constants above.)
 
-    A look is a batch that is too late to do anything. Other batches may be held up, too, such as in a server that
-    stands still, and run before the heartbeats when that goes on: so each says until when it may run, by the server's
-    own clock, which also tells how long after each other the answers were given.
+    A look is a batch that is too late to do anything. Other batches may be held up as well, such as in a server that
+    stands still, and run before the heartbeats when it goes on. Each therefore says until when it may run, by the
+    server's own clock, which also tells how far apart the answers were given.
     """
 
     def __init__(self, operations: Operations, interval_seconds: float, threshold_seconds: float | None) -> None:
@@ -59,7 +59,7 @@ class RepeatedCleanup:
         quarter = 3 * look
         held_up = max(quarter, min(HELD_UP_SECONDS, 2 * heartbeat))
         longest_gap = max(quarter, min(ROUND_TRIP_SECONDS, 2 * heartbeat))
-        # With a shorter threshold, who sends heartbeats may be removed all the same.
+        # With a shorter threshold, even those who send heartbeats may be removed.
         self._goes_by_heartbeats = threshold_seconds is None or threshold_seconds > heartbeat
         self._interval_ms, self._look_ms, self._longest_gap_ms, self._wait_ms = (
             round(1000 * seconds) for seconds in (interval, look, longest_gap, heartbeat + held_up)
@@ -67,10 +67,10 @@ class RepeatedCleanup:
         if not self._goes_by_heartbeats:
             self._describe(None)
         self._sent_at: float | None = None
-        """When this operation was sent first."""
+        """When this operation was first sent."""
         # The server's times:
         self._answered_ms: int | None = None
-        """Of the last answer; None where a fault came after it."""
+        """Of the last answer; None if a fault came after it."""
         self._regular_since_ms = 0
         self._due_ms = 0
         """From when on the next cleanup is due."""
@@ -100,14 +100,14 @@ class RepeatedCleanup:
         return pause
 
     def succeed(self, done: CleanupBatch) -> float:
-        """Give the seconds to pause after an answer, none when there is more to do at once."""
+        """Give the seconds to pause after an answer: 0 if there is more to do at once."""
         self._sent_at = None
         if not self._goes_by_heartbeats:
             self._describe(None)
             return self._interval if done.is_last else 0
         now_ms, answered_ms = done.now_ms, self._answered_ms
         if answered_ms is None and not done.is_late:
-            # It had run before the fault, and this is the answer of then: when it is now is not known.
+            # It had run before the fault, and this is its answer from then, which does not tell the time now.
             self._describe(0)
             return 0
         if answered_ms is None or not 0 <= now_ms - answered_ms <= self._longest_gap_ms:
@@ -126,7 +126,7 @@ class RepeatedCleanup:
         return min(pause_ms, self._look_ms) / 1000
 
     def end(self) -> None:
-        """Log it where a batch may have removed somebody of whom nobody is told any more."""
+        """Log an error if a batch may have removed somebody whom nobody will report."""
         if self._sent_at is not None and self._may_remove:
             logger.error(
                 "run_cleanup ended before the answer to a batch got through: whom that has removed, if anyone, nobody "
@@ -154,7 +154,7 @@ class RepeatedServerHeartbeat:
     """How many seconds a ``run_server_heartbeat`` pauses after an answer or a fault."""
 
     def __init__(self, operations: Operations, interval_seconds: float | None) -> None:
-        operations.start_server()  # Refuses one without a server_id.
+        operations.start_server()  # Refuses a manager without a server_id.
         self._server_id = operations.server_id
         seconds = operations.heartbeat_seconds if interval_seconds is None else interval_seconds
         self._interval = arguments.milliseconds("interval_seconds", seconds) / 1000
@@ -181,6 +181,6 @@ class RepeatedServerHeartbeat:
 
 
 def _log_failure(what: str, pause: float, error: Exception) -> None:
-    # An error that is none of presence's, such as one of a credential provider, needs its traceback.
+    # An error that is not one of presence's, such as one of a credential provider, needs its traceback.
     is_explained = isinstance(error, PresenceError)
     logger.warning(what + ", next attempt in %g s: %s", pause, error, exc_info=None if is_explained else error)

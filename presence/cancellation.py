@@ -1,4 +1,4 @@
-"""How code of asyncio tells whether its own task was cancelled, or only what it awaits."""
+"""How asyncio code tells whether its own task was cancelled, or only what it awaits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def heeding_cancellation() -> Iterator[None]:
-    """End what a cancellation was to end, though it was swallowed within: put it around what redis-py awaits.
+    """Raise a cancellation that was swallowed within; put this around what redis-py awaits.
 
     Python 3.11's asyncio.wait_for, through which redis-py connects and writes, can lose one.
     """
@@ -23,6 +23,6 @@ def heeding_cancellation() -> Iterator[None]:
 
 
 def cancellations() -> int:
-    """Count how often the task that asks has been cancelled."""
+    """Count how often the current task has been cancelled."""
     task = asyncio.current_task()
     return task.cancelling() if task else 0

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from presence.addresses import Address
 
 MAX_CONNECTIONS = 64
-"""Connections of one manager's pool. Operations beyond it wait for a free one instead of failing."""
+"""Connections of one manager's pool. Operations beyond that wait for a free one instead of failing."""
 
 MAX_CLUSTER_CONNECTIONS = 10_000
 """Connections to one node from a cluster client: one for each operation that is under way."""
 
 
 def is_client(given: object, *kinds: type) -> bool:
-    """Tell whether it is a client of these kinds, and none of redis-py's pipelines, which are clients to Python."""
+    """Tell whether it is a client of these kinds, and not one of redis-py's pipelines, which pass for clients."""
     return isinstance(given, kinds) and not isinstance(given, _PIPELINES)
 
 
@@ -52,7 +52,7 @@ _PIPELINES = (
 
 
 def not_a_client(given: object, module: str) -> str:
-    """Say what a manager takes as its client, from which module of redis-py, and what takes the given one."""
+    """Say what a manager takes as its client, from which module of redis-py, and what would take the given one."""
     kind = type(given)
     text = (
         f"client must be a {module}.Redis or {module}.RedisCluster (for a URL, there is ConnectionManager.from_url), "
@@ -72,8 +72,8 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
     options = {
         "retry": retry,
         "max_connections": MAX_CONNECTIONS,
-        # redis-py 8's default. To say HELLO is to read why a server that is full or loading refuses a connection; with
-        # RESP2, redis-py sends more before it reads, and may find only that the connection is closed.
+        # redis-py 8's default. It begins with HELLO, so the client reads why a server that is full or loading refuses a
+        # connection; with RESP2, redis-py sends more before it reads, and may find only that the connection is closed.
         "protocol": 3,
         # A primary that became a replica answers READONLY: connect again, the name may lead to the new primary.
         "retry_on_error": [redis.exceptions.ReadOnlyError],
@@ -92,7 +92,7 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
 
 
 class _SentinelConnection(redis.sentinel.SentinelManagedConnection):
-    """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
+    """Asks the sentinels before each attempt; redis-py's own retries keep the address that it had before."""
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if not self._sock:
@@ -105,7 +105,7 @@ class _SentinelTLSConnection(_SentinelConnection, redis.sentinel.SentinelManaged
 
 
 class _FreeConnections(LifoQueue[Any]):
-    """A pool's free connections. A signal's handler may make a call while its thread is in here for another."""
+    """A pool's free connections. A signal handler may make a call while its thread is in here for another."""
 
     def __init__(self, maxsize: int = 0) -> None:
         super().__init__(maxsize)
@@ -125,7 +125,7 @@ class _SentinelPool(redis.sentinel.SentinelConnectionPool, _Pool):
 
 
 class AsyncSentinelConnection(redis.asyncio.sentinel.SentinelManagedConnection):
-    """Asks the sentinels before each attempt; redis-py's own retries stay with the address that it had before."""
+    """Asks the sentinels before each attempt; redis-py's own retries keep the address that it had before."""
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """Ask the sentinels where to connect to, if it is not connected, and send."""
@@ -155,29 +155,29 @@ def _sentinel_options(address: Address, options: dict[str, Any], retry: object) 
     # Each sentinel is asked once, then the next; the connection's own retries begin the round again.
     shared = {name: value for name, value in options.items() if name.startswith("ssl")}
     for name in ("socket_timeout", "socket_connect_timeout"):
-        # All together have the time that the server has.
+        # Together they have the time that the server alone would have.
         shared[name] = options[name] and options[name] / len(address.hosts)
     return {"retry": retry} | shared | address.sentinel_options
 
 
 def _cluster_options(options: dict[str, Any], address: Address, given: dict[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in options.items() if name != "retry_on_error"}
-    # redis-py's asyncio client has no pool that waits, and into one its blocking client may put another node's
-    # connections, which two calls would then read from. So beyond the limit an operation fails.
+    # redis-py's asyncio client has no pool that waits, and its blocking client may put another node's connections into
+    # one, which two calls would then read from. Beyond the limit, an operation therefore fails.
     if "max_connections" not in address.options | given:
         options["max_connections"] = MAX_CLUSTER_CONNECTIONS
     return options
 
 
 class _LayoutLearner:
-    """Lets a blocking cluster's client ask the nodes who serves what: once for all threads that wait for it.
+    """Lets a blocking cluster client ask the nodes who serves what: once for all threads that wait for the answer.
 
-    redis-py lets each ask for itself, one after the other, and each waits for every node that does not answer.
+    redis-py lets each thread ask for itself, one after the other, and each waits for every node that does not answer.
     """
 
     def __init__(self, learn: Callable[..., None]) -> None:
         self._learn = learn
-        # A signal's handler may make a call in the midst of this.
+        # A signal handler may make a call in the midst of this.
         self._lock = RLock()
         self._learner = 0
         self._outcome: Future[None] | None = None
@@ -187,7 +187,7 @@ class _LayoutLearner:
         try:
             with self._lock:
                 others = self._outcome
-                # One that is over may stand here still, if a signal's handler raised at its end.
+                # One that has ended may still be here, if a signal handler raised at its end.
                 if others is None or others.done() or self._learner == own_thread:
                     others, self._learner, self._outcome = None, own_thread, own
             if others is not None:
@@ -226,7 +226,7 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
         case "cluster":
             nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
             if "connection_pool_class" in given:
-                # redis-py heeds it only where it has a URL too, which then must say whether to use TLS.
+                # redis-py heeds it only if it also has a URL, which must then say whether to use TLS.
                 url = "rediss://{}:{}" if options.pop("ssl", False) else "redis://{}:{}"
                 host, port = address.hosts[0]
                 options["url"] = url.format(f"[{host}]" if ":" in host else host, port)

@@ -1,6 +1,6 @@
 """The errors that a fault of the server, the network or the configuration raises: one family, each saying what to do.
 
-Bad arguments are no faults: they raise ``TypeError`` or ``ValueError`` before anything is sent.
+Bad arguments are not faults: they raise ``TypeError`` or ``ValueError`` before anything is sent.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from redis import exceptions
 
 
 class PresenceError(Exception):
-    """Base of every error that an operation raises; its ``__cause__`` is what it stands for, mostly redis-py's."""
+    """Base of every error that an operation raises; its ``__cause__`` is the error behind it, mostly redis-py's."""
 
 
 class ServerUnreachableError(PresenceError):
     """The server could not be reached, or the connection broke and the retries were used up.
 
-    Whether an operation that was under way took effect is not known; each is safe to call again.
+    An operation that was under way may or may not have taken effect; each is safe to call again.
     """
 
 
@@ -57,10 +57,10 @@ class EventsLostError(PresenceError):
 
 
 class PipelineError(PresenceError):
-    """Operations of a pipeline failed, some or all, or what a bulk call asked of some ids.
+    """Some or all operations of a pipeline failed, or some ids of a bulk call.
 
-    ``results`` has an item for each operation, of a bulk call for each different id, in their order: its result, or its
-    ``PresenceError``. The first of these is the cause, and redis-py's error is the cause of that.
+    ``results`` has an item for each operation or, of a bulk call, for each different id, in order: its result, or its
+    ``PresenceError``. The first error is the cause of this one, and redis-py's error is the cause of that.
     """
 
     def __init__(self, results: list[Any]) -> None:
@@ -74,14 +74,14 @@ class PipelineError(PresenceError):
 
 
 MAX_SHOWN = 200
-"""Characters of a long message's beginning, and of its end, that are quoted."""
+"""How many characters of a long message's beginning, and of its end, are quoted."""
 
 FAULTS = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What redis-py raises for a fault; its cluster exception is no RedisError."""
 
 
 WRITE_REFUSALS = (RuntimeError, TypeError)
-"""What writing to a connection that is closed raises, as in the midst of another's call: see :func:`as_fault`."""
+"""What writing to a closed connection raises, as in the midst of another's call: see :func:`as_fault`."""
 
 
 def as_fault(error: Any) -> Any:
@@ -165,7 +165,7 @@ _UNREACHABLE: _Explanation = (
     "redis:// for one without), and the network",
 )
 
-# By the code that the server's message starts with, where redis-py leaves it there or keeps it beside.
+# By the code that the server's message starts with, if redis-py leaves it there or keeps it separately.
 _BY_CODE: dict[str, _Explanation] = {
     "BUSY": (
         ServerBusyError,
@@ -188,7 +188,7 @@ _BY_CODE: dict[str, _Explanation] = {
     ),
 }
 
-# By the server's words, where its code is no more than ERR.
+# By the server's words, if its code says no more than ERR.
 _BY_WORDS: dict[str, _Explanation] = {
     "ACL failure in script": _PERMISSION,
     "The user executing the script can't": _PERMISSION,  # Redis 7.0
@@ -221,7 +221,7 @@ _BY_WORDS: dict[str, _Explanation] = {
         "a server that the URL names is no sentinel; name the sentinels and their port, 26379 by default, or use a "
         "redis:// URL",
     ),
-    # What the sentinels answered, as redis-py 8 and 7.4 tell it.
+    # What the sentinels answered, as redis-py 8 and 7.4 quote it.
     " - auth:AuthenticationError": _SENTINEL_CREDENTIALS,
     " - AuthenticationError(": _SENTINEL_CREDENTIALS,
     "No master found for": (
@@ -294,7 +294,7 @@ _OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation"
 
 
 def unreadable(error: ValueError) -> PresenceError:
-    """Give the error to raise from the one that a parser met in a reply."""
+    """Give the error to raise for the one that a parser met in a reply."""
     kind, advice = _FOREIGN_DATA
     return kind(f"{advice} ({error})")
 
@@ -317,7 +317,7 @@ def explain(error: Exception) -> PresenceError:
 
 
 def _shortened(text: str) -> str:
-    """Leave out the middle of a long text, as redis-py makes of all the options of a client before the fault itself."""
+    """Leave out the middle of a long text: redis-py may quote all options of a client before the fault itself."""
     return text if len(text) <= 2 * MAX_SHOWN else f"{text[:MAX_SHOWN]} … {text[-MAX_SHOWN:]}"
 
 
@@ -325,7 +325,7 @@ def _explanation(error: BaseException, text: str) -> _Explanation:
     # What a cluster client meets while it reads the layout is the cause of its own exception.
     if isinstance(error, exceptions.RedisClusterException) and isinstance(error.__cause__, exceptions.RedisError):
         error = error.__cause__
-    # For the codes that it has a class for, redis-py cuts the code off; since 7.2 it keeps it as status_code.
+    # redis-py cuts off a code that it has a class for; since 7.2 it keeps it as status_code.
     code = getattr(error, "status_code", None) or text.partition(" ")[0]
     if code in _BY_CODE:
         return _BY_CODE[code]

@@ -15,7 +15,7 @@ _in_child: WeakKeyDictionary[Any, Callable[[Any], object]] = WeakKeyDictionary()
 
 
 def call_in_child(instance: Instance, method: Callable[[Instance], object]) -> None:
-    """Let a method of an instance be called in each process that is forked while that is there."""
+    """Let a method of an instance be called in each process that is forked while the instance exists."""
     _in_child[instance] = method
 
 

@@ -67,17 +67,17 @@ class _OpenClient:
     async def learn_layout(self) -> None:
         """Let a cluster's client ask the nodes who serves what: once for all who wait, and before they send anything.
 
-        Each would ask for itself, one after the other, and the client drops the connections under calls meanwhile.
+        Otherwise each asks for itself, one after the other, and the client drops the connections under calls meanwhile.
         """
         while True:
             layout = self.layout
             if layout is None or (layout.done() and (layout.cancelled() or layout.exception() is not None)):
                 layout = self.layout = asyncio.ensure_future(self.client.initialize())
-                # Whoever waits may be cancelled, and then nobody asks what it met.
+                # All who wait may be cancelled, and then nobody asks for its exception.
                 layout.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             if not layout.done():
                 await asyncio.wait([layout])
-            if not layout.cancelled():  # Whoever cancels all tasks there are cancels this one, but not those who call.
+            if not layout.cancelled():  # Code that cancels all tasks cancels this one too, but not later calls.
                 layout.result()
                 return
 
@@ -90,7 +90,7 @@ CLIENT_OF_ANOTHER_LOOP = (
 )
 
 _step: ContextVar[asyncio.Future[float | None] | None] = ContextVar("presence_step", default=None)
-"""The step of a repetition in which the code runs, if any: tasks inherit it from who begins them."""
+"""The step of a repetition in which the code runs, if any: tasks inherit it from the one that begins them."""
 
 
 class _Repetition:
@@ -100,13 +100,13 @@ class _Repetition:
         self.loop = asyncio.get_running_loop()
         self.step: asyncio.Future[float | None] | None = None
         self.has_called_aclose = False
-        """Whether its ``on_removed`` has. Another that does so cannot wait for it: each would wait for the other."""
+        """Whether its ``on_removed`` has. Another that does cannot wait for this one: each would wait for the other."""
         self.stop = asyncio.Event()
         self.ended = asyncio.Event()
 
 
 async def _to_its_end(task: asyncio.Future[Result]) -> Result:
-    """Wait for a task; a cancellation waits for it too, however often one cancels."""
+    """Wait for a task; a cancellation waits for it too, however often it comes."""
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -119,39 +119,39 @@ async def _to_its_end(task: asyncio.Future[Result]) -> Result:
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for asyncio code.
 
-    Every method for one connection, user or game is one atomic script and one round trip (two more when the server has
-    lost the script). Those for many ids are scripts of bounded size in one round trip, each atomic in itself, and a
+    Every method for one connection, user or game is one atomic script and one round trip (two more if the server has
+    lost the script). Methods for many ids send scripts of bounded size in one round trip, each atomic in itself, and a
     cleanup takes a round trip for each batch. All raise ``TypeError`` or ``ValueError`` for a bad argument, before
     anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind
     except lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them;
     only cleanup, and a registration of its user or its sid, still find it and report it, and ``update_heartbeats``
     tells it from an unknown one. In the costs, N is the number of connections in the namespace.
 
-    One manager serves any number of tasks: what those of one event loop await at once goes out together, on one
-    connection. It connects on first use.
+    One manager serves any number of tasks: what those of one event loop await at the same time goes out together, on
+    one connection. It connects on first use.
 
     Args:
         client: a redis-py asyncio client (``Redis`` or ``RedisCluster``) to use, whatever its ``decode_responses``,
-            protocol and parser; it stays the caller's to close, its retry policy holds, and it serves the one event
-            loop in which it is used first. None: a client of its own, for each event loop anew, whose URL is
-            ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` from the environment when it first connects, else
+            protocol and parser; closing it is up to the caller, its retry policy holds, and it serves only the event
+            loop in which it is first used. None: a client of its own for each event loop, with the URL that
+            ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` in the environment holds when it first connects, else
             ``redis://localhost:6379/0``.
-        namespace: the keyspace; all game servers of one fleet use the same. 1 to 1,024 characters, no braces.
+        namespace: the keyspace; all game servers of one fleet share it. 1 to 1,024 characters, no braces.
         conn_ttl_seconds: how long a connection without a heartbeat stays known, the same on all game servers of a
             namespace; 0.001 s to ten years.
         heartbeat_seconds: how often clients send heartbeats, 0.001 s to ten years; a user is online for three times as
             long after the last one.
         connections_per_user: live connections that a user may have, 1 to 100; registering displaces the oldest ones.
-        displacement: ``"newest_wins"``; ``"newest_resumes"``: the newest wins and, as if the one that it displaces had
-            been detached before, takes over its seat; or ``"reject_while_alive"``: a register is refused while the user
-            has as many connections as are allowed that are not stale.
+        displacement: ``"newest_wins"``; ``"newest_resumes"``: the newest wins and takes over the seat of the one that
+            it displaces, as if that had been detached before; or ``"reject_while_alive"``: a registration is refused
+            while the user has as many connections as are allowed that are not stale.
         server_id: the id of this game server: connections are registered for it, and when it dies (see
             ``run_server_heartbeat``) any other server's cleanup takes them. 1 to 1,024 characters; None for none.
         server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to
             ``conn_ttl_seconds``; 0 removes them at once. The same on all game servers.
         events: whether every change is published for ``subscribe``: ``"off"``; ``"pubsub"``, at most once; or
             ``"stream"``, durable. The same on all game servers.
-        events_max_length: changes that the stream keeps, about, 1 to 100,000,000.
+        events_max_length: about how many changes the stream keeps, 1 to 100,000,000.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -193,7 +193,7 @@ class ConnectionManager:
         # A client's connections belong to the event loop that opened them, so each loop has its own.
         self._open_clients: dict[asyncio.AbstractEventLoop, _OpenClient] = {}
         self._put_aside: dict[asyncio.AbstractEventLoop, list[_OpenClient]] = {}
-        """Those that a close waits for, or has left to the next."""
+        """Those that a close waits for, or has left to the next close."""
         self._repetitions: set[_Repetition] = set()
         self._closes = 0
 
@@ -228,8 +228,8 @@ class ConnectionManager:
             server_grace_seconds: see the class.
             events: see the class.
             events_max_length: see the class.
-            client_options: more options for redis-py's client, over the defaults of presence. Their values redis-py
-                checks when it connects.
+            client_options: more options for redis-py's client, which override presence's defaults. redis-py checks
+                their values when it connects.
 
         Returns:
             The manager; close it with ``aclose()`` or use it as ``async with``.
@@ -271,9 +271,9 @@ class ConnectionManager:
     async def aclose(self) -> None:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
-        A client that was passed in stays open. Operations under way are waited for (those of this event loop).
-        To close asks the server nothing and raises no fault. A closed manager connects again when it is used again, as
-        by a subscription that was not ended before.
+        A client that was passed in stays open. Operations under way are waited for (those of this event loop). Closing
+        asks the server nothing and raises no fault. A closed manager connects again when it is used again, such as by a
+        subscription that was not ended before.
         """
         self._closes += 1
         loop, cancelled_before = asyncio.get_running_loop(), cancellations()
@@ -288,7 +288,7 @@ class ConnectionManager:
                 # Its loop was closed, without ending its tasks.
                 self._repetitions.discard(running)
                 continue
-            # What another loop runs ends there.
+            # What another loop runs ends over there.
             if running.loop is loop and (caller is None or not running.has_called_aclose):
                 await running.ended.wait()
         open_client = self._open_clients.pop(loop, None)
@@ -306,12 +306,12 @@ class ConnectionManager:
                 try:
                     await _to_its_end(each.closing)
                 except asyncio.CancelledError:
-                    # Whoever cancels all other tasks cancels that one, and it is begun again.
+                    # Code that cancels all other tasks cancels that one too, and it is begun again.
                     if cancellations() > cancelled_before or not each.closing.cancelled():
                         raise
 
     def _repetition_that_calls(self) -> _Repetition | None:
-        """Give that whose ``on_removed`` runs this code, if any."""
+        """Give the repetition whose ``on_removed`` runs this code, if any."""
         step = _step.get()
         return next(
             (running for running in tuple(self._repetitions) if step is not None and running.step is step), None
@@ -345,12 +345,12 @@ class ConnectionManager:
         Args:
             sid: the connection's id.
             user_id: the user's id.
-            metadata: what to keep with it, at most 4,096 bytes, text as UTF-8. None or empty keeps what a connection
-                that is refreshed or resumed has.
+            metadata: what to keep with it, at most 4,096 bytes, text as UTF-8. None or empty keeps that of a connection
+                that is refreshed or resumed.
 
         Returns:
             The connection, and the displaced ones, whose sockets are now the caller's to close: no other call on any
-            server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and refused it.
+            server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and it was refused.
 
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
@@ -369,9 +369,9 @@ class ConnectionManager:
         """Remove a connection everywhere, or keep its seat for a grace; the user's newer ones are never touched.
 
         With a grace the connection is detached: the user is offline, but ``get_game_connections`` still lists the seat,
-        and a register of the same user within the grace takes it over with its game, on any server. After the grace,
-        cleanup removes it and reports it. To detach it again changes nothing, but answers it once more; without a grace
-        it is removed.
+        and a registration of the same user within the grace takes it over with its game, on any server. After the
+        grace, cleanup removes it and reports it. Detaching it again changes nothing, but returns it once more; without
+        a grace it is removed.
 
         Args:
             sid: the connection's id.
@@ -379,7 +379,7 @@ class ConnectionManager:
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            What was removed, or is detached now; None when there was no such connection, as after it was displaced.
+            What was removed, or is detached now; None when there was none, such as after it was displaced.
 
         Cost: one round trip; O(log N).
 
@@ -394,8 +394,8 @@ class ConnectionManager:
         Args:
             sid: the connection's id.
             game_id: the game's id.
-            capacity: refuse when so many connections, 1 to 1,000,000, have a seat in the game, detached ones among
-                them; None for any number.
+            capacity: refuse when this many connections, 1 to 1,000,000, have a seat in the game, detached ones
+                included; None for any number.
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
@@ -405,7 +405,7 @@ class ConnectionManager:
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
 
-        Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
+        Cost: one round trip; O(1), or O(M) when the capacity is reached, M = connections in the game.
 
         """
         return await self._run(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch))
@@ -453,8 +453,8 @@ class ConnectionManager:
 
         Returns:
             Whether there is such a connection. False: it was displaced, removed or detached, or has expired, and no
-            heartbeat brings it back. Close its socket: to register it again would displace what displaced it. Which of
-            these it is, as far as that is still known, ``update_heartbeats`` tells.
+            heartbeat brings it back. Close its socket: registering it again would displace what displaced it.
+            ``update_heartbeats`` tells which of these it is, as far as that is still known.
 
         Cost: one round trip; O(log N).
 
@@ -462,20 +462,19 @@ class ConnectionManager:
         return await self._run(self.operations.update_heartbeat(sid, epoch=epoch))
 
     async def update_heartbeats(self, sids: Iterable[str]) -> dict[str, HeartbeatStatus]:
-        """Mark many connections as seen now, as ``update_heartbeat`` does, such as all of one game server.
+        """Mark many connections as seen now, such as all of one game server, as ``update_heartbeat`` does for one.
 
         Args:
             sids: the connections' ids, any number.
 
         Returns:
-            For each sid what became of it; false unless it was seen.
+            For each sid, what became of it; false unless it was seen.
 
         Raises:
             PipelineError: some of the scripts failed, and the others took effect; its ``results`` has an item for each
-                different sid, in order. A fault that all of them met is raised as by any other call.
+                different sid, in order. A fault that all of them met is raised as in any other call.
 
-        Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
-        than 30).
+        Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer if ``connections_per_user`` is over 30).
 
         """
         return await self._run(perform_batches(self.operations.heartbeat_batches(sids)))
@@ -509,9 +508,9 @@ class ConnectionManager:
         return await self._run(self.operations.get_user_connection(user_id))
 
     async def get_all_user_connections(self, user_id: str | UUID) -> list[ConnectionInfo]:
-        """Read all connections of a user, the detached ones among them, as they are at one moment.
+        """Read all connections of a user, including detached ones, as they are at one moment.
 
-        There is more than one only where ``connections_per_user`` is more than 1.
+        There is more than one only if ``connections_per_user`` is more than 1.
 
         Args:
             user_id: the user's id.
@@ -539,7 +538,7 @@ class ConnectionManager:
         return await self._run(self.operations.is_user_online(user_id))
 
     async def get_game_connections(self, game_id: str) -> list[ConnectionInfo]:
-        """Read all connections in a game, the detached ones among them, as they are at one moment.
+        """Read all connections in a game, including detached ones, as they are at one moment.
 
         Args:
             game_id: the game's id.
@@ -592,7 +591,7 @@ class ConnectionManager:
 
         Returns:
             The newest sid of the other user; None when there is none, or it is detached. With several others, that of
-            the one whose registration is the earliest by its epoch; one that is refreshed or resumed counts as new.
+            the one with the earliest registration by epoch; one that is refreshed or resumed counts as new.
 
         Cost: one round trip; O(M), M = connections in the game.
 
@@ -600,7 +599,7 @@ class ConnectionManager:
         return await self._run(self.operations.get_opponent_sid(game_id, current_user_id))
 
     async def are_users_online(self, user_ids: Iterable[str | UUID]) -> dict[str, bool]:
-        """Tell which of many users are online, as ``is_user_online`` does for one, such as a list of friends.
+        """Tell which of many users, such as a list of friends, are online, as ``is_user_online`` does for one.
 
         Args:
             user_ids: the users' ids, any number.
@@ -610,10 +609,10 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
-                fault that all of them met is raised as by any other call.
+                fault that all of them met is raised as in any other call.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
-        where ``connections_per_user`` is more than ten).
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer if
+        ``connections_per_user`` is more than ten).
 
         """
         return await self._run(perform_batches(self.operations.users_online_batches(user_ids)))
@@ -629,10 +628,10 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
-                fault that all of them met is raised as by any other call.
+                fault that all of them met is raised as in any other call.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
-        where ``connections_per_user`` is more than ten).
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer if
+        ``connections_per_user`` is more than ten).
 
         """
         return await self._run(perform_batches(self.operations.users_connections_batches(user_ids)))
@@ -648,7 +647,7 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
-                fault that all of them met is raised as by any other call.
+                fault that all of them met is raised as in any other call.
 
         Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 10 games.
 
@@ -675,17 +674,17 @@ class ConnectionManager:
         Returns:
             How many have not expired.
 
-        Cost: one round trip; O(M), M = connections in the game; of more than 50 O(log N + D), D = those that
-        are detached or have expired in the namespace, unless these are as many as M, or 1,000.
+        Cost: one round trip; O(M), M = connections in the game; if more than 50, O(log N + D), D = the namespace's
+        detached and expired connections, unless D reaches M or 1,000.
 
         """
         return await self._run(self.operations.get_game_connection_count(game_id))
 
     async def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> CleanupResult:
-        """Remove the connections that were not seen for longer than a threshold, or whose grace is over, in batches.
+        """Remove, in batches, the connections not seen for longer than a threshold, or whose grace is over.
 
-        Those of dead game servers go too, or are detached where ``server_grace_seconds`` keeps their seats. Any number
-        of servers may clean up at once: each connection is reported by exactly one of them.
+        Those of dead game servers go too, or are detached if ``server_grace_seconds`` keeps their seats. Any number of
+        servers may clean up at once: each connection is reported by exactly one of them.
 
         Args:
             threshold_seconds: seconds, 0 to ten years; None is three times ``heartbeat_seconds``, 90 by default.
@@ -697,14 +696,14 @@ class ConnectionManager:
         Raises:
             PresenceError: a fault stopped it before anything was removed or detached.
 
-        Cost: a round trip for each 20 removed connections or 25 KiB of records (fewer where ``connections_per_user`` is
+        Cost: a round trip for each 20 removed connections or 25 KiB of records (fewer if ``connections_per_user`` is
         more than 30); O(log N) for each removed connection.
 
         """
         return await self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))
 
     async def cleanup_server(self, server_id: str, *, grace_seconds: float | None = None) -> CleanupResult:
-        """Remove or detach all connections of one game server, in batches, as when it is known to be dead.
+        """Remove or detach, in batches, all connections of one game server, such as one that is known to be dead.
 
         Args:
             server_id: the game server's id.
@@ -712,7 +711,7 @@ class ConnectionManager:
                 manager's ``server_grace_seconds``.
 
         Returns:
-            The removed and the detached connections; no other call reports them. Of a fault as
+            The removed and the detached connections; no other call reports them. After a fault, as in
             :meth:`cleanup_stale_connections`.
 
         Raises:
@@ -727,8 +726,8 @@ class ConnectionManager:
     async def start_server(self) -> int:
         """Give this game server its boot epoch, and leave the connections of its earlier starts to cleanup.
 
-        The first registration or server heartbeat does so too, if this was not called before. A manager starts its
-        server once: called again, this gives the same boot epoch and asks nobody.
+        The first registration or server heartbeat does this if it was not called before. A manager starts its server
+        once: called again, this gives the same boot epoch and sends nothing.
 
         Returns:
             The boot epoch, larger than every epoch before it in the namespace.
@@ -753,10 +752,10 @@ class ConnectionManager:
 
         Raises:
             ValueError: the manager has no ``server_id``.
-            OutOfMemoryError: the server's memory is full, and this is the first: it could not be started.
+            OutOfMemoryError: the server's memory is full, and this first heartbeat could not start the game server.
 
         Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = game servers, and
-        O(S) where it is not known any more.
+        O(S) if it is not known any more.
 
         """
         return await self._run(for_server(self.operations, self.operations.update_server_heartbeat))
@@ -772,25 +771,25 @@ class ConnectionManager:
 
         ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
         run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first cleanup, and
-        after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of one, if that is longer; where
-        heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a threshold
-        below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) A
-        cancellation waits until ``on_removed``, which may be a plain function too, has dealt with the current batch:
-        only the end of the event loop itself can lose that. A batch whose answer a fault has held up is lost if the
-        task ends before it is answered; that is logged.
+        after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of a heartbeat, if that is longer; for
+        three heartbeats, if they are shorter than 3.75 seconds), so that everyone's heartbeat comes first. (With a
+        threshold below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) A
+        cancellation waits until ``on_removed``, which may also be a plain function, has dealt with the current batch:
+        only the end of the event loop itself can lose that. A batch that met a fault is lost if the task ends before
+        the batch is answered; that is logged.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: awaited with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
-                inside. Where it takes longer than a sixth of a heartbeat, the next batch waits as after an outage.
+                inside. If it takes longer than a sixth of a heartbeat, the next batch waits as after an outage.
 
         Raises:
             TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.
             ValueError: an interval or threshold is out of its bounds.
 
-        Cost: as :meth:`cleanup_stale_connections`, each time; and twelve times a heartbeat a look at the server, one
+        Cost: as :meth:`cleanup_stale_connections`, each time; and, twelve times a heartbeat, a look at the server: one
         round trip that asks for the time.
 
         """
@@ -838,8 +837,8 @@ class ConnectionManager:
     ) -> None:
         """Do the step until the manager is closed; it answers how many seconds to pause, or None to end.
 
-        ``closes`` is how often the manager had been closed when this was asked for, which a task may begin later.
-        Where there is an ``at_end`` to call, only the answer of a step tells what it did: a cancellation waits for it.
+        ``closes`` is how often the manager had been closed when this was asked for; a task may begin it later. With an
+        ``at_end`` to call, only the answer of a step tells what it did, so a cancellation waits for it.
         """
         if self._closes != closes:
             return
@@ -878,7 +877,7 @@ class ConnectionManager:
         cleanup: RepeatedCleanup,
         on_removed: Callable[[CleanupResult], object] | None,
     ) -> float:
-        """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
+        """Remove and report one batch; give the seconds to pause: 0 if there is more to remove."""
         try:
             done = await self._run(cleanup.next())
         except Exception as error:
@@ -903,10 +902,10 @@ class ConnectionManager:
         ``await manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
         all from the namespace's one node.
 
-        Where one cannot run, since the server lost its script or is a replica, or (on a cluster) a node is away or the
-        slot moves, it is sent again, and with it what stands behind it and has only read or found nothing to do (unless
-        something behind that has acted on the same connection). But what had changed something by then has run before
-        it: call them one by one where that would do harm.
+        If one cannot run, because the server lost its script or is a replica, or (on a cluster) a node is away or the
+        slot moves, it is sent again, together with those behind it that have only read or found nothing to do (unless
+        one behind those has acted on the same connection). But those that have already changed something have then run
+        before it: if that would do harm, call the operations one by one.
 
         Args:
             operations: descriptions, from :attr:`operations`.
@@ -915,15 +914,15 @@ class ConnectionManager:
             The result of each, in order.
 
         Raises:
-            TypeError: one of them is no description.
+            TypeError: one of them is not a description.
             ValueError: raised by :attr:`operations`, not by this method: with a ``server_id``, a registration or a
                 server heartbeat cannot be described before ``start_server`` (the manager's own methods see to the
                 start).
             PipelineError: some or all failed; its ``results`` holds what every one of them answered or met.
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
-        and, where there are several, a microsecond for each KB of their scripts' sources, which are sent along: 22 KB
-        for a register, 10 for an unregister, mostly 1 to 6.
+        and, if there are several, a microsecond for each KB of their scripts' sources, which are sent along: 22 KB for
+        a registration, 10 for an unregister, mostly 1 to 6.
 
         """
         return await self._run(perform_all(check_operations(operations)))
@@ -933,23 +932,23 @@ class ConnectionManager:
     ) -> AsyncSubscription:
         """Iterate over what happens, as the scripts that make the changes publish it.
 
-        ``async with manager.subscribe(game_id="chess-7") as events:`` and then ``async for event in events:``. It is
-        subscribed when the block is entered, and one ``Event`` comes for each change of a connection, of all changes of
-        the namespace or of those in one game or of one user. What may be missing is not passed over in silence: the
-        iteration ends with ``EventsLostError``. (One gap: a subscription that is still at the position ``0-0/0``, begun
-        before anything was published, cannot notice that the server has lost its data.)
+        ``async with manager.subscribe(game_id="chess-7") as events:`` and then ``async for event in events:``. The
+        subscription begins when the block is entered, and one ``Event`` comes for each change of a connection: in the
+        whole namespace, in one game or of one user. Events that may be missing are not passed over in silence: the
+        iteration ends with ``EventsLostError``. (One exception: a subscription that is still at the position ``0-0/0``,
+        begun before anything was published, cannot notice that the server has lost its data.)
 
-        Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
-        too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
-        any operation, and the iteration may go on after it. While it waits, it takes a connection of the
-        client's pool: all of an event loop take one together, those in threads one each.
+        Through pub/sub it has a connection of its own, and events are lost when that breaks or they are read too
+        slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as by any
+        operation, and the iteration may go on after it. While it waits, it takes a connection of the client's pool: one
+        for all subscriptions of an event loop, one each in threads.
 
         Args:
-            game_id: only the events of connections in this game (those who leave it among them).
-            user_id: only the events of this user's connections; not together with ``game_id``. Neither: all events of
-                the namespace.
+            game_id: only the events of connections in this game (including those that leave it).
+            user_id: only the events of this user's connections; not together with ``game_id``. With neither, all events
+                of the namespace.
             after: begin after this position, ``Event.position`` or ``GameSnapshot.position``, instead of now; needs
-                ``events="stream"``. Another text is a ValueError.
+                ``events="stream"``. Any other text is a ValueError.
 
         Returns:
             The subscription.
@@ -969,9 +968,9 @@ class ConnectionManager:
         return AsyncSubscription(feed, self._run, self._wait_for_events, lambda: self._open_client().client)
 
     async def _wait_for_events(self, wait: Exchange[Exception | None]) -> Exception | None:
-        """Let the server wait for events, once for all who wait; each would take a connection away from the calls.
+        """Let the server wait for events, once for all who wait: each wait takes a connection away from the calls.
 
-        Who began to wait elsewhere in the stream is woken too late by the length of one wait, and reads on then.
+        One that began to wait elsewhere in the stream is woken late, by the length of one wait, and then reads on.
         """
         open_client = self._open_client()
         waiting = open_client.wait_for_events
@@ -1000,7 +999,7 @@ class ConnectionManager:
         return open_client
 
     async def _run(self, asked: Operation[Result] | Exchange[Result], *, alone: bool = False) -> Result:
-        """Carry what is asked; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
+        """Carry out what is asked; ``alone`` keeps it off the shared connection, whose calls it would hold up."""
         open_client = self._open_client()
         open_client.in_flight += 1
         send = partial(self._send, open_client) if alone or open_client.shared is None else open_client.shared.send
@@ -1060,14 +1059,14 @@ class ConnectionManager:
                 if monotonic() > end:
                     raise redis.exceptions.TimeoutError("the nodes did not tell in time who serves what")
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
-                # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
-                # (As bytes: a text would be encoded as the client was told to.)
+                # Only the node of the namespace needs a script, and a cluster's pipeline would not send it there. (As
+                # bytes: a text would be encoded as the client was told to.)
                 node = client.get_node_from_key(self.operations.last_seen_key)  # type: ignore[arg-type]
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
                 if isinstance(request[0], SecondLoad):
                     for other in client.get_primaries():
-                        with suppress(*FAULTS, AttributeError, RuntimeError):  # Another may come or go meanwhile.
+                        with suppress(*FAULTS, AttributeError, RuntimeError):  # A node may come or go meanwhile.
                             await client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (await self._send_unheeding(open_client, rest, end) if rest else [])

@@ -1,7 +1,7 @@
 """How the calls that one event loop awaits at the same time share a connection instead of taking one each.
 
-What is asked for within one turn of the loop goes out in one write, and the replies are handed out as they come. An
-exchange (:mod:`presence.exchanges`) sees nothing of it: it gets the replies to its own commands, in their order.
+Calls made within one turn of the loop go out in one write, and the replies are handed out as they come. An exchange
+(:mod:`presence.exchanges`) notices nothing: it gets the replies to its own commands, in their order.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from presence.commands import Command
 
 MAX_COMMANDS = 256
-"""Commands on the wire that are not answered yet, at most; what is asked for beyond it waits."""
+"""The most commands on the wire that are not answered yet; further ones wait."""
 
 MAX_BYTES = 1 << 20
-"""Bytes of these commands, at most; only a single request may be larger."""
+"""The most bytes of these commands; only a single request may be larger."""
 
 REPLIES_PER_TURN = 32
-"""Replies that are handed out before the loop turns: who got them may ask again while the server is still at work."""
+"""Replies that are handed out before the loop turns: the callers may ask again while the server is still at work."""
 
 SESSION_SECONDS = 1.0
-"""How long a connection is kept under load. Then the pool has it for a moment, for whoever waits for one and for what
-it does with its connections meanwhile, such as renewing credentials."""
+"""How long a connection is kept under load. Then the pool has it for a moment: others may wait for one, and the pool
+may have things to do with it, such as renewing credentials."""
 
 
 _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelConnection.send_packed_command)
-"""What sends to an open connection without doing anything else."""
+"""The methods that send to an open connection and do nothing else."""
 
 
 class _Request:
-    """Commands that are sent together, and who waits for their replies."""
+    """Commands that are sent together, and the future for their replies."""
 
     __slots__ = ("answer", "asked_at", "commands", "count", "packed", "replies", "size", "taken_at")
 
@@ -61,10 +61,10 @@ class _Request:
         self.answer = answer
         self.asked_at = now
         self.taken_at = 0.0
-        """When it was first to be sent, by the loop's clock, as the time before."""
+        """When it was first due to be sent; like ``asked_at``, by the loop's clock."""
 
     def begin_anew(self) -> None:
-        """Make it ready to be sent again, where it may have been sent before."""
+        """Make it ready to be sent, marked as sent again if it may have been sent before."""
         self.replies = []
         if self.taken_at:
             self.packed = b"".join([pack(sent_again(command)) for command in self.commands])
@@ -72,13 +72,13 @@ class _Request:
 
 
 class SharedConnection:
-    """Carries the requests of one event loop over one connection, which it takes from a client's pool while it has any.
+    """Carries the requests of one event loop over one connection, taken from a client's pool while there are any.
 
-    When the connection fails, or the server refuses a call because it became a replica, or with an error that the
-    client's ``retry_on_error`` names, what is not answered is sent again as the client's retry policy says, on a new
-    connection: every script may run twice. What is asked for meanwhile waits until that has succeeded or failed, so
-    each request gets as many attempts as it would alone. What was asked for before and had no place on the wire has
-    waited for all of them, and fails with the rest.
+    If the connection fails, or the server refuses a call because it became a replica or with an error that the client's
+    ``retry_on_error`` names, what is not answered is sent again on a new connection, as the client's retry policy says:
+    every script may run twice. Requests made meanwhile wait until that has succeeded or failed, so each gets as many
+    attempts as it would alone. Requests made before, for which there was no room on the wire, have waited for all of
+    these attempts, and fail with the rest.
     """
 
     def __init__(self, client: Redis) -> None:
@@ -93,18 +93,18 @@ class SharedConnection:
         self._session_start = self._session_end = 0.0
         self._fault: Exception | None = None
         """Of the attempt before this one."""
-        # The connection, while whoever comes must see to it that what waits is written: the runner is busy reading.
+        # The connection, while the runner is busy reading: then each new request must see to it that it is written.
         self._reading: AbstractConnection | None = None
         self._write_is_due = False
 
     def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Send commands together; give their replies as bytes, with errors in their places.
 
-        When it is cancelled before they are sent, they are not; after that they take effect and nobody gets the reply.
+        If it is cancelled before they are sent, they are not; after that they take effect and nobody gets the replies.
         """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
         self._waiting.append(_Request(commands, answer, self._loop.time()))
-        # Both run after everything that is ready now, so they find what the others of this turn have asked for.
+        # Both run after everything that is ready now, so they find all requests of this turn.
         if self._runner is None or self._runner.done():
             self._start()
         elif self._reading is not None and not self._write_is_due:
@@ -115,20 +115,20 @@ class SharedConnection:
     def _start(self) -> None:
         # Not through the loop's task factory: an eager task would begin, and might even end, within this call.
         self._runner = asyncio.Task(self._run(), loop=self._loop)
-        # Not in the `finally` of its coroutine, into which a task that is cancelled before it has begun never comes.
+        # Not in the `finally` of its coroutine, which a task that is cancelled before it has begun never reaches.
         self._runner.add_done_callback(self._go_on)
 
     def _go_on(self, ended: asyncio.Task[None]) -> None:
         if not ended.cancelled():
-            ended.exception()  # What a signal's handler raised in there has ended the loop already.
+            ended.exception()  # What a signal handler raised in there has already ended the loop.
         if self._runner is not ended:
-            return  # A call has begun anew before this.
+            return  # A call has already started another.
         self._runner = None
         if self._waiting and not self._loop.is_closed():
             self._start()
 
     async def aclose(self) -> None:
-        """Give the connection back to the pool; whoever waited for a reply does not any more."""
+        """Give the connection back to the pool; by now, nobody waits for a reply."""
         if self._runner is not None:
             if self._sent:
                 self._runner.cancel()
@@ -148,26 +148,26 @@ class SharedConnection:
                         await self._pool.release(connection)
                     except FAULTS:
                         pass  # It cannot renew its credentials. The pool has it all the same.
-                    # Whoever waits for a connection of the pool comes first.
+                    # Others that wait for a connection of the pool come first.
                     await asyncio.sleep(0)
         except Exception as error:
             for request in self._take_unanswered():
                 with suppress(asyncio.InvalidStateError):  # See _answer.
                     request.answer.set_exception(error)
         except BaseException:
-            # Whoever cancels all tasks there are, as asyncio.run does in the end, cancels this one, but not those who
-            # then call, as to unregister in their `finally`. Nor does a signal's handler that raises in here.
+            # Code that cancels all tasks, as asyncio.run does at its end, cancels this one, but not calls made after
+            # that, such as an unregister in a `finally`. Nor does a signal handler that raises in here.
             self._waiting = deque(self._take_unanswered())
             raise
 
     async def _take_connection(self) -> AbstractConnection | None:
-        """Take a connection out of the pool; None where that met a fault, which all who wait are told of."""
+        """Take a connection out of the pool; None after a fault, of which all who wait are told."""
         try:
             connection: AbstractConnection = await self._pool.get_connection()
         except BaseException as met:
             error = as_fault(met)
             if not isinstance(error, RedisError):
-                # While one was greeted, perhaps, and then redis-py has put it back as if it were ready.
+                # Perhaps while a connection was greeted: then redis-py has put it back as if it were ready.
                 await _close_free(self._pool)
             if not isinstance(error, FAULTS):
                 raise
@@ -177,7 +177,7 @@ class SharedConnection:
 
     def _take_unanswered(self) -> list[_Request]:
         """Take all that is not answered off the wire, as if nothing of it had been sent."""
-        # One that was on its way from one to another when a signal's handler raised is in both.
+        # A request that was moving from one to another when a signal handler raised is in both.
         listed = dict.fromkeys((*self._refused, *self._sent, *self._waiting))
         requests = [request for request in listed if not request.answer.done()]
         for taken_from in (self._refused, self._sent, self._waiting):
@@ -191,14 +191,14 @@ class SharedConnection:
         """Converse over a connection until there is nothing left to send, or it was kept for long enough."""
         self._session_end = self._loop.time() + SESSION_SECONDS
         self._fault = None
-        self._write_is_due = False  # Nor is one that a signal's handler has kept from being made.
+        self._write_is_due = False  # Even if a signal handler has kept one from being made.
         try:
             await connection.retry.call_with_retry(
                 partial(self._attempt, connection), partial(self._disconnect, connection)
             )
         except BaseException as error:
             if self._sent:
-                # Their replies may still come, and are not for whoever has the connection next.
+                # Their replies may still come, and must not reach the next user of the connection.
                 await connection.disconnect(nowait=True)
             if not isinstance(error, FAULTS):
                 raise
@@ -212,7 +212,7 @@ class SharedConnection:
         self._give_up_the_late(error)
 
     def _give_up_the_late(self, error: Exception) -> None:
-        """Answer what may not be sent again any more."""
+        """Answer the requests that may not be sent again any more."""
         earliest = self._loop.time() - retrying.RETRYING_SECONDS
         for request in self._refused:
             if request.taken_at < earliest:
@@ -222,13 +222,13 @@ class SharedConnection:
                 _answer(request, [error] * request.count)
 
     def _fail(self, error: Exception) -> None:
-        """Let everything that was sent, or was to be, meet an error."""
+        """Answer everything that was sent, or was to be, with an error."""
         for request in self._refused:
             _answer(request, request.replies)
         for request in self._sent:
             _answer(request, [error] * request.count)
-        if self._sent:  # Otherwise it is only what the refused were answered.
-            # What there was no room for has waited for as many attempts: or the queue would grow in an outage.
+        if self._sent:  # Otherwise the error is only the answer to the refused ones.
+            # Requests that found no room have waited for as many attempts; the queue must not grow in an outage.
             while self._waiting and self._waiting[0].asked_at <= self._session_start:
                 request = self._waiting.popleft()
                 _answer(request, [error] * request.count)
@@ -260,7 +260,7 @@ class SharedConnection:
         """Send what is to be sent, again if it was sent before, and more as it comes, until all is answered."""
         self._keep_unanswered()
         if self._sent and self._fault is not None and not connection.is_connected:
-            # Before it sends, for this may take as long as its timeouts say.
+            # Before it sends, as connecting may take as long as its timeouts allow.
             await retrying.connect_once(connection)
             self._give_up_the_late(self._fault)
             self._keep_unanswered()
@@ -270,7 +270,7 @@ class SharedConnection:
         if connection.is_connected and not connection.health_check_interval and _writes_plainly(connection):
             _write(connection, packed)
         else:
-            # It has more to do first: to connect, to see whether the server is there, or what its class adds.
+            # It has more to do first: connecting, a health check, or what its class adds.
             await connection.send_packed_command(packed)
         try:
             while self._sent:
@@ -280,7 +280,7 @@ class SharedConnection:
                 self._reading = connection
                 await self._read(connection)
                 self._reading = None
-                await asyncio.sleep(0)  # Now those run who got replies.
+                await asyncio.sleep(0)  # Now the callers that got replies run.
                 taken = self._take_more(connection)
                 if taken and _writes_plainly(connection):
                     _write(connection, taken)
@@ -296,7 +296,7 @@ class SharedConnection:
         """Hand out some replies."""
         sent = self._sent
         try:
-            # The connection's own timeout would be a new one for each reply, at several times the cost of reading it.
+            # The connection's own timeout would be set anew for each reply, at several times the cost of reading it.
             seconds, since = connection.socket_timeout, self._loop.time()
             async with asyncio.timeout(seconds) as limit:
                 for _ in range(REPLIES_PER_TURN):
@@ -306,17 +306,17 @@ class SharedConnection:
                     except ResponseError as error:
                         reply = error
                     if reply is None:
-                        # No script answers so. redis-py does for a TimeoutError, even the socket's own (ETIMEDOUT), and
-                        # would again for each reply: the connection stays broken.
+                        # No script answers None. redis-py does for a TimeoutError, even the socket's own (ETIMEDOUT),
+                        # and would do so for each reply: the connection stays broken.
                         raise TimeoutError
                     if seconds is not None and (now := self._loop.time()) > since + seconds / 10:
-                        limit.reschedule(now + seconds)  # The next one has as much time, to a tenth.
+                        limit.reschedule(now + seconds)  # The next reply has as much time, to within a tenth.
                         since = now
                     request = sent[0]
                     request.replies.append(reply)
                     if len(request.replies) < request.count:
                         continue
-                    # At each moment it is answered or listed, for a signal's handler may raise here.
+                    # At each moment the request is answered or listed, as a signal handler may raise here.
                     is_alone = request.count == 1
                     if is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
                         self._refused.append(request)
@@ -332,7 +332,7 @@ class SharedConnection:
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
     def _take(self) -> list[bytes]:
-        """Choose of what waits as much as may be sent now, and count it as sent; give its commands, packed."""
+        """Take as many waiting requests as may be sent now, and count them as sent; give their commands, packed."""
         taken: list[bytes] = []
         now = self._loop.time()
         while self._waiting:
@@ -351,13 +351,13 @@ class SharedConnection:
         return taken
 
     def _take_more(self, connection: AbstractConnection) -> bytes:
-        # Without a connection what waits goes on waiting: who reads meets the fault.
+        # Without a connection, requests go on waiting: the reader meets the fault.
         if connection.is_connected and not self._refused and self._loop.time() < self._session_end:
             return b"".join(self._take())
         return b""
 
     def _write_beside(self) -> None:
-        """Write what came while replies are read; to a connection that does more, who reads writes between replies."""
+        """Write what came while replies are read; if the connection does more, the reader writes between replies."""
         self._write_is_due = False
         connection = self._reading
         if connection is not None and _writes_plainly(connection):
@@ -366,7 +366,7 @@ class SharedConnection:
                 if taken:
                     _write(connection, taken)
             except BaseException:
-                # A signal's handler raised: what counts as sent may not be on the wire, so all of it begins anew.
+                # A signal handler raised: what counts as sent may not be on the wire, so all of it begins anew.
                 if self._runner is not None:
                     self._runner.cancel()
                 raise
@@ -388,23 +388,23 @@ def _is_to_be_retried(connection: AbstractConnection, error: ResponseError) -> b
 
 
 def _writes_plainly(connection: AbstractConnection) -> bool:
-    """Tell whether to write is all that its class does: another may count or delay what it sends."""
+    """Tell whether its class only writes: another may count or delay what it sends."""
     return type(connection).send_packed_command in _PLAIN_WRITES
 
 
 def _write(connection: AbstractConnection, packed: bytes) -> None:
-    """Write without waiting: what is on the wire is bounded, and who reads meets a fault and the timeout.
+    """Write without waiting: what is on the wire is bounded, and the reader meets a fault and the timeout.
 
-    redis-py's own way waits until the system has taken it, for which Python 3.11 makes a task and a timer each time.
+    redis-py's own way waits until the system has taken the bytes; Python 3.11 makes a task and a timer for that.
     """
     try:  # noqa: SIM105  # suppress() costs a microsecond.
         connection._writer.write(packed)  # type: ignore[union-attr]  # It is connected.
     except RuntimeError:
-        pass  # So uvloop says that it is closed; who reads is about to be told.
+        pass  # This is how uvloop says that it is closed; the reader is about to be told.
 
 
 def _answer(request: _Request, replies: list[Any]) -> None:
     try:  # noqa: SIM105  # suppress() costs a microsecond.
         request.answer.set_result(replies)
     except asyncio.InvalidStateError:
-        pass  # It was cancelled, perhaps in this moment, by a signal's handler such as asyncio.run's.
+        pass  # It was cancelled, perhaps at this moment, by a signal handler such as asyncio.run's.

@@ -1,8 +1,8 @@
 """How the calls of the blocking manager go over the connections of a redis-py client's pool, each over one of its own.
 
-Connections and retries are as in redis-py's ``execute_command``, but each attempt connects once, and none begins when
-the answer may be forgotten. In redis-py's own method, the reply that an interrupted call did not read may answer the
-next one, and each call spends microseconds on options and telemetry, which these calls do not need.
+Connections and retries are as in redis-py's ``execute_command``, but each attempt connects only once, and none begins
+when the answer may be forgotten. With redis-py's own method, the reply that an interrupted call did not read may answer
+the next one, and each call spends microseconds on options and telemetry that these calls do not need.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 
 PIECE_BYTES = 1 << 16
-"""Bytes of a request that are sent at once, at most: the socket's timeout is for each piece."""
+"""The most bytes of a request that are sent at once: the socket's timeout is for each piece."""
 
 
 def pool_of(client: Redis | RedisCluster) -> ConnectionPool | None:
     """Give the pool of a client whose connections :func:`send` may use.
 
-    None where something else has to see each call: a cluster's client, a cache, the lock of the only connection, a
-    subclass, or what wraps ``execute_command``.
+    None if something else has to see each call: a cluster client, a cache, the lock of the only connection, a subclass,
+    or a wrapper of ``execute_command``.
     """
     if type(client) is not Redis or client.connection:
         return None
     pool = client.connection_pool
     execute = client.execute_command
-    # What wraps it may take its place in redis-py's class, and has its names or its own module.
+    # A wrapper may replace it in redis-py's class, and then has `__wrapped__` or a module of its own.
     is_redis_pys = execute.__module__ == Redis.__module__ and not hasattr(execute, "__wrapped__")
     return pool if is_redis_pys and getattr(pool, "cache", None) is None else None
 
@@ -69,7 +69,7 @@ def _close_free(pool: ConnectionPool) -> None:
 
 
 def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
-    """Send commands together, again as the connection's policy says and the time allows, and read the replies.
+    """Send commands together and read the replies; send again as the connection's policy says and the time allows.
 
     Args:
         pool: gives the connection, and gets it back.
@@ -88,7 +88,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     def attempt() -> list[Any]:
         nonlocal pieces
         if fault is not None:
-            # Before it sends, for this may take as long as its timeouts say.
+            # Before it sends, as connecting may take as long as its timeouts allow.
             retrying.connect_once(connection)
             give_up_if_late(fault)
             pieces = _in_pieces([sent_again(command) for command in request])
@@ -113,9 +113,9 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             end = monotonic() + retrying.RETRYING_SECONDS
             return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
         except ResponseError:
-            raise  # It was read as the reply; or a signal's handler met it, and reading has closed the connection.
+            raise  # It was read as the reply; or a signal handler met it, and reading has closed the connection.
         except BaseException:
-            # A signal's handler may have raised before the replies were read, and they are not for the next call.
+            # A signal handler may have raised before the replies were read, and they are not for the next call.
             connection.disconnect()
             raise
         finally:
@@ -126,7 +126,7 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     except RedisError:
         raise
     except BaseException:
-        # While one was opened, perhaps: then redis-py has put it back as if it were ready, but half greeted.
+        # Perhaps while a connection was opened: then redis-py has put it back half greeted, as if it were ready.
         _close_free(pool)
         raise
 
@@ -149,7 +149,7 @@ def _take(pool: ConnectionPool) -> Any:
         try:
             return pool.get_connection()
         except RedisConnectionError as error:
-            # It looks whether a connection is still there, opens it once more, and looks again: this comes of another.
+            # It checks that a connection is there, opens it once more, and checks again: this error follows another.
             is_closed_when_greeted = type(error) is RedisConnectionError and isinstance(
                 error.__context__, RedisConnectionError
             )

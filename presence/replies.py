@@ -1,4 +1,4 @@
-"""How the replies of the scripts become types; no I/O. What the scripts reply is said in their headers."""
+"""How the replies of the scripts become types; no I/O. The headers of the scripts say what they reply."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NOT_SEEN = {0: HeartbeatStatus.UNKNOWN, -1: HeartbeatStatus.EXPIRED, -2: HeartbeatStatus.DETACHED}
-"""Why a heartbeat of many was not counted, as the script answers it."""
+"""Why one of many heartbeats was not counted, as the script answers it."""
 
 RESUMED_FROM = "resumed_from"
 """What the scripts publish right after ``resumed``: the connection whose seat was taken over."""
@@ -32,7 +32,7 @@ RESUMED_FROM = "resumed_from"
 _EPOCH = attrgetter("epoch")
 
 _TIME = struct.Struct("<d")
-"""The time in microseconds that a register's answer begins with."""
+"""The time in microseconds that the answer of a registration begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Position:
     """A position in the stream of events, an entry of which holds all events of one change."""
 
     entry_id: str = "0-0"
-    """The last entry of which events come before the position."""
+    """The last entry with events before the position."""
     number: int = 0
     """How many entries there were up to that one."""
     events_seen: int = 0
@@ -63,7 +63,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class EventsBatch:
-    """Events from the stream, and the position after them; or that some after the position asked for are lost."""
+    """Events from the stream and the position after them, or that some after the position asked for are lost."""
 
     events: tuple[Event, ...]
     position: Position
@@ -79,7 +79,7 @@ class CleanupBatch(NamedTuple):
     now_ms: int = 0
     """The server's time."""
     is_late: bool = False
-    """Whether it did nothing, since it ran after the time that it was given."""
+    """Whether it did nothing, because it ran after the time that it was given."""
 
 
 def parse_body(sid: str, game_id: str | None, body: bytes, score: bytes | int, observed_at: int) -> ConnectionInfo:
@@ -142,7 +142,7 @@ def parse_listed(reply: list[Any]) -> list[ConnectionInfo]:
 
 
 def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: bytes, reply: bytes) -> Registration:
-    """Parse the answer of a register; the usual one leaves out what the caller knows."""
+    """Parse the answer of a registration; the usual one leaves out what the caller knows."""
     epoch = int(_TIME.unpack_from(reply)[0])
     now = epoch // 1000
     resumed_from = replaced = connection = None
@@ -168,7 +168,7 @@ def parse_registration(sid: str, user_id: str, server_id: str | None, metadata: 
 
 
 def has_registered(reply: bytes) -> bool:
-    """Tell whether a register has done anything: it has, unless it was refused."""
+    """Tell whether a registration has done anything: it has, unless it was refused."""
     return not reply.startswith(b" refused ", _TIME.size)
 
 
@@ -188,12 +188,12 @@ def parse_join(reply: bytes | int) -> JoinResult:
 
 
 def text_or_none(reply: bytes) -> str | None:
-    """Parse an id that is empty where there is none."""
+    """Parse an id that is empty if there is none."""
     return reply.decode() or None
 
 
 def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[ConnectionInfo]:
-    """Parse a snapshot: choose who is live, or detached and within the grace, in the order of registration."""
+    """Parse a snapshot: keep those that are live, or detached and within the grace, in the order of registration."""
     now, size = int(reply[-1]), len(reply) // 3
     oldest_live = now - conn_ttl_ms
     connections = []
@@ -203,10 +203,10 @@ def parse_game(game_id: str, conn_ttl_ms: int, reply: list[Any]) -> list[Connect
         if seen < oldest_live and -seen < now:
             continue
         head, _, user_id = body.partition(b" ")
-        if not head.isdigit():  # Eight times as fast as to look for a colon.
+        if not head.isdigit():  # Eight times as fast as looking for a colon.
             connections.append(parse_body(sid.decode(), game_id, body, seen, now))
             continue
-        # Most have no more than a user; a snapshot is read so often that these are parsed without another call.
+        # Most hold no more than a user; snapshots are read so often that these are parsed without another call.
         epoch = int(head)
         connections.append(make_connection(sid.decode(), user_id.decode(), game_id, epoch // 1000, seen, now, epoch))
     connections.sort(key=_EPOCH)
@@ -221,7 +221,7 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
         return EventsBatch((), end, is_lost=True)
     events: list[Event] = []
     seen = position.events_seen
-    # An entry of which only a part was seen was read again.
+    # An entry that was seen only in part was read again.
     first = position.number if seen else position.number + 1
     for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), first):
         of_entry = parse_message(message)
@@ -271,11 +271,11 @@ def parse_heartbeats(count: int, reply: list[int]) -> list[HeartbeatStatus]:
 def parse_cleanup(batch_size: int, has_server_grace: bool, reply: list[Any]) -> CleanupBatch:
     """Parse a batch of a cleanup; ``batch_size`` is what was asked for."""
     now, examined, *fields = reply
-    # Most cleanups find nothing, and to parse nothing takes a microsecond.
+    # Most cleanups find nothing, and parsing nothing takes a microsecond.
     ended = parse_records(fields, int(now)) if fields else ()
     detached: tuple[ConnectionInfo, ...] = ()
     if has_server_grace:
-        # One whose grace is over has been detached before; what is detached now has it still before it.
+        # One whose grace is over was detached before; for one that is detached now, the grace is still to come.
         detached = tuple(gone for gone in ended if gone.detached_until and gone.detached_until > gone.observed_at)
         ended = tuple(gone for gone in ended if not gone.detached_until or gone.detached_until <= gone.observed_at)
     return CleanupBatch(ended, examined < batch_size, detached, int(now), is_late=examined < 0)

@@ -8,7 +8,7 @@ from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from presence.arguments import milliseconds
-from presence.errors import PresenceError  # noqa: TC001, for whoever resolves the annotations, as pydantic does
+from presence.errors import PresenceError  # noqa: TC001, for code that resolves the annotations, as pydantic does
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ def _now() -> datetime:
 
 
 def to_time(milliseconds: int) -> datetime:
-    """Make an aware datetime of a time of the server."""
+    """Make an aware datetime of a server time."""
     # Exact: a double holds the seconds of this century to a quarter of a microsecond, and that is rounded.
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
@@ -27,7 +27,7 @@ def to_time(milliseconds: int) -> datetime:
 class _Times:
     """The times of a connection as the server gave them, in milliseconds, until one is asked for.
 
-    Most never are, and to make datetimes of all took two fifths of the time in which a room is parsed.
+    Most never are, and making datetimes of all took two fifths of the time to parse a room.
     """
 
     __slots__ = ("_connected_at", "_last_seen", "_observed_at")
@@ -35,7 +35,7 @@ class _Times:
     if not TYPE_CHECKING:  # To a type checker, a name that is not a field stays an error.
 
         def __getattr__(self, name):
-            """Make a field of its milliseconds; Python asks here only for what is not set."""
+            """Make a field of its milliseconds; Python calls this only for what is not set."""
             if name not in ("connected_at", "last_seen", "observed_at"):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
             time = to_time(getattr(self, "_" + name))
@@ -61,13 +61,13 @@ class ConnectionInfo(_Times):
     last_seen: datetime
     """When it was registered or sent its last heartbeat, whichever is later."""
     observed_at: datetime = field(default_factory=_now, compare=False, repr=False)
-    """The server's time at which this was read (of one made by hand, this machine's). Comparisons leave it out."""
+    """The server's time when this was read (this machine's, if made by hand). Comparisons leave it out."""
     epoch: int = 0
     """The number of its registration, larger than every earlier one in the namespace: a fencing token."""
     detached_until: datetime | None = None
-    """When the grace of a detached connection ends; None of one that is connected."""
+    """When the grace of a detached connection ends; None if it is connected."""
     server_id: str | None = None
-    """The game server that it was registered for, if that was named; a detached one belongs to none."""
+    """The game server that it was registered for, if one was named; a detached connection belongs to none."""
     metadata: bytes = b""
     """What the application keeps with it, at most 4 KiB."""
 
@@ -79,12 +79,12 @@ class ConnectionInfo(_Times):
     def is_stale(self, threshold_seconds: float = 90) -> bool:
         """Tell whether it had not been seen for longer than the threshold when it was read.
 
-        What a manager reads has both times from the server, so the clock of the machine that asks does not matter (and
-        an old value does not grow stale by lying around: read it again).
+        What a manager reads has both times from the server, so this machine's clock does not matter (and an old value
+        does not grow stale by lying around: read it again).
 
         Args:
             threshold_seconds: seconds, 0 or more; 90 is three heartbeats of 30 seconds. A manager with another
-                ``heartbeat_seconds`` takes three of its own for who is online and for cleanup.
+                ``heartbeat_seconds`` uses three of its own to tell who is online, and for cleanup.
 
         Returns:
             Whether ``observed_at - last_seen`` is longer than the threshold.
@@ -138,7 +138,7 @@ class Registration:
     """What ``register_connection`` did; true unless it was refused."""
 
     connection: ConnectionInfo
-    """The connection that is the user's active one now; where it was refused, the one that is alive."""
+    """The user's active connection now; if the registration was refused, the one that is alive."""
     displaced: tuple[ConnectionInfo, ...] = ()
     """The user's earlier connections that it displaced: close their sockets. No other call reports them."""
     resumed: bool = False
@@ -187,31 +187,31 @@ class HeartbeatStatus(Enum):
 
 
 class EventType(StrEnum):
-    """What happened to a connection, or to its user; each equals its text, as ``EventType.JOINED == "joined"``."""
+    """What happened to a connection, or to its user; each equals its text: ``EventType.JOINED == "joined"``."""
 
     REGISTERED = "registered"
     """It was registered, or registered again."""
     DISPLACED = "displaced"
     """A newer one of its user displaced it, another user took its sid, or it had expired and its sid was registered
-    again; as it was before."""
+    again."""
     RESUMED = "resumed"
     """It took over the seat of ``Event.resumed_from``, with its game."""
     DETACHED = "detached"
-    """Its socket is gone, its seat is kept."""
+    """Its socket is gone, and its seat is kept."""
     JOINED = "joined"
     """It joined ``connection.game_id``."""
     LEFT = "left"
     """It left ``connection.game_id``."""
     UNREGISTERED = "unregistered"
-    """It was removed; as it was before."""
+    """It was removed."""
     EXPIRED = "expired"
-    """Cleanup removed it, since it or its server was not seen any more or its grace was over; as it was before."""
+    """Cleanup removed it, because it or its server was no longer seen, or its grace was over."""
     METADATA_UPDATED = "metadata_updated"
     """Its metadata was replaced."""
     USER_ONLINE = "user_online"
     """With it, its user has a connection that is not detached; before, the user had none."""
     USER_OFFLINE = "user_offline"
-    """With its end, its user has no connection any more that is not detached."""
+    """With its end, its user has no connection left that is not detached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ class GameSnapshot:
     """The connections in a game, and the position in the stream of events at that same moment."""
 
     connections: tuple[ConnectionInfo, ...]
-    """By their epoch, so the earliest registration comes first; detached ones among them."""
+    """By their epoch, so the earliest registration comes first; detached ones included."""
     position: str
     """What happened later comes after it: ``subscribe(game_id=…, after=position)``."""
 
@@ -245,8 +245,8 @@ class CleanupResult:
     """What a cleanup removed and detached; true when it did either. Its length is how many it removed."""
 
     removed: tuple[ConnectionInfo, ...] = ()
-    """The connections that this call removed, in each batch the stale ones first, the longest silent before the others.
-    No other call reports them."""
+    """The connections that this call removed, in each batch the stale ones first, beginning with the longest silent. No
+    other call reports them."""
     error: PresenceError | None = None
     """Why it stopped before everything stale was removed, if it did; what it had removed is reported nevertheless."""
     detached: tuple[ConnectionInfo, ...] = ()

@@ -1,6 +1,6 @@
 """Subscriptions to events: what a feed of events is, without I/O, and the two kinds that carry it.
 
-Through pub/sub a subscription has a connection of its own, outside the client's pool. It is never opened again: what
+Through pub/sub a subscription has a connection of its own, outside the client's pool. That is never opened again: what
 was published meanwhile would be missing, so its end is an :class:`presence.EventsLostError`. The stream is read with
 the client like any other operation, and a fault there loses nothing.
 """
@@ -44,19 +44,19 @@ LATE_MS = 150
 """How much later the server may end such a wait: it looks ten times a second."""
 
 SILENCE_SECONDS = 10
-"""How long nothing may come through pub/sub before the server is asked whether it is there; then as long again."""
+"""How long pub/sub may be silent before the server is asked whether it is there; it then has as long to answer."""
 
 LEAST_WAIT_SECONDS = 0.001
-"""How long is waited at least, to see what has come meanwhile."""
+"""The shortest wait, to see what has come meanwhile."""
 
 _BEYOND = Position(number=10**15 - 1)
-"""No stream has come as far: to read after it tells where the stream ends."""
+"""No stream has come this far: reading after it tells where the stream ends."""
 
 _CONNECTION_LOST = "the connection broke, or the server ended it because its events were read too slowly"
 
 
 class _Received:
-    """What was read at once: its events, how many of them were given, and the positions before and after it."""
+    """What was read at once: its events, how many of them were given out, and the positions before and after it."""
 
     __slots__ = ("before", "end", "events", "given")
 
@@ -84,7 +84,7 @@ class Feed:
             raise ValueError('after needs events="stream": pub/sub keeps nothing')
         self._operations = operations
         start = _BEYOND if after is None else Position.parse(after)
-        # Replaced whole, so that whoever is interrupted here misses nothing.
+        # Replaced as a whole, so that an interruption here loses nothing.
         self._received = _Received(start, (), start)
         self._game_id = self._user_id = None
         self._is_silent = False
@@ -101,7 +101,7 @@ class Feed:
 
     @property
     def position(self) -> str | None:
-        """That of the last event that was given, or beyond it where what followed is not asked for."""
+        """The position of the last event that was given, or beyond it if what followed is not asked for."""
         received = self._received
         if self.has_events and received.given:
             return received.events[received.given - 1].position
@@ -117,7 +117,7 @@ class Feed:
         """Give the next event that was received."""
         received = self._received
         event = received.events[received.given]
-        # Last: between this and the return no signal's handler runs, as Python looks for one at calls and jumps only.
+        # Last: no signal handler runs between this and the return, as Python looks for one only at calls and jumps.
         # (Nor in a `for` before its variable is set; but in `event = next(events)` one may.)
         received.given += 1
         return event
@@ -151,13 +151,13 @@ class Feed:
         """Converse with the server to wait a moment for what is new in the stream; give the fault, if any."""
         block_ms = MAX_BLOCK_MS
         if socket_timeout is not None:
-            # Well under the client's own timeout, which would take a wait for a fault.
+            # Well under the client's own timeout, which would take the wait for a fault.
             timeout_ms = int(socket_timeout * 1000)
             block_ms = max(1, min(MAX_BLOCK_MS, timeout_ms // 2, timeout_ms - LATE_MS))
         last = self._received.end.entry_id.encode()
-        # In lower case, since a client that caches what it reads takes XREAD for a read that it has to cache.
+        # In lower case: a client with a cache would take XREAD for a read that it has to cache.
         (reply,) = yield [("xread", b"BLOCK", b"%d" % block_ms, b"COUNT", b"1", b"STREAMS", self.key, last)]
-        # A primary that becomes a replica ends all waits so. What to think of it, the next read decides.
+        # A primary that becomes a replica ends all waits like this; the next read decides what to make of it.
         is_over = not isinstance(reply, Exception) or str(reply).startswith("UNBLOCKED")
         return None if is_over else reply
 
@@ -181,7 +181,7 @@ class Feed:
 
 
 def _own_connection(source: Any) -> Any:
-    """Make a connection like those of a pool or node, which decodes nothing: redis-py 7.4's ``can_read`` would."""
+    """Make a connection like those of a pool or node, but without decoding, as redis-py 7.4's ``can_read`` would do."""
     return source.connection_class(**(source.connection_kwargs | {"decode_responses": False}))
 
 
@@ -200,20 +200,20 @@ class _Subscription:
     def position(self) -> str | None:
         """The position in the stream that it has reached: ``subscribe(after=position)`` goes on where this one is.
 
-        It is that of the last event, or beyond it where what followed was not asked for. None before the block is
-        entered (unless ``after`` was given), and through pub/sub.
+        It is that of the last event, or beyond it if what followed was not asked for. None through pub/sub, and before
+        the block is entered (unless ``after`` was given).
         """
         return self._feed.position
 
     def _check_that_it_was_entered(self, how: str) -> None:
-        """Refuse to iterate over what was never subscribed: it would be over at once, as if nothing had happened."""
+        """Refuse to iterate if the block was never entered: it would be over at once, as if nothing had happened."""
         if self._is_open is None:
             raise RuntimeError(
                 f"the subscription has not begun: enter it first, {how} manager.subscribe(...) as events"
             )
 
     def _check_that_nothing_is_lost(self) -> None:
-        """Tell whoever iterates that events are lost, each time."""
+        """Raise at every step of the iteration that events are lost, if they are."""
         if self._lost is not None:
             raise self._lost
 
@@ -229,7 +229,7 @@ class _Subscription:
 class AsyncSubscription(_Subscription):
     """The events that ``ConnectionManager.subscribe`` was asked for; ``async with`` it, then ``async for`` over it.
 
-    A wait for the next event may be cancelled, as by ``asyncio.wait_for``, and loses none. It is for one task only.
+    Cancelling a wait for the next event, as ``asyncio.wait_for`` does, loses none. It is for one task only.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class AsyncSubscription(_Subscription):
         self._wait = wait
         self._client = client
         self._silent_since = 0.0
-        """Since when nothing came through pub/sub; whoever waits for a moment each time waits on."""
+        """Since when nothing has come through pub/sub, across waits that are cancelled after a moment."""
         self._waiting: asyncio.Task[Any] | None = None
         """The task that waits for the next event."""
 
@@ -317,7 +317,7 @@ class AsyncSubscription(_Subscription):
     async def _receive(self) -> None:
         connection, feed = self._connection, self._feed
         try:
-            # What is not all there when the wait ends, or is cancelled, stays in the connection's buffer.
+            # A message that is incomplete when the wait ends, or is cancelled, stays in the connection's buffer.
             timeout = max(self._silent_since + SILENCE_SECONDS - monotonic(), LEAST_WAIT_SECONDS)
             reply = await connection.read_response(
                 disable_decoding=True, timeout=timeout, disconnect_on_error=False, push_request=True
@@ -353,7 +353,7 @@ class Subscription(_Subscription):
         self._run = run
         self._client = client
         self._is_receiving = False
-        """Whether one has begun to read what comes through pub/sub, and has not ended in good order."""
+        """Whether a read of what comes through pub/sub has begun and not ended in good order."""
 
     def __enter__(self) -> Self:
         feed = self._feed

@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 LONGEST_WAIT_SECONDS = 0.1
-"""How long a close waits before it looks itself: a signal's handler may have kept a call from telling of its end."""
+"""How long a close waits before it looks for itself: a signal handler may have kept a call from telling of its end."""
 
 _left_behind: list[RedisCluster] = []
 """Clients that a forked process can neither use nor close."""
@@ -72,7 +72,7 @@ class _Repetition:
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.is_to_end = False
-        # A signal's handler may come in the midst of what a threading.Event does, but not of what a lock does.
+        # A signal handler may run in the midst of what a threading.Event does, but not of what a lock does.
         self._until_the_end = threading.Lock()
         self._until_the_end.acquire()
 
@@ -83,15 +83,15 @@ class _Repetition:
     def end(self) -> None:
         """Let it end, however long its pause is."""
         self.is_to_end = True
-        with suppress(RuntimeError):  # That was said before.
+        with suppress(RuntimeError):  # It was released before.
             self._until_the_end.release()
 
 
 class ConnectionManager:
     """Who is online, on which connection and in which game: one namespace, for blocking code.
 
-    Every method for one connection, user or game is one atomic script and one round trip (two more when the server has
-    lost the script). Those for many ids are scripts of bounded size in one round trip, each atomic in itself, and a
+    Every method for one connection, user or game is one atomic script and one round trip (two more if the server has
+    lost the script). Methods for many ids send scripts of bounded size in one round trip, each atomic in itself, and a
     cleanup takes a round trip for each batch. All raise ``TypeError`` or ``ValueError`` for a bad argument, before
     anything is sent, and a :class:`presence.PresenceError` for a fault. An id is 1 to 1,024 characters of any kind
     except lone surrogates. An expired connection (no heartbeat for ``conn_ttl_seconds``) is unknown to all of them;
@@ -101,26 +101,26 @@ class ConnectionManager:
     One manager serves any number of threads. It connects on first use.
 
     Args:
-        client: a redis-py client (``Redis`` or ``RedisCluster``) to use, whatever its ``decode_responses``,
-            protocol and parser; it stays the caller's to close, and its retry policy holds. None: a client of its own,
-            whose URL is ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` from the environment when it first connects, else
+        client: a redis-py client (``Redis`` or ``RedisCluster``) to use, whatever its ``decode_responses``, protocol
+            and parser; closing it is up to the caller, and its retry policy holds. None: a client of its own, with the
+            URL that ``PRESENCE_REDIS_URL`` or ``REDIS_URL`` in the environment holds when it first connects, else
             ``redis://localhost:6379/0``.
-        namespace: the keyspace; all game servers of one fleet use the same. 1 to 1,024 characters, no braces.
+        namespace: the keyspace; all game servers of one fleet share it. 1 to 1,024 characters, no braces.
         conn_ttl_seconds: how long a connection without a heartbeat stays known, the same on all game servers of a
             namespace; 0.001 s to ten years.
         heartbeat_seconds: how often clients send heartbeats, 0.001 s to ten years; a user is online for three times as
             long after the last one.
         connections_per_user: live connections that a user may have, 1 to 100; registering displaces the oldest ones.
-        displacement: ``"newest_wins"``; ``"newest_resumes"``: the newest wins and, as if the one that it displaces had
-            been detached before, takes over its seat; or ``"reject_while_alive"``: a register is refused while the user
-            has as many connections as are allowed that are not stale.
+        displacement: ``"newest_wins"``; ``"newest_resumes"``: the newest wins and takes over the seat of the one that
+            it displaces, as if that had been detached before; or ``"reject_while_alive"``: a registration is refused
+            while the user has as many connections as are allowed that are not stale.
         server_id: the id of this game server: connections are registered for it, and when it dies (see
             ``run_server_heartbeat``) any other server's cleanup takes them. 1 to 1,024 characters; None for none.
         server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to
             ``conn_ttl_seconds``; 0 removes them at once. The same on all game servers.
         events: whether every change is published for ``subscribe``: ``"off"``; ``"pubsub"``, at most once; or
             ``"stream"``, durable. The same on all game servers.
-        events_max_length: changes that the stream keeps, about, 1 to 100,000,000.
+        events_max_length: about how many changes the stream keeps, 1 to 100,000,000.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -161,13 +161,13 @@ class ConnectionManager:
         self._client_options: dict[str, Any] = {}
         self._open_client: _OpenClient | None = None
         self._closing: list[_OpenClient] = []
-        """Those that a close has put aside: whoever ends their last call closes them."""
+        """Those that a close has put aside: the end of their last call closes them."""
         self._calls: dict[object, tuple[int, _OpenClient]] = {}
-        """The calls under way, or that wait until a client is open: the thread and the client of each."""
+        """The calls that are under way or wait until a client is open: the thread and the client of each."""
         self._repetitions: set[_Repetition] = set()
         self._is_closed = False
-        # A signal handler may close the manager in the midst of what its thread does here, so what waits here does so
-        # by this lock alone, which a thread may take twice and leaves while it waits.
+        # A signal handler may close the manager in the midst of what its thread does here, so all waiting here is by
+        # this lock alone, which a thread may take twice and releases while it waits.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         call_in_child(self, ConnectionManager._forget_other_threads)
@@ -203,8 +203,8 @@ class ConnectionManager:
             server_grace_seconds: see the class.
             events: see the class.
             events_max_length: see the class.
-            client_options: more options for redis-py's client, over the defaults of presence. Their values redis-py
-                checks when it connects.
+            client_options: more options for redis-py's client, which override presence's defaults. redis-py checks
+                their values when it connects.
 
         Returns:
             The manager; close it with ``close()`` or use it as ``with``.
@@ -233,7 +233,7 @@ class ConnectionManager:
         return manager
 
     def _forget_other_threads(self) -> None:
-        """Wait for none of them any more, in a process that was forked and has only the thread that did it."""
+        """Stop waiting for them in a forked process, which has only the thread that forked it."""
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._repetitions.clear()
@@ -246,13 +246,13 @@ class ConnectionManager:
             self._leave_behind(open_client)
 
     def _leave_behind(self, open_client: _OpenClient) -> None:
-        """Use a cluster's client no more, of which a thread of the parent may hold a lock, as to ask for the layout."""
+        """Stop using a cluster's client: a thread of the parent may hold a lock of it, as to ask for the layout."""
         if isinstance(open_client.client, RedisCluster):
-            _left_behind.append(open_client.client)  # To finalize it would take the lock, too.
+            _left_behind.append(open_client.client)  # Finalizing it would take the lock, too.
             self._open_client = None
 
     def _in_use(self) -> list[_OpenClient]:
-        # The list is made in one step; to go through the dict itself would take several.
+        # The list is made in one step; going through the dict itself would take several.
         return [known for _, known in list(self._calls.values())]
 
     def __repr__(self) -> str:
@@ -270,9 +270,9 @@ class ConnectionManager:
     def close(self) -> None:
         """End every ``run_cleanup`` and ``run_server_heartbeat`` of this manager, and close its own client.
 
-        A client that was passed in stays open. Operations under way are waited for (those of other threads).
-        To close asks the server nothing and raises no fault. A closed manager connects again when it is used again, as
-        by a subscription that was not ended before.
+        A client that was passed in stays open. Operations under way are waited for (those of other threads). Closing
+        asks the server nothing and raises no fault. A closed manager connects again when it is used again, such as by a
+        subscription that was not ended before.
         """
         own_thread = threading.get_ident()
         with self._lock:
@@ -282,7 +282,7 @@ class ConnectionManager:
             # A signal handler has interrupted a call of its own thread, which may hold what the others need to end
             # theirs: it waits for nobody, and the last call to end closes the client.
             has_interrupted = any(thread == own_thread for thread, _ in list(self._calls.values()))
-            # A callback of a cleanup itself may close the manager; then nobody can wait for its end.
+            # A callback of a cleanup may close the manager, and cannot wait for its own end.
             is_callback = any(running.thread == own_thread for running in tuple(self._repetitions))
             while self._repetitions and not has_interrupted and not is_callback:
                 self._changed.wait(LONGEST_WAIT_SECONDS)
@@ -306,12 +306,12 @@ class ConnectionManager:
         Args:
             sid: the connection's id.
             user_id: the user's id.
-            metadata: what to keep with it, at most 4,096 bytes, text as UTF-8. None or empty keeps what a connection
-                that is refreshed or resumed has.
+            metadata: what to keep with it, at most 4,096 bytes, text as UTF-8. None or empty keeps that of a connection
+                that is refreshed or resumed.
 
         Returns:
             The connection, and the displaced ones, whose sockets are now the caller's to close: no other call on any
-            server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and refused it.
+            server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and it was refused.
 
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
@@ -330,9 +330,9 @@ class ConnectionManager:
         """Remove a connection everywhere, or keep its seat for a grace; the user's newer ones are never touched.
 
         With a grace the connection is detached: the user is offline, but ``get_game_connections`` still lists the seat,
-        and a register of the same user within the grace takes it over with its game, on any server. After the grace,
-        cleanup removes it and reports it. To detach it again changes nothing, but answers it once more; without a grace
-        it is removed.
+        and a registration of the same user within the grace takes it over with its game, on any server. After the
+        grace, cleanup removes it and reports it. Detaching it again changes nothing, but returns it once more; without
+        a grace it is removed.
 
         Args:
             sid: the connection's id.
@@ -340,7 +340,7 @@ class ConnectionManager:
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
-            What was removed, or is detached now; None when there was no such connection, as after it was displaced.
+            What was removed, or is detached now; None when there was none, such as after it was displaced.
 
         Cost: one round trip; O(log N).
 
@@ -353,8 +353,8 @@ class ConnectionManager:
         Args:
             sid: the connection's id.
             game_id: the game's id.
-            capacity: refuse when so many connections, 1 to 1,000,000, have a seat in the game, detached ones among
-                them; None for any number.
+            capacity: refuse when this many connections, 1 to 1,000,000, have a seat in the game, detached ones
+                included; None for any number.
             epoch: act only for this registration of the sid (``ConnectionInfo.epoch``); None for any.
 
         Returns:
@@ -364,7 +364,7 @@ class ConnectionManager:
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
 
-        Cost: one round trip; O(1), with a capacity that is reached O(M), M = connections in the game.
+        Cost: one round trip; O(1), or O(M) when the capacity is reached, M = connections in the game.
 
         """
         return self._run(self.operations.join_game(sid, game_id, capacity=capacity, epoch=epoch))
@@ -412,8 +412,8 @@ class ConnectionManager:
 
         Returns:
             Whether there is such a connection. False: it was displaced, removed or detached, or has expired, and no
-            heartbeat brings it back. Close its socket: to register it again would displace what displaced it. Which of
-            these it is, as far as that is still known, ``update_heartbeats`` tells.
+            heartbeat brings it back. Close its socket: registering it again would displace what displaced it.
+            ``update_heartbeats`` tells which of these it is, as far as that is still known.
 
         Cost: one round trip; O(log N).
 
@@ -421,20 +421,19 @@ class ConnectionManager:
         return self._run(self.operations.update_heartbeat(sid, epoch=epoch))
 
     def update_heartbeats(self, sids: Iterable[str]) -> dict[str, HeartbeatStatus]:
-        """Mark many connections as seen now, as ``update_heartbeat`` does, such as all of one game server.
+        """Mark many connections as seen now, such as all of one game server, as ``update_heartbeat`` does for one.
 
         Args:
             sids: the connections' ids, any number.
 
         Returns:
-            For each sid what became of it; false unless it was seen.
+            For each sid, what became of it; false unless it was seen.
 
         Raises:
             PipelineError: some of the scripts failed, and the others took effect; its ``results`` has an item for each
-                different sid, in order. A fault that all of them met is raised as by any other call.
+                different sid, in order. A fault that all of them met is raised as in any other call.
 
-        Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer where ``connections_per_user`` is more
-        than 30).
+        Cost: one round trip; O(log N) for each sid, in scripts of 100 (fewer if ``connections_per_user`` is over 30).
 
         """
         return self._run(perform_batches(self.operations.heartbeat_batches(sids)))
@@ -468,9 +467,9 @@ class ConnectionManager:
         return self._run(self.operations.get_user_connection(user_id))
 
     def get_all_user_connections(self, user_id: str | UUID) -> list[ConnectionInfo]:
-        """Read all connections of a user, the detached ones among them, as they are at one moment.
+        """Read all connections of a user, including detached ones, as they are at one moment.
 
-        There is more than one only where ``connections_per_user`` is more than 1.
+        There is more than one only if ``connections_per_user`` is more than 1.
 
         Args:
             user_id: the user's id.
@@ -498,7 +497,7 @@ class ConnectionManager:
         return self._run(self.operations.is_user_online(user_id))
 
     def get_game_connections(self, game_id: str) -> list[ConnectionInfo]:
-        """Read all connections in a game, the detached ones among them, as they are at one moment.
+        """Read all connections in a game, including detached ones, as they are at one moment.
 
         Args:
             game_id: the game's id.
@@ -551,7 +550,7 @@ class ConnectionManager:
 
         Returns:
             The newest sid of the other user; None when there is none, or it is detached. With several others, that of
-            the one whose registration is the earliest by its epoch; one that is refreshed or resumed counts as new.
+            the one with the earliest registration by epoch; one that is refreshed or resumed counts as new.
 
         Cost: one round trip; O(M), M = connections in the game.
 
@@ -559,7 +558,7 @@ class ConnectionManager:
         return self._run(self.operations.get_opponent_sid(game_id, current_user_id))
 
     def are_users_online(self, user_ids: Iterable[str | UUID]) -> dict[str, bool]:
-        """Tell which of many users are online, as ``is_user_online`` does for one, such as a list of friends.
+        """Tell which of many users, such as a list of friends, are online, as ``is_user_online`` does for one.
 
         Args:
             user_ids: the users' ids, any number.
@@ -569,10 +568,10 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
-                fault that all of them met is raised as by any other call.
+                fault that all of them met is raised as in any other call.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
-        where ``connections_per_user`` is more than ten).
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer if
+        ``connections_per_user`` is more than ten).
 
         """
         return self._run(perform_batches(self.operations.users_online_batches(user_ids)))
@@ -588,10 +587,10 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
-                fault that all of them met is raised as by any other call.
+                fault that all of them met is raised as in any other call.
 
-        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer
-        where ``connections_per_user`` is more than ten).
+        Cost: one round trip; O(M) for each user, M = connections of the user, in scripts of 100 users (fewer if
+        ``connections_per_user`` is more than ten).
 
         """
         return self._run(perform_batches(self.operations.users_connections_batches(user_ids)))
@@ -607,7 +606,7 @@ class ConnectionManager:
 
         Raises:
             PipelineError: some of the scripts failed; its ``results`` has an item for each different id, in order. A
-                fault that all of them met is raised as by any other call.
+                fault that all of them met is raised as in any other call.
 
         Cost: one round trip; O(M) for each game, M = connections in the game, in scripts of 10 games.
 
@@ -634,17 +633,17 @@ class ConnectionManager:
         Returns:
             How many have not expired.
 
-        Cost: one round trip; O(M), M = connections in the game; of more than 50 O(log N + D), D = those that
-        are detached or have expired in the namespace, unless these are as many as M, or 1,000.
+        Cost: one round trip; O(M), M = connections in the game; if more than 50, O(log N + D), D = the namespace's
+        detached and expired connections, unless D reaches M or 1,000.
 
         """
         return self._run(self.operations.get_game_connection_count(game_id))
 
     def cleanup_stale_connections(self, threshold_seconds: float | None = None) -> CleanupResult:
-        """Remove the connections that were not seen for longer than a threshold, or whose grace is over, in batches.
+        """Remove, in batches, the connections not seen for longer than a threshold, or whose grace is over.
 
-        Those of dead game servers go too, or are detached where ``server_grace_seconds`` keeps their seats. Any number
-        of servers may clean up at once: each connection is reported by exactly one of them.
+        Those of dead game servers go too, or are detached if ``server_grace_seconds`` keeps their seats. Any number of
+        servers may clean up at once: each connection is reported by exactly one of them.
 
         Args:
             threshold_seconds: seconds, 0 to ten years; None is three times ``heartbeat_seconds``, 90 by default.
@@ -656,14 +655,14 @@ class ConnectionManager:
         Raises:
             PresenceError: a fault stopped it before anything was removed or detached.
 
-        Cost: a round trip for each 20 removed connections or 25 KiB of records (fewer where ``connections_per_user`` is
+        Cost: a round trip for each 20 removed connections or 25 KiB of records (fewer if ``connections_per_user`` is
         more than 30); O(log N) for each removed connection.
 
         """
         return self._run(clean_up(partial(self.operations.cleanup_batch, threshold_seconds)))
 
     def cleanup_server(self, server_id: str, *, grace_seconds: float | None = None) -> CleanupResult:
-        """Remove or detach all connections of one game server, in batches, as when it is known to be dead.
+        """Remove or detach, in batches, all connections of one game server, such as one that is known to be dead.
 
         Args:
             server_id: the game server's id.
@@ -671,7 +670,7 @@ class ConnectionManager:
                 manager's ``server_grace_seconds``.
 
         Returns:
-            The removed and the detached connections; no other call reports them. Of a fault as
+            The removed and the detached connections; no other call reports them. After a fault, as in
             :meth:`cleanup_stale_connections`.
 
         Raises:
@@ -686,8 +685,8 @@ class ConnectionManager:
     def start_server(self) -> int:
         """Give this game server its boot epoch, and leave the connections of its earlier starts to cleanup.
 
-        The first registration or server heartbeat does so too, if this was not called before. A manager starts its
-        server once: called again, this gives the same boot epoch and asks nobody.
+        The first registration or server heartbeat does this if it was not called before. A manager starts its server
+        once: called again, this gives the same boot epoch and sends nothing.
 
         Returns:
             The boot epoch, larger than every epoch before it in the namespace.
@@ -712,10 +711,10 @@ class ConnectionManager:
 
         Raises:
             ValueError: the manager has no ``server_id``.
-            OutOfMemoryError: the server's memory is full, and this is the first: it could not be started.
+            OutOfMemoryError: the server's memory is full, and this first heartbeat could not start the game server.
 
         Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = game servers, and
-        O(S) where it is not known any more.
+        O(S) if it is not known any more.
 
         """
         return self._run(for_server(self.operations, self.operations.update_server_heartbeat))
@@ -731,24 +730,24 @@ class ConnectionManager:
 
         ``Thread(target=manager.run_cleanup, kwargs={"on_removed": tell_the_opponents}).start()``. Every server of a
         fleet may run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first
-        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of one, if that is longer;
-        where heartbeats are shorter than 3.75 seconds, for three of them), so that everyone's comes first. (With a
-        threshold below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) On
-        a manager that is closed already it ends at once, and logs an error: it may have been closed before the thread
-        began. ``on_removed`` may close the manager itself, but not in another thread that it waits for.
+        cleanup, and after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of a heartbeat, if that is
+        longer; for three heartbeats, if they are shorter than 3.75 seconds), so that everyone's heartbeat comes first.
+        (With a threshold below two heartbeats that is less reliable, and with one of a heartbeat or less it does not
+        wait.) On a manager that is closed already it ends at once, and logs an error: it may have been closed before
+        the thread began. ``on_removed`` may close the manager, but not in another thread that it waits for.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.
             threshold_seconds: as in :meth:`cleanup_stale_connections`.
             on_removed: called with each batch that removed or detached something; it may close the manager. What it
                 raises is logged, and what it had not dealt with is not reported again: catch errors for each connection
-                inside. Where it takes longer than a sixth of a heartbeat, the next batch waits as after an outage.
+                inside. If it takes longer than a sixth of a heartbeat, the next batch waits as after an outage.
 
         Raises:
             TypeError: ``on_removed`` cannot be called, or another argument has the wrong type.
             ValueError: an interval or threshold is out of its bounds.
 
-        Cost: as :meth:`cleanup_stale_connections`, each time; and twelve times a heartbeat a look at the server, one
+        Cost: as :meth:`cleanup_stale_connections`, each time; and, twelve times a heartbeat, a look at the server: one
         round trip that asks for the time.
 
         """
@@ -816,7 +815,7 @@ class ConnectionManager:
         cleanup: RepeatedCleanup,
         on_removed: Callable[[CleanupResult], object] | None,
     ) -> float:
-        """Remove and report one batch; give the seconds to pause, none when there is more to remove."""
+        """Remove and report one batch; give the seconds to pause: 0 if there is more to remove."""
         try:
             done = self._run(cleanup.next())
         except Exception as error:
@@ -835,10 +834,10 @@ class ConnectionManager:
         ``manager.pipeline([manager.operations.update_heartbeat(sid) for sid in sids])``. A cluster serves them
         all from the namespace's one node.
 
-        Where one cannot run, since the server lost its script or is a replica, or (on a cluster) a node is away or the
-        slot moves, it is sent again, and with it what stands behind it and has only read or found nothing to do (unless
-        something behind that has acted on the same connection). But what had changed something by then has run before
-        it: call them one by one where that would do harm.
+        If one cannot run, because the server lost its script or is a replica, or (on a cluster) a node is away or the
+        slot moves, it is sent again, together with those behind it that have only read or found nothing to do (unless
+        one behind those has acted on the same connection). But those that have already changed something have then run
+        before it: if that would do harm, call the operations one by one.
 
         Args:
             operations: descriptions, from :attr:`operations`.
@@ -847,15 +846,15 @@ class ConnectionManager:
             The result of each, in order.
 
         Raises:
-            TypeError: one of them is no description.
+            TypeError: one of them is not a description.
             ValueError: raised by :attr:`operations`, not by this method: with a ``server_id``, a registration or a
                 server heartbeat cannot be described before ``start_server`` (the manager's own methods see to the
                 start).
             PipelineError: some or all failed; its ``results`` holds what every one of them answered or met.
 
         Cost: one round trip, on a cluster one more for each different script; the sum of the operations in the server
-        and, where there are several, a microsecond for each KB of their scripts' sources, which are sent along: 22 KB
-        for a register, 10 for an unregister, mostly 1 to 6.
+        and, if there are several, a microsecond for each KB of their scripts' sources, which are sent along: 22 KB for
+        a registration, 10 for an unregister, mostly 1 to 6.
 
         """
         return self._run(perform_all(check_operations(operations)))
@@ -865,23 +864,23 @@ class ConnectionManager:
     ) -> Subscription:
         """Iterate over what happens, as the scripts that make the changes publish it.
 
-        ``with manager.subscribe(game_id="chess-7") as events:`` and then ``for event in events:``. It is
-        subscribed when the block is entered, and one ``Event`` comes for each change of a connection, of all changes of
-        the namespace or of those in one game or of one user. What may be missing is not passed over in silence: the
-        iteration ends with ``EventsLostError``. (One gap: a subscription that is still at the position ``0-0/0``, begun
-        before anything was published, cannot notice that the server has lost its data.)
+        ``with manager.subscribe(game_id="chess-7") as events:`` and then ``for event in events:``. The
+        subscription begins when the block is entered, and one ``Event`` comes for each change of a connection: in the
+        whole namespace, in one game or of one user. Events that may be missing are not passed over in silence: the
+        iteration ends with ``EventsLostError``. (One exception: a subscription that is still at the position ``0-0/0``,
+        begun before anything was published, cannot notice that the server has lost its data.)
 
-        Through pub/sub it has a connection of its own, on which events are lost when it breaks or when they are read
-        too slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as of
-        any operation, and the iteration may go on after it. While it waits, it takes a connection of the
-        client's pool: all of an event loop take one together, those in threads one each.
+        Through pub/sub it has a connection of its own, and events are lost when that breaks or they are read too
+        slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as by any
+        operation, and the iteration may go on after it. While it waits, it takes a connection of the client's pool: one
+        for all subscriptions of an event loop, one each in threads.
 
         Args:
-            game_id: only the events of connections in this game (those who leave it among them).
-            user_id: only the events of this user's connections; not together with ``game_id``. Neither: all events of
-                the namespace.
+            game_id: only the events of connections in this game (including those that leave it).
+            user_id: only the events of this user's connections; not together with ``game_id``. With neither, all events
+                of the namespace.
             after: begin after this position, ``Event.position`` or ``GameSnapshot.position``, instead of now; needs
-                ``events="stream"``. Another text is a ValueError.
+                ``events="stream"``. Any other text is a ValueError.
 
         Returns:
             The subscription.
@@ -911,8 +910,8 @@ class ConnectionManager:
     def _begin(self, call: object) -> _OpenClient:
         """Give the client, opened if there is none, and note that this call uses it.
 
-        Whoever begins a call ends it in the first step of a ``finally``, within whose ``try`` it has begun: so it does
-        not matter where a signal's handler raises, for which Python looks after each call of a function.
+        A call must begin within a ``try`` and end in the first step of its ``finally``: then it does not matter where a
+        signal handler raises. (Python looks for one after each call of a function.)
         """
         own_thread = threading.get_ident()
         while True:
@@ -922,7 +921,7 @@ class ConnectionManager:
                     open_client = self._open_client = _OpenClient(call)
                     self._is_closed = False
                 elif not open_client.is_open and open_client.opener == own_thread:
-                    # A signal handler cannot wait for the opening that it has interrupted: this is for its call.
+                    # A signal handler cannot wait for the opening that it has interrupted: this client is for its call.
                     open_client = _OpenClient(call)
                     self._closing.append(open_client)
                 self._calls[call] = own_thread, open_client
@@ -930,7 +929,7 @@ class ConnectionManager:
                 return open_client
 
     def _open(self, open_client: _OpenClient) -> bool:
-        """Open a client, once for all who wait; tell whether it is open, and not its opener was interrupted."""
+        """Open a client, once for all who wait; tell whether it is open: not if its opener was interrupted."""
         if open_client.opener == threading.get_ident():
             self._try_to_open(open_client)
         else:
@@ -974,7 +973,7 @@ class ConnectionManager:
                 time.sleep(pause)
 
     def _close_unused(self) -> None:
-        """Close what was put aside and serves no call any more (to close it twice does no harm)."""
+        """Close what was put aside and serves no call any more (closing twice does no harm)."""
         while self._closing:
             with self._lock:
                 in_use = self._in_use()
@@ -991,7 +990,7 @@ class ConnectionManager:
 
     def _run(self, asked: Operation[Result] | Exchange[Result]) -> Result:
         try:
-            # What asks for nothing, as for no ids, needs no client.
+            # What asks for nothing, such as for no ids, needs no client.
             request = (asked.command(),) if isinstance(asked, Operation) else next(asked)
         except StopIteration as finished:
             return finished.value  # type: ignore[no-any-return]
@@ -1038,13 +1037,13 @@ class ConnectionManager:
             if pool is not None:
                 return pooling.send(pool, request)
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
-                # Only the node of the namespace needs a script, and a cluster's pipeline would not send it to that.
+                # Only the node of the namespace needs a script, and a cluster's pipeline would not send it there.
                 node = client.get_node_from_key(self.operations.last_seen_key)
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
                 if isinstance(request[0], SecondLoad):
                     for other in client.get_primaries():
-                        with suppress(*FAULTS, AttributeError, RuntimeError):  # Another may come or go meanwhile.
+                        with suppress(*FAULTS, AttributeError, RuntimeError):  # A node may come or go meanwhile.
                             client.execute_command(*request[0], target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (self._send_once(client, rest) if rest else [])
