@@ -1,4 +1,4 @@
-# Every target does its own set-up: Python 3.11 or newer and make are all that a machine needs.
+# Every target does its own set-up: a machine needs only Python 3.11 or newer and make.
 # PYTHON=python3.13 VENV=.venv-3.13 uses another interpreter; PRESENCE_REDIS_URL=redis://... a server that already runs.
 
 PYTHON ?= python3
@@ -38,12 +38,12 @@ format: $(READY)  ## Format the Python code and fix what ruff can fix
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-bench: $(READY)  ## Four ways to keep presence side by side, cost and scale (within 20 minutes; QUICK=1: within 3)
+bench: $(READY)  ## Four ways to keep presence, side by side: cost and scale (within 20 minutes; QUICK=1: within 3)
 	@$(RUN) -m bench
 
 prove: $(READY)  ## Every interleaving, a storm of a million operations, and the check of its history
 	@$(RUN) -m bench.prove
 
-clean:  ## Remove what the other targets made, but for the results of bench and prove
+clean:  ## Remove what the other targets made, except the results of bench and prove
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

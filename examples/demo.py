@@ -2,8 +2,8 @@
 
     python -m examples.demo
 
-It tells a story in chapters, prints what the library answered to whom, and checks every answer, and the keys
-themselves after each chapter. It exits with 0 if everything was as it should be, and with 1 if anything was not.
+It tells a story in chapters, prints what the library answered to whom, and checks every answer and, after each chapter,
+the keys themselves. It exits with 0 if everything was as it should be, and with 1 otherwise.
 
 ``socketio_server`` is the game server, ``demo_server`` runs it for the demo, ``demo_cast`` is what plays in it.
 """
@@ -29,10 +29,10 @@ from tests.server import NoServerError, Server, running_server
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 3 * HEARTBEAT_SECONDS
 BEAT_SECONDS = 0.4
-"""Twice as often as need be, so that a machine with other things to do does not make anyone stale."""
+"""Twice as often as needed, so that a machine with other things to do does not make anyone stale."""
 CLEANUP_SECONDS = 0.5
 GRACE_SECONDS = 30.0
-"""How long a seat is kept; nobody here stays away for so long, however busy the machine."""
+"""How long a seat is kept; nobody here stays away for that long, however busy the machine."""
 WHOLE_DEMO_SECONDS = 90
 
 GAME, OTHER_GAME = "chess-1", "chess-2"
@@ -57,7 +57,7 @@ class Stage:
         return device
 
     async def told(self, device: Device, *expected: tuple[str, str]) -> None:
-        """Wait until a player has been told so much since this was last asked, and check that it was just this."""
+        """Wait until a player has been told this much since this was last asked, and check that it was exactly this."""
         await self.timeline.until(
             lambda: len(device.told) >= device.told_before + len(expected), f"{device.user_id} is told {expected}"
         )
@@ -74,7 +74,7 @@ class Stage:
         self.timeline.expect(call, answer, expected)
 
     async def check_keys(self, *, users: list[str]) -> None:
-        """Check that every invariant holds, and that just these users have a connection, or a seat that is kept."""
+        """Check that every invariant holds, and that exactly these users have a connection, or a seat that is kept."""
         try:
             keyspace = await asyncio.to_thread(read_keyspace, self.client, self.namespace)
         except AssertionError as error:
@@ -113,7 +113,7 @@ async def meet(stage: Stage) -> tuple[Device, Device]:
 
 
 async def come_back_within_the_grace(stage: Stage, old: Device, opponent: Device) -> Device:
-    """Drop a player, whose seat is kept, and who takes it again through the other server."""
+    """Drop a player, whose seat is kept, and let the player take it again through the other server."""
     stage.timeline.chapter("alice's network fails; her seat is kept, and she takes it again through server two")
     stage.timeline.say(old.user_id, "loses the network")
     old.cut()
@@ -137,7 +137,7 @@ async def come_back_within_the_grace(stage: Stage, old: Device, opponent: Device
 
 
 async def resume(stage: Stage, new: Device, old: Device, game_id: str) -> None:
-    """Connect a player whose seat is kept: the register that resumes it names the game."""
+    """Connect a player whose seat is kept: the registration that resumes it names the game."""
     registration = await new.connect()
     stage.timeline.expect(f"displaced by {new.user_id}'s return", displaced_by(registration), [])
     resumed_from = registration["resumed_from"]
@@ -150,7 +150,7 @@ async def resume(stage: Stage, new: Device, old: Device, game_id: str) -> None:
 
 
 async def leave_and_join(stage: Stage, player: Device, opponent: Device) -> None:
-    """Let a player leave the game and join again: a resumed opponent is told, so the resume put back into the room."""
+    """Let a player leave and join again: a resumed opponent is told, so the resume has put it back into the room."""
     left = await player.call("leave_game")
     stage.timeline.expect(f"the game that {player.user_id} leaves", left, {"left_game_id": GAME})
     stage.timeline.expect(f"{player.user_id} joins again", await player.call("join_game", GAME), {"joined": True})
@@ -224,7 +224,7 @@ async def race(stage: Stage) -> Device:
     losers = [device for device in devices if device is not winner]
     stage.timeline.expect("displaced connections", reported, sorted(device.sid for device in losers))
 
-    # A loser whose server was still connecting it, when it was displaced, learns it from its first heartbeat.
+    # A loser that was displaced while its server was still connecting it learns that from its first heartbeat.
     for device in devices:
         device.beat(BEAT_SECONDS)
     for loser in losers:
@@ -256,7 +256,7 @@ async def fall_silent(stage: Stage, silent: Device, opponent: Device) -> None:
     await stage.ask(False, "is_user_online", "bob")
     await stage.ask(None, "get_opponent_sid", GAME, "alice")
     await stage.check_keys(users=["alice", "carol"])
-    # Both servers clean up at once, all the time: whoever was removed, and that was one, was reported by one of them.
+    # Both servers clean up at once, all the time: the one that was removed was reported by one of them.
     stage.timeline.expect("removed by all cleanups together", len(reported_by_cleanup(stage, "removed")), 1)
 
 
@@ -270,7 +270,7 @@ async def lose_a_server(stage: Stage, alice: Device, carol: Device) -> tuple[Dev
         stage.timeline.expect(f"{player.user_id} joins", await player.call("join_game", game_id), {"joined": True})
     await stage.told(alice, ("opponent_joined", "bob"))
 
-    # Where carol is, her race has decided.
+    # Her race has decided where carol is.
     lost = [(player, game) for player, game in ((alice, GAME), (carol, OTHER_GAME)) if player.server is stage.one]
     await stage.one.kill()
     for player, _ in lost:
@@ -354,7 +354,7 @@ def check_that_each_connection_went_once(stage: Stage) -> None:
 
 
 async def check_the_events(stage: Stage) -> None:
-    """Check that both servers saw the same events, while they lived, and in them each connection come and go once."""
+    """Check that both servers saw the same events while they lived, in which each connection came and went once."""
     one, two = (stage.timeline.events.setdefault(server.name, []) for server in (stage.one, stage.two))
     came: list[str] = []
     gone: list[str] = []
@@ -379,7 +379,7 @@ def displaced_by(registration: dict[str, Any]) -> list[str]:
 
 
 def detached_before(registration_or_event: dict[str, Any]) -> list[str]:
-    """Give the sid whose kept seat was taken over; one that was displaced is reported as that."""
+    """Give the sid whose kept seat was taken over; a displaced one is reported as displaced."""
     taken_over = registration_or_event["resumed_from"]
     return [taken_over["sid"]] if taken_over and taken_over["detached_until"] else []
 
@@ -423,7 +423,7 @@ def remove_leftovers(timeline: Timeline, client: redis.Redis, namespace: str) ->
 async def run(server: Server) -> Timeline:
     """Set the stage, play the story, and end everything that was started, whatever happens."""
     timeline = Timeline()
-    # A namespace of its own: the server may be one that PRESENCE_REDIS_URL names and others use.
+    # A namespace of its own: PRESENCE_REDIS_URL may name a server that others use.
     namespace = f"demo-{secrets.token_hex(4)}"
     options = [f"--namespace={namespace}", f"--heartbeat-seconds={HEARTBEAT_SECONDS}"]
     options += [f"--cleanup-seconds={CLEANUP_SECONDS}", f"--grace-seconds={GRACE_SECONDS}"]
@@ -451,7 +451,7 @@ async def run(server: Server) -> Timeline:
 
 def main() -> int:
     """Run the demo; 0 if everything was as it should be."""
-    # A polite kill ends everything as Ctrl-C does, and Ctrl-C does so even where a shell had it ignored.
+    # A polite kill ends everything as Ctrl-C does, and Ctrl-C does so even if a shell had it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

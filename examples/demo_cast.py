@@ -121,19 +121,19 @@ class Timeline:
     def _hear_event(self, server: str, event: dict[str, Any]) -> None:
         self.events.setdefault(server, []).append(event)
         self._give_name(event["connection"]["sid"], event["connection"]["user_id"])
-        # All servers see all events: these two kinds are the ones that only events tell.
+        # All servers see all events: these two kinds are told by events only.
         if event["type"] in ("detached", "resumed"):
             self.say(server, f"sees the event: {event['type']} {self.words(event['connection'])}")
 
     def _hear_answer(self, server: str, line: dict[str, Any]) -> None:
         operation, arguments = line["operation"], line["arguments"]
         if operation == "register_connection" and "answer" in line:
-            # Of two servers' registrations the later one may be heard first: its displaced ones need their names now.
+            # Of two servers' registrations the later one may be heard first: those it displaced need their names now.
             for connection in (*line["answer"]["displaced"], line["answer"]["connection"]):
                 self._give_name(connection["sid"], connection["user_id"])
         notes = []
         if operation == "update_server_heartbeat":
-            # The call itself takes nothing: these are the server's id and its boot epoch.
+            # The call itself has no arguments: these are the server's id and its boot epoch.
             call = f"{operation}()"
             notes.append(arguments[0])
         else:
@@ -206,7 +206,7 @@ class ServerProcess:
 
     async def start(self) -> None:
         """Start it, and wait until it serves."""
-        # A session of its own: at Ctrl-C the demo ends it, in good order, and not the terminal.
+        # A session of its own: at Ctrl-C the demo ends it in good order, not the terminal.
         process = self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "examples.demo_server", f"--server-id={self.server_id}", *self._options),
             stdin=asyncio.subprocess.PIPE,
@@ -247,7 +247,7 @@ class ServerProcess:
         await self.timeline.until(lambda: len(self._obeyed) > before, f"{self.name} obeys {command!r}")
 
     async def kill(self) -> None:
-        """End it by its process id with SIGKILL, as a crash does: it does nothing any more."""
+        """End it by its process id with SIGKILL, like a crash: it does nothing more."""
         assert self._process is not None
         self.timeline.say("demo", f"kills {self.name}, process {self._process.pid}, with SIGKILL")
         self._exit_status = -signal.SIGKILL
@@ -338,9 +338,9 @@ class Device:
         self._client.eio.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     async def leave(self) -> None:
-        """Tell the server that it leaves on purpose; to be closed when the server knows.
+        """Tell the server that it leaves on purpose; close it once the server knows.
 
-        Other clients do so when they disconnect; this one closes the socket before the packet is on its way.
+        Other clients do that when they disconnect; this one closes the socket before the packet is on its way.
         """
         self.fall_silent()
         self.timeline.say(self.user_id, "disconnects on purpose")

@@ -2,7 +2,7 @@
 
 Each answer goes to stdout as a line of JSON. Lines on stdin steer it: ``hold`` makes disconnects wait before they
 unregister, as on a server that is slow, and ``release`` lets them go on. The end of stdin ends the server, so that none
-outlives the demo, however that ends.
+outlives the demo, however it ends.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class ReportingManager(ConnectionManager):
     async def unregister_connection(
         self, sid: str, *, grace_seconds: float | None = None, epoch: int | None = None
     ) -> ConnectionInfo | None:
-        """Unregister as ever, but not before the demo lets it."""
+        """Unregister as usual, but not before the demo lets it."""
         if not self.may_unregister.is_set():
             report(held=sid)
             await self.may_unregister.wait()
         return await self.report_unregister(sid, grace_seconds=grace_seconds, epoch=epoch)
 
     async def update_server_heartbeat(self) -> bool:
-        """Beat for the server as ever, and report its boot epoch."""
+        """Beat for the server as usual, and report its boot epoch."""
         is_known = await super().update_server_heartbeat()
         start = (self.operations.server_id, self.operations.boot_epoch)
         report(operation="update_server_heartbeat", arguments=start, answer=is_known)
@@ -100,7 +100,7 @@ class ReportingManager(ConnectionManager):
         threshold_seconds: float | None = None,
         on_removed: Callable[[CleanupResult], object] | None = None,
     ) -> None:
-        """Clean up as ever, and report what that removes and detaches."""
+        """Clean up as usual, and report what that removes and detaches."""
 
         async def report_and_pass_on(result: CleanupResult) -> None:
             report(operation="run_cleanup", arguments=(), answer=result)
@@ -115,7 +115,7 @@ class ReportingGameServer(GameServer):
     """A game server that reports the events that it sees."""
 
     async def act_on(self, event: Event) -> None:
-        """Act on it as ever."""
+        """Act on it as usual."""
         report(event=event)
         await super().act_on(event)
 

@@ -35,11 +35,11 @@ NEWS = {
     EventType.UNREGISTERED: "opponent_left",
     EventType.EXPIRED: "opponent_left",
 }
-"""What players are told of what happens in their game."""
+"""What players are told about what happens in their game."""
 
 
 class GameServer:
-    """The Socket.IO handlers of one process; who is online and in which game, only ``manager`` knows.
+    """The Socket.IO handlers of one process; only ``manager`` knows who is online and in which game.
 
     Every server hears of every change and acts on it for its own sockets, so Socket.IO needs no message queue.
     """
@@ -80,7 +80,7 @@ class GameServer:
         await self.manager.aclose()
 
     async def connect(self, sid: str, _environ: dict[str, Any], auth: Any) -> None:
-        """Register the connection; of what that displaces or resumes, the events tell."""
+        """Register the connection; the events tell what that displaces or resumes."""
         try:
             await self.manager.register_connection(sid, verified_user_id(auth))
         except ValueError as error:
@@ -93,7 +93,7 @@ class GameServer:
         """Forget the connection of a user who left; keep the seat of one whose network failed.
 
         This may run late, when the user is back on another server, or after cleanup: then it finds nothing. A client
-        that closes its socket before it has said so, as python-socketio's does, counts as one whose network failed.
+        that closes its socket before saying so, as python-socketio's does, counts as one whose network failed.
         """
         has_left = reason == self.sio.reason.CLIENT_DISCONNECT
         try:
@@ -103,7 +103,7 @@ class GameServer:
             logger.exception("disconnect failed")
 
     async def join_game(self, sid: str, game_id: str) -> dict[str, Any]:
-        """Join a game, leaving the one before."""
+        """Join a game, leaving the previous one."""
         result = await self.manager.join_game(sid, game_id)
         return {"joined": result.joined}
 
@@ -125,7 +125,7 @@ class GameServer:
             try:
                 async with events:
                     if is_lost:
-                        # Rooms may be wrong now. The seats are kept: who connects again is resumed, and right again.
+                        # Rooms may be wrong now. The seats are kept, so those who reconnect are resumed and right.
                         here = self.sio.manager.get_participants("/", None)
                         await asyncio.gather(*(self.sio.disconnect(sid) for sid, _ in here))
                         is_lost = False
@@ -134,16 +134,16 @@ class GameServer:
                         await self.act_on(event)
             except Exception as error:  # Of any kind: a server that goes on without the events would be wrong for good.
                 logger.exception("following the events failed")
-                # One that never began has no position, and players may have joined before the next one begins.
+                # A subscription that never began has no position, and players may join before the next one begins.
                 is_lost = is_lost or isinstance(error, EventsLostError) or events.position is None
                 events = self.manager.subscribe(after=None if is_lost else events.position)
                 self.is_ready.set()  # Those who connect meanwhile are asked to try again.
                 await asyncio.sleep(1)
 
     async def act_on(self, event: Event) -> None:
-        """Tell the players of the game who are on this server; keep the rooms and sockets as the connections are.
+        """Tell the players of the game who are on this server; keep rooms and sockets in step with the connections.
 
-        A player enters the room as the event of the join or the resume comes by, so what the room is told is just what
+        A player enters the room when the event of the join or the resume comes by, so the room is told exactly what has
         happened since.
         """
         sid, game_id = event.connection.sid, event.connection.game_id
