@@ -29,7 +29,7 @@ from tests.server import NoServerError, Server, running_server
 HEARTBEAT_SECONDS = 1.0
 STALE_SECONDS = 3 * HEARTBEAT_SECONDS
 BEAT_SECONDS = 0.4
-"""Twice as often as needed, so that a machine with other things to do does not make anyone stale."""
+"""More often than needed, so that a machine with other things to do does not make anyone stale."""
 CLEANUP_SECONDS = 0.5
 GRACE_SECONDS = 30.0
 """How long a seat is kept; nobody here stays away for that long, however busy the machine."""

@@ -129,8 +129,8 @@ class RepeatedCleanup:
         """Log an error if a batch may have removed somebody whom nobody will report."""
         if self._sent_at is not None and self._may_remove:
             logger.error(
-                "run_cleanup ended before the answer to a batch got through: whom that has removed, if anyone, nobody "
-                "is told of"
+                "run_cleanup ended before the answer to a batch got through: if it has removed anyone, nobody will be "
+                "told of them"
             )
 
     def _note_gap(self, gap_ms: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Command: TypeAlias = "tuple[str | bytes, ...]"
 """A command: its name, then its arguments as bytes. (redis-py encodes a text as its client was told to, and hiredis 3.5
-can crash where a signal's handler raises while it makes a text of an int.)"""
+can crash where a signal handler raises while it makes a text of an int.)"""
 
 SCRIPT_LOAD = "SCRIPT LOAD"
 AS_BYTES = {"NEVER_DECODE": True}

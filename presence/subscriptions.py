@@ -413,7 +413,7 @@ class Subscription(_Subscription):
     def _receive(self) -> None:
         connection, feed = self._connection, self._feed
         if self._is_receiving:
-            self._lose(EventsLostError("a read was interrupted, as by a signal's handler that raised"))
+            self._lose(EventsLostError("a read was interrupted, such as by a signal handler that raised"))
             return
         self._is_receiving = True
         try:

@@ -787,8 +787,8 @@ class ConnectionManager:
             with self._lock:
                 if self._is_closed:
                     logger.error(
-                        "the manager was closed before, so what was to run until then ends at once: use "
-                        "`with manager:` around it"
+                        "the manager was already closed, so run_cleanup() or run_server_heartbeat() ends at once: "
+                        "start it inside `with manager:`"
                     )
                     return
                 self._repetitions.add(running)

@@ -288,7 +288,7 @@ OPENING_SECONDS = 0.4
 
 
 class OutOfTimeError(Exception):
-    """As a signal's handler raises that bounds the time of a call."""
+    """As a signal handler raises that bounds the time of a call."""
 
 
 class Instant(redis.Redis):
@@ -466,7 +466,7 @@ class TestClosing:
             manager.close()
 
     def test_ends_all_after_calls_that_were_interrupted_at_any_moment(self) -> None:
-        """Python may run a signal's handler at any call of a function, as in what is done before and after a call."""
+        """Python may run a signal handler at any call of a function, as in what is done before and after a call."""
 
         def interrupt(*_: object) -> None:
             raise OutOfTimeError

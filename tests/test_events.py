@@ -1428,7 +1428,7 @@ GIVE = Feed.give.__code__
 
 
 class _Interrupted(BaseException):
-    """What a signal's handler raises."""
+    """What a signal handler raises."""
 
 
 def _next_or_interrupted(events: Any, at_line: int) -> Event | None:
@@ -1486,7 +1486,7 @@ def interrupt_everywhere(server_url: str, namespace: str, mode: EventsMode) -> N
 def test_who_is_interrupted_anywhere_misses_nothing_or_is_told(
     server_url: str, namespace: str, mode: EventsMode
 ) -> None:
-    """As by a signal's handler that raises."""
+    """As by a signal handler that raises."""
     with ThreadPoolExecutor(1) as thread:  # Where a trace function raises in a handler, Python may never leave that.
         thread.submit(interrupt_everywhere, server_url, namespace, mode).result()
 

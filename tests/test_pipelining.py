@@ -633,7 +633,7 @@ async def cancel_all_after(turns: int, but: asyncio.Task[Any] | None = None) -> 
 
 
 def test_a_runner_whose_end_went_unnoticed_harms_no_later_call(own_server: LocalServer) -> None:
-    """As where a signal's handler raised in the midst of its callback."""
+    """As where a signal handler raised in the midst of its callback."""
 
     async def work() -> None:
         async with warm_manager(own_server.url, 1) as manager:
@@ -671,7 +671,7 @@ def test_a_pool_that_was_exhausted_once_harms_no_later_call(own_server: LocalSer
 
 
 class InterruptedConnection(redis.asyncio.Connection):
-    """Reads a reply, after so many others, only after what a signal's handler may raise there."""
+    """Reads a reply, after so many others, only after what a signal handler may raise there."""
 
     interruption: ClassVar[type[BaseException] | None] = None
     replies_before: ClassVar[int] = 0
@@ -889,7 +889,7 @@ class SlowConnection(redis.asyncio.Connection):
 def test_an_interruption_in_any_line_gives_no_call_the_reply_to_another(
     own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal's handler may raise wherever the loop is just then; who was not interrupted goes on with the loop."""
+    """A signal handler may raise wherever the loop is just then; who was not interrupted goes on with the loop."""
     monkeypatch.setattr(SlowConnection, "seconds", 0.0002)  # So calls come while the replies to others are awaited.
     carrying = {"_take", "_take_more", "_write_beside", "_write", "_read", "_converse", "_keep_unanswered", "_answer"}
     lines = 0

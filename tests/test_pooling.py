@@ -33,7 +33,7 @@ MANY = 150
 
 @contextmanager
 def interrupted(interruption: type[BaseException], *, is_slow: redis.Redis) -> Iterator[None]:
-    """Let a signal's handler raise between the next request and its reply, which a server is slow to give."""
+    """Let a signal handler raise between the next request and its reply, which a server is slow to give."""
     is_slow.client_pause(PAUSE_MS)
     with pytest.MonkeyPatch.context() as patch:
 
@@ -160,7 +160,7 @@ def test_a_call_that_is_interrupted_while_it_connects_leaves_no_connection_half_
 
 
 def interrupt_after(replies: int, call: Callable[[], object]) -> bool:
-    """Let a signal's handler raise in a call that has read so many replies; tell whether it had not ended before."""
+    """Let a signal handler raise in a call that has read so many replies; tell whether it had not ended before."""
     left = replies
     read = redis.Connection.read_response
 
@@ -202,7 +202,7 @@ def test_an_error_reply_to_a_signal_handler_is_not_taken_for_the_reply_to_the_ca
 
 @contextmanager
 def raising_after(seconds: float, error: Exception) -> Iterator[None]:
-    """Let a signal's handler raise meanwhile."""
+    """Let a signal handler raise meanwhile."""
 
     def handle(*_: object) -> None:
         raise error
