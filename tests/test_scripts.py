@@ -233,6 +233,7 @@ def test_the_server_gets_the_code_without_the_comments(name: str) -> None:
     header_end = spliced.index("]]")
     code = [line for line in spliced[header_end + 1 :] if line and not line.lstrip().startswith("--")]
     assert SCRIPTS[name].source.splitlines() == [spliced[0], *code]
+    assert "--" not in SCRIPTS[name].source  # Nor is there one behind code.
 
 
 @every_script
