@@ -318,7 +318,8 @@ class Operations:
         self._servers_key = prefix + b"servers"
         # With one of its keys there and one not, a cluster's node answers TRYAGAIN while it moves the slot: otherwise a
         # script would run where records that it names itself are missing.
-        self._guarded_keys = (self.last_seen_key, prefix + b"absent")
+        self.absent_key: bytes = prefix + b"absent"
+        self._guarded_keys = (self.last_seen_key, self.absent_key)
         self.events_key: bytes = prefix + b"events"
         self.boot_epoch: int | None = None
         """The epoch of this start of the game server, once ``start_server`` has been answered."""

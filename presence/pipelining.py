@@ -197,8 +197,8 @@ class SharedConnection:
                 partial(self._attempt, connection), partial(self._disconnect, connection)
             )
         except BaseException as error:
-            if self._sent:
-                # Their replies may still come, and must not reach the next user of the connection.
+            if self._sent or isinstance(error, ReadOnlyError):
+                # Replies may still come, and must not reach the next user of the connection; or it leads to a replica.
                 await connection.disconnect(nowait=True)
             if not isinstance(error, FAULTS):
                 raise

@@ -7,12 +7,13 @@ the next one, and each call spends microseconds on options and telemetry that th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from redis import ConnectionPool, Redis, RedisCluster
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.sentinel import SentinelConnectionPool
 
 from presence import retrying
@@ -62,10 +63,21 @@ def close_unread(client: Redis | RedisCluster) -> None:
 
 def _close_free(pool: ConnectionPool) -> None:
     """Close the connections of a pool that are not in use, and those to the sentinels that it asks."""
-    pool.disconnect(inuse_connections=False)
+    queue = getattr(pool, "pool", None)
+    with queue.mutex if queue else nullcontext():  # Meanwhile no other thread takes one out of it.
+        pool.disconnect(inuse_connections=False)
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:
             sentinel.connection_pool.disconnect(inuse_connections=False)
+
+
+def _leave(pool: ConnectionPool) -> None:
+    """Let every connection be opened anew, those in use when they are released: the server has become a replica.
+
+    It answers reads still, with what it knows, and would do so for ever on the connections that do not write.
+    """
+    pool.update_active_connections_for_reconnect()
+    _close_free(pool)
 
 
 def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
@@ -93,9 +105,13 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
             give_up_if_late(fault)
             pieces = _in_pieces([sent_again(command) for command in request])
         connection.send_packed_command(pieces)
-        if len(request) == 1:
+        if len(request) > 1:
+            return [_read(connection) for _ in request]
+        try:
             return [connection.read_response(disable_decoding=True, disconnect_on_error=True)]
-        return [_read(connection) for _ in request]
+        except ReadOnlyError:
+            _leave(pool)
+            raise
 
     def fail(error: Exception) -> None:
         nonlocal fault

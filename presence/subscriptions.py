@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import redis
 import redis.asyncio
+from redis.exceptions import MovedError, ReadOnlyError, ResponseError
 
 from presence import arguments
 from presence.cancellation import heeding_cancellation
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from uuid import UUID
 
+    from presence.commands import Command
     from presence.exchanges import Exchange
     from presence.operations import Operations
     from presence.results import Event
@@ -43,8 +45,9 @@ MAX_BLOCK_MS = 1000
 LATE_MS = 150
 """How much later the server may end such a wait: it looks ten times a second."""
 
-SILENCE_SECONDS = 10
-"""How long pub/sub may be silent before the server is asked whether it is there; it then has as long to answer."""
+ASKING_SECONDS = 10
+"""How often the server is asked, through pub/sub, whether it is still there and the primary, and how long it may be
+silent after that."""
 
 LEAST_WAIT_SECONDS = 0.001
 """The shortest wait, to see what has come meanwhile."""
@@ -53,6 +56,7 @@ _BEYOND = Position(number=10**15 - 1)
 """No stream has come this far: reading after it tells where the stream ends."""
 
 _CONNECTION_LOST = "the connection broke, or the server ended it because its events were read too slowly"
+_NO_PRIMARY = "the server is no longer the primary, so events may be published elsewhere"
 
 
 class _Received:
@@ -87,7 +91,9 @@ class Feed:
         # Replaced as a whole, so that an interruption here loses nothing.
         self._received = _Received(start, (), start)
         self._game_id = self._user_id = None
-        self._is_silent = False
+        self._absent_key = operations.absent_key
+        self._asked_at = 0.0
+        self._has_answered = True
         self.is_at_end: bool = False
         self.key: bytes = operations.events_key
         self.channel: bytes = self.key
@@ -134,7 +140,6 @@ class Feed:
         to the node that has the namespace now.
         """
         batch = yield from perform(self._operations.read_events(_BEYOND))
-        self._is_silent = False
         if self._received.end is _BEYOND:
             self._received = _Received(batch.position, (), batch.position)
 
@@ -161,23 +166,40 @@ class Feed:
         is_over = not isinstance(reply, Exception) or str(reply).startswith("UNBLOCKED")
         return None if is_over else reply
 
+    def begin(self) -> None:
+        """Note that it is subscribed now, through pub/sub."""
+        self._asked_at, self._has_answered = monotonic(), True
+
     def take(self, reply: Any) -> None:
-        """Receive the events in what came through pub/sub."""
-        self._is_silent = False
+        """Receive the events in what came through pub/sub, or the answer to what was asked."""
+        self._has_answered = True
+        if isinstance(reply, (ReadOnlyError, MovedError)):
+            raise EventsLostError(_NO_PRIMARY) from reply
         kind, *rest = reply if isinstance(reply, list) else (reply,)
         if kind == b"sunsubscribe":
             raise EventsLostError("the namespace's slot has moved to another node of the cluster")
         if kind == b"smessage":
             try:
-                self._received = _Received(_BEYOND, list(filter(self._concerns, parse_message(rest[1]))), _BEYOND)
+                self._received = _Received(_BEYOND, tuple(filter(self._concerns, parse_message(rest[1]))), _BEYOND)
             except ValueError as error:
                 raise unreadable(error) from error
 
-    def note_silence(self) -> None:
-        """Note that nothing came for a while, so that the server is to be asked; if it had been already, it is gone."""
-        if self._is_silent:
+    def seconds_until_question(self) -> float:
+        """How long to wait for what comes through pub/sub before it is time to ask."""
+        return max(self._asked_at + ASKING_SECONDS - monotonic(), LEAST_WAIT_SECONDS)
+
+    def question(self, connection: Any) -> Command | None:
+        """Give what to ask the server now, if it is time.
+
+        A write tells whether it is still the primary: it deletes a key that is never there. (With RESP2, a connection
+        that is subscribed can only ping.) What a replica passes on begins with a gap, and may end unnoticed.
+        """
+        if monotonic() < self._asked_at + ASKING_SECONDS:
+            return None
+        if not self._has_answered:
             raise EventsLostError("the server does not answer on the connection any more")
-        self._is_silent = True
+        self._asked_at, self._has_answered = monotonic(), False
+        return ("DEL", self._absent_key) if str(connection.protocol) == "3" else ("PING",)
 
 
 def _own_connection(source: Any) -> Any:
@@ -243,8 +265,6 @@ class AsyncSubscription(_Subscription):
         self._run = run
         self._wait = wait
         self._client = client
-        self._silent_since = 0.0
-        """Since when nothing has come through pub/sub, across waits that are cancelled after a moment."""
         self._waiting: asyncio.Task[Any] | None = None
         """The task that waits for the next event."""
 
@@ -266,7 +286,7 @@ class AsyncSubscription(_Subscription):
                     await self._connection.connect()
                     await self._connection.send_command("SSUBSCRIBE", feed.channel)
                     await self._connection.read_response(disable_decoding=True, push_request=True)
-                    self._silent_since = monotonic()
+                    feed.begin()
             except BaseException as met:
                 await self.aclose()
                 error = as_fault(met)
@@ -317,18 +337,22 @@ class AsyncSubscription(_Subscription):
     async def _receive(self) -> None:
         connection, feed = self._connection, self._feed
         try:
-            # A message that is incomplete when the wait ends, or is cancelled, stays in the connection's buffer.
-            timeout = max(self._silent_since + SILENCE_SECONDS - monotonic(), LEAST_WAIT_SECONDS)
-            reply = await connection.read_response(
-                disable_decoding=True, timeout=timeout, disconnect_on_error=False, push_request=True
-            )
-            self._silent_since = monotonic()
-            if reply is None:
-                feed.note_silence()
-                with heeding_cancellation():
-                    await connection.send_command("PING", check_health=False)
-            else:
+            try:
+                # A message that is incomplete when the wait ends, or is cancelled, stays in the connection's buffer.
+                reply = await connection.read_response(
+                    disable_decoding=True,
+                    timeout=feed.seconds_until_question(),
+                    disconnect_on_error=False,
+                    push_request=True,
+                )
+            except ResponseError as refusal:
+                reply = refusal
+            if reply is not None:
                 feed.take(reply)
+            question = feed.question(connection)
+            if question:
+                with heeding_cancellation():
+                    await connection.send_command(*question, check_health=False)
         except (*FAULTS, EventsLostError, *WRITE_REFUSALS) as met:
             error = as_fault(met)
             if isinstance(error, WRITE_REFUSALS):
@@ -371,6 +395,7 @@ class Subscription(_Subscription):
                 self._connection.connect()
                 self._connection.send_command("SSUBSCRIBE", feed.channel)
                 self._connection.read_response(disable_decoding=True, push_request=True)
+                feed.begin()
             except BaseException as error:
                 self.close()
                 if isinstance(error, FAULTS):
@@ -417,12 +442,17 @@ class Subscription(_Subscription):
             return
         self._is_receiving = True
         try:
-            if connection.can_read(timeout=SILENCE_SECONDS):
-                reply = connection.read_response(disable_decoding=True, disconnect_on_error=False, push_request=True)
+            if connection.can_read(timeout=feed.seconds_until_question()):
+                try:
+                    reply = connection.read_response(
+                        disable_decoding=True, disconnect_on_error=False, push_request=True
+                    )
+                except ResponseError as refusal:
+                    reply = refusal
                 feed.take(reply)
-            else:
-                feed.note_silence()
-                connection.send_command("PING", check_health=False)
+            question = feed.question(connection)
+            if question:
+                connection.send_command(*question, check_health=False)
             self._is_receiving = False
         except (*FAULTS, EventsLostError) as error:
             if self._is_open:

@@ -868,8 +868,9 @@ class ConnectionManager:
         ``with manager.subscribe(game_id="chess-7") as events:`` and then ``for event in events:``. The
         subscription begins when the block is entered, and one ``Event`` comes for each change of a connection: in the
         whole namespace, in one game or of one user. Events that may be missing are not passed over in silence: the
-        iteration ends with ``EventsLostError``. (One exception: a subscription that is still at the position ``0-0/0``,
-        begun before anything was published, cannot notice that the server has lost its data.)
+        iteration ends with ``EventsLostError``. (Two exceptions: a subscription that is still at the position
+        ``0-0/0``, begun before anything was published, cannot notice that the server has lost its data; nor one through
+        pub/sub with RESP2 that the server has become a replica.)
 
         Through pub/sub it has a connection of its own, and events are lost when that breaks or they are read too
         slowly. A subscription to the stream loses none unless the stream is trimmed first: a fault is raised as by any
@@ -893,8 +894,9 @@ class ConnectionManager:
             PresenceError: when the block is entered or, with the stream, while it iterates: a fault.
             RuntimeError: it is iterated over without ``with``.
 
-        Cost: a connection; with the stream, one or two round trips for each 100 changes of the namespace. While nothing
-        happens, each second one read by each subscription, and one wait on each connection that waits.
+        Cost: a connection; through pub/sub, a command every ten seconds; with the stream, one or two round trips for
+        each 100 changes of the namespace and, while nothing happens, each second one read by each subscription, and one
+        wait on each connection that waits.
 
         """
         feed = Feed(self.operations, game_id, user_id, after)

@@ -27,8 +27,9 @@ from presence.replies import Position
 from presence.subscriptions import Feed
 from tests.conftest import Awaited
 from tests.processes import spawn
+from tests.server import free_port
 from tests.test_pooling import raising_after
-from tests.watching import traced, wait_until
+from tests.watching import admin, traced, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -1183,7 +1184,7 @@ def test_a_subscriber_that_is_too_slow_is_told(make_manager: ManagerFactory, own
 def test_a_server_that_falls_silent_is_told(
     monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer
 ) -> None:
-    monkeypatch.setattr("presence.subscriptions.SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.2)
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with subscribed(manager) as events:
         with redis.Redis.from_url(own_server.url) as client:
@@ -1201,10 +1202,63 @@ def test_a_server_that_falls_silent_is_told(
             os.kill(own_server.pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_server_that_becomes_a_replica_is_told(
+    monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer, is_silent: bool
+) -> None:
+    """Its own events come no more, though it answers; what it passes on of another's began with a gap."""
+    monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.2)
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
+    with subscribed(manager) as events, admin(own_server) as server:
+        server.replicaof("127.0.0.1", str(free_port()))
+        passed_on = threading.Event()
+
+        def pass_events_on() -> None:
+            while not passed_on.wait(0.02):
+                server.execute_command("SPUBLISH", "{presence}:events", "1")
+
+        others = threading.Thread(target=pass_events_on)
+        if not is_silent:
+            others.start()
+        try:
+            with pytest.raises(EventsLostError, match="no longer the primary"):
+                events.next()
+        finally:
+            passed_on.set()
+            if not is_silent:
+                others.join()
+
+
+@pytest.mark.parametrize("refusal", ["NOPERM", "BUSY"])
+def test_a_server_that_refuses_to_say_whether_it_is_one_is_still_there(
+    monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer, refusal: str
+) -> None:
+    monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.1)
+    manager = make_manager(own_server.url, namespace="presence", events="pubsub")
+    with (
+        subscribed(manager) as events,
+        admin(own_server) as server,
+        presence.sync.ConnectionManager.from_url(own_server.url, events="pubsub") as writer,
+    ):
+        if refusal == "NOPERM":
+            server.execute_command("ACL SETUSER", "default", "-del")
+        else:
+            server.config_set("busy-reply-threshold", 1)
+        holding = threading.Thread(target=server.eval, args=("for _ = 1, 3e7 do end", 0))
+        later = threading.Timer(2, writer.register_connection, ("a", "alice"))
+        if refusal == "BUSY":
+            holding.start()
+        later.start()
+        assert told(events.next()) == ("registered", "a", None)
+        later.join()
+        if refusal == "BUSY":
+            holding.join()
+
+
 def test_a_server_that_falls_silent_is_told_to_who_waits_for_a_moment_each_time(
     monkeypatch: pytest.MonkeyPatch, own_server: LocalServer
 ) -> None:
-    monkeypatch.setattr("presence.subscriptions.SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.2)
 
     async def poll(events: presence.AsyncSubscription, times: int) -> None:
         for _ in range(times):

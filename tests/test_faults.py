@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
+import redis.asyncio
 import redis.exceptions
 from redis.cache import CacheConfig
 
 import presence
 import presence.sync
-from presence import addresses, clients, retrying
+from presence import addresses, clients, pooling, retrying
 from presence.commands import Command, load_command
 from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Operation, Operations
 from presence.subscriptions import Feed
 from tests.clock import let_time_pass
+from tests.conftest import Awaited
 from tests.fault_calls import CALLS, READS, call, check, one_attempt, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
@@ -617,6 +619,55 @@ class TestFailover:
                     check(manager, "update_heartbeat")
                 check(manager, name)
                 manager.close()
+
+    def test_when_a_write_has_found_the_new_primary_no_connection_reads_from_the_old_any_more(
+        self, replicated: tuple[LocalServer, LocalServer], namespace: str
+    ) -> None:
+        primary, replica = replicated
+        with (
+            Proxy(primary.port) as address,
+            presence.sync.ConnectionManager.from_url(address.url, namespace=namespace) as manager,
+        ):
+            manager.register_connection("old", "user")
+            pool: Any = pooling.pool_of(manager._client())
+            taken = [pool.get_connection() for _ in range(4)]
+            for connection in taken[1:]:
+                pool.release(connection)
+            promote(replica, primary, address)
+            with admin(primary) as old:
+                old.replicaof("127.0.0.1", str(free_port()))  # It hears nothing of the new one.
+
+            assert [gone.sid for gone in manager.register_connection("new", "user").displaced] == ["old"]
+            pool.release(taken[0])  # As at the end of another thread's call.
+            for connection in [pool.get_connection() for _ in range(4)]:
+                pool.release(connection)  # Each is the next to be taken.
+                read = manager.get_user_connection("user")
+                assert read is not None
+                assert read.sid == "new"
+
+    @pytest.mark.parametrize("module", [redis, redis.asyncio])
+    def test_a_client_that_does_not_try_again_writes_there_by_the_next_call(
+        self, replicated: tuple[LocalServer, LocalServer], module: Any
+    ) -> None:
+        primary, replica = replicated
+        with asyncio.Runner() as runner, Proxy(primary.port) as address:
+            if module is redis:
+                client: Any = redis.Redis.from_url(address.url)
+                manager: Any = presence.sync.ConnectionManager(client)
+            else:
+                client = redis.asyncio.Redis.from_url(address.url)
+                manager = Awaited(presence.ConnectionManager(client), runner)
+            manager.register_connection("sid", "user")
+            promote(replica, primary, address)
+            with pytest.raises(presence.ReadOnlyServerError):
+                manager.leave_game("sid")
+
+            assert manager.join_game("sid", "game")
+            manager.close()
+            if module is redis:
+                client.close()
+            else:
+                runner.run(client.aclose())
 
     def test_when_a_replica_is_promoted_the_next_pipeline_works_there(
         self, promoted_manager: ConnectionManager
