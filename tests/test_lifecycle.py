@@ -404,7 +404,7 @@ class TestTheEndOfRunCleanup:
         manager.run_cleanup(0.01)
         manager.run_server_heartbeat(0.01)
         assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
-        assert "use `with manager:`" in caplog.text
+        assert "start it inside `with manager:`" in caplog.text
 
     def test_when_another_event_loop_closes_it(self, server_url: str, namespace: str) -> None:
         manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
