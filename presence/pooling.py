@@ -7,7 +7,6 @@ the next one, and each call spends microseconds on options and telemetry that th
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -61,23 +60,19 @@ def close_unread(client: Redis | RedisCluster) -> None:
         _close_free(pool)
 
 
-def _close_free(pool: ConnectionPool) -> None:
-    """Close the connections of a pool that are not in use, and those to the sentinels that it asks."""
-    queue = getattr(pool, "pool", None)
-    with queue.mutex if queue else nullcontext():  # Meanwhile no other thread takes one out of it.
+def _close_free(pool: ConnectionPool, *, and_used: bool = False) -> None:
+    """Close the connections of a pool that are not in use, and those to the sentinels that it asks.
+
+    With ``and_used``, in the same step those in use are marked, to be closed when they are released.
+    """
+    # Meanwhile no other thread takes one out of the pool.
+    with getattr(getattr(pool, "pool", None), "mutex", None) or pool._lock:
+        if and_used:
+            pool.update_active_connections_for_reconnect()
         pool.disconnect(inuse_connections=False)
     if isinstance(pool, SentinelConnectionPool):
         for sentinel in pool.sentinel_manager.sentinels:
             sentinel.connection_pool.disconnect(inuse_connections=False)
-
-
-def _leave(pool: ConnectionPool) -> None:
-    """Let every connection be opened anew, those in use when they are released: the server has become a replica.
-
-    It answers reads still, with what it knows, and would do so for ever on the connections that do not write.
-    """
-    pool.update_active_connections_for_reconnect()
-    _close_free(pool)
 
 
 def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
@@ -110,7 +105,8 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
         try:
             return [connection.read_response(disable_decoding=True, disconnect_on_error=True)]
         except ReadOnlyError:
-            _leave(pool)
+            # The server has become a replica. It would answer reads for ever, with what it knew.
+            _close_free(pool, and_used=True)
             raise
 
     def fail(error: Exception) -> None:

@@ -49,6 +49,9 @@ ASKING_SECONDS = 10
 """How often the server is asked, through pub/sub, whether it is still there and the primary, and how long it may be
 silent after that."""
 
+OVERDUE_SECONDS = 1
+"""How much longer an answer is looked for that seems to be missing."""
+
 LEAST_WAIT_SECONDS = 0.001
 """The shortest wait, to see what has come meanwhile."""
 
@@ -92,8 +95,9 @@ class Feed:
         self._received = _Received(start, (), start)
         self._game_id = self._user_id = None
         self._absent_key = operations.absent_key
-        self._asked_at = 0.0
-        self._has_answered = True
+        self._due_at = 0.0
+        """When the server is asked next through pub/sub, or its answer is missed."""
+        self._is_asked = self._is_overdue = False
         self.is_at_end: bool = False
         self.key: bytes = operations.events_key
         self.channel: bytes = self.key
@@ -168,11 +172,12 @@ class Feed:
 
     def begin(self) -> None:
         """Note that it is subscribed now, through pub/sub."""
-        self._asked_at, self._has_answered = monotonic(), True
+        self._is_asked = self._is_overdue = False
+        self._due_at = monotonic() + ASKING_SECONDS
 
     def take(self, reply: Any) -> None:
         """Receive the events in what came through pub/sub, or the answer to what was asked."""
-        self._has_answered = True
+        self._is_asked = self._is_overdue = False
         if isinstance(reply, (ReadOnlyError, MovedError)):
             raise EventsLostError(_NO_PRIMARY) from reply
         kind, *rest = reply if isinstance(reply, list) else (reply,)
@@ -186,7 +191,7 @@ class Feed:
 
     def seconds_until_question(self) -> float:
         """How long to wait for what comes through pub/sub before it is time to ask."""
-        return max(self._asked_at + ASKING_SECONDS - monotonic(), LEAST_WAIT_SECONDS)
+        return max(self._due_at - monotonic(), LEAST_WAIT_SECONDS)
 
     def question(self, connection: Any) -> Command | None:
         """Give what to ask the server now, if it is time.
@@ -194,11 +199,16 @@ class Feed:
         A write tells whether it is still the primary: it deletes a key that is never there. (With RESP2, a connection
         that is subscribed can only ping.) What a replica passes on begins with a gap, and may end unnoticed.
         """
-        if monotonic() < self._asked_at + ASKING_SECONDS:
+        now = monotonic()
+        if now < self._due_at:
             return None
-        if not self._has_answered:
+        if self._is_overdue:
             raise EventsLostError("the server does not answer on the connection any more")
-        self._asked_at, self._has_answered = monotonic(), False
+        if self._is_asked:
+            # The answer may be here, unread, if this process was busy elsewhere: then the next read finds it.
+            self._is_overdue, self._due_at = True, now + OVERDUE_SECONDS
+            return None
+        self._is_asked, self._due_at = True, now + ASKING_SECONDS
         return ("DEL", self._absent_key) if str(connection.protocol) == "3" else ("PING",)
 
 

@@ -1202,6 +1202,27 @@ def test_a_server_that_falls_silent_is_told(
             os.kill(own_server.pid, signal.SIGCONT)
 
 
+def test_an_answer_that_is_there_is_not_missed_by_who_was_busy_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that begins when the answer is due, and ends before the loop has turned, does not see it yet."""
+    now = 100.0
+    monkeypatch.setattr("presence.subscriptions.monotonic", lambda: now)
+    feed, connection = Feed(Operations(events="pubsub"), None, None, None), redis.Connection(protocol=3)
+    feed.begin()
+    now += 10
+    assert feed.question(connection) == ("DEL", b"{presence}:absent")
+    now += 11
+    assert feed.question(connection) is None
+    assert feed.seconds_until_question() == 1
+    feed.take(0)
+    now += 10
+    assert feed.question(connection) == ("DEL", b"{presence}:absent")
+    now += 10
+    assert feed.question(connection) is None
+    now += 1
+    with pytest.raises(EventsLostError, match="does not answer"):
+        feed.question(connection)
+
+
 @pytest.mark.parametrize("is_silent", [True, False])
 def test_a_server_that_becomes_a_replica_is_told(
     monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer, is_silent: bool

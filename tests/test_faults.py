@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from queue import LifoQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 import redis.asyncio
 import redis.exceptions
+from redis.backoff import NoBackoff
 from redis.cache import CacheConfig
+from redis.retry import Retry
 
 import presence
 import presence.sync
@@ -620,14 +623,12 @@ class TestFailover:
                 check(manager, name)
                 manager.close()
 
+    @pytest.mark.parametrize("kind", ["own", "ConnectionPool", "BlockingConnectionPool", "without a mutex"])
     def test_when_a_write_has_found_the_new_primary_no_connection_reads_from_the_old_any_more(
-        self, replicated: tuple[LocalServer, LocalServer], namespace: str
+        self, replicated: tuple[LocalServer, LocalServer], kind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         primary, replica = replicated
-        with (
-            Proxy(primary.port) as address,
-            presence.sync.ConnectionManager.from_url(address.url, namespace=namespace) as manager,
-        ):
+        with Proxy(primary.port) as address, manager_with_a_pool(address.url, kind) as manager:
             manager.register_connection("old", "user")
             pool: Any = pooling.pool_of(manager._client())
             taken = [pool.get_connection() for _ in range(4)]
@@ -637,7 +638,21 @@ class TestFailover:
             with admin(primary) as old:
                 old.replicaof("127.0.0.1", str(free_port()))  # It hears nothing of the new one.
 
+            # Another thread takes one as soon as it can, while this one leaves the old primary.
+            taker = threading.Thread(target=lambda: taken.append(pool.get_connection()))
+            mark = pool.update_active_connections_for_reconnect
+
+            def mark_and_let_another_take() -> None:
+                mark()
+                if not taker.ident and kind != "without a mutex":
+                    taker.start()
+                    taker.join(0.2)
+
+            monkeypatch.setattr(pool, "update_active_connections_for_reconnect", mark_and_let_another_take)
             assert [gone.sid for gone in manager.register_connection("new", "user").displaced] == ["old"]
+            if taker.ident:
+                taker.join()
+                pool.release(taken.pop())
             pool.release(taken[0])  # As at the end of another thread's call.
             for connection in [pool.get_connection() for _ in range(4)]:
                 pool.release(connection)  # Each is the next to be taken.
@@ -700,6 +715,31 @@ class TestFailover:
         with counted(own_client) as counts, failing:
             hasty_manager.pipeline([hasty_manager.operations.leave_game("sid-1") for _ in range(size)])
         assert counts["evalsha that failed"] == size + 1
+
+
+class Queue:
+    """What a redis-py pool needs of its queue, and no more; gevent's is such a one."""
+
+    def __init__(self, size: int) -> None:
+        self._queue = LifoQueue[Any](size)
+        self.queue = self._queue.queue
+        self.put_nowait, self.get = self._queue.put_nowait, self._queue.get
+
+
+@contextmanager
+def manager_with_a_pool(url: str, kind: str) -> Iterator[presence.sync.ConnectionManager]:
+    """A manager's own pool, or that of a client which is passed in, which tries again as presence's own do."""
+    if kind == "own":
+        with presence.sync.ConnectionManager.from_url(url) as manager:
+            yield manager
+        return
+    options = {"queue_class": Queue} if kind == "without a mutex" else {}
+    pool_type = redis.ConnectionPool if kind == "ConnectionPool" else redis.BlockingConnectionPool
+    retry = Retry(NoBackoff(), 3)
+    pool: Any = pool_type.from_url(url, retry=retry, retry_on_error=[redis.exceptions.ReadOnlyError], **options)
+    with redis.Redis(connection_pool=pool) as client:
+        yield presence.sync.ConnectionManager(client)
+        pool.disconnect()
 
 
 def promote(replica: LocalServer, primary: LocalServer, address: Proxy) -> None:
