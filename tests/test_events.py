@@ -1185,6 +1185,7 @@ def test_a_server_that_falls_silent_is_told(
     monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer
 ) -> None:
     monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.2)
+    monkeypatch.setattr("presence.subscriptions.OVERDUE_SECONDS", 0.1)
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with subscribed(manager) as events:
         with redis.Redis.from_url(own_server.url) as client:
@@ -1229,6 +1230,7 @@ def test_a_server_that_becomes_a_replica_is_told(
 ) -> None:
     """Its own events come no more, though it answers; what it passes on of another's began with a gap."""
     monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.2)
+    monkeypatch.setattr("presence.subscriptions.OVERDUE_SECONDS", 0.1)
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with subscribed(manager) as events, admin(own_server) as server:
         server.replicaof("127.0.0.1", str(free_port()))
@@ -1254,7 +1256,7 @@ def test_a_server_that_becomes_a_replica_is_told(
 def test_a_server_that_refuses_to_say_whether_it_is_one_is_still_there(
     monkeypatch: pytest.MonkeyPatch, make_manager: ManagerFactory, own_server: LocalServer, refusal: str
 ) -> None:
-    monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.1)
+    monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.03)
     manager = make_manager(own_server.url, namespace="presence", events="pubsub")
     with (
         subscribed(manager) as events,
@@ -1263,23 +1265,27 @@ def test_a_server_that_refuses_to_say_whether_it_is_one_is_still_there(
     ):
         if refusal == "NOPERM":
             server.execute_command("ACL SETUSER", "default", "-del")
-        else:
-            server.config_set("busy-reply-threshold", 1)
-        holding = threading.Thread(target=server.eval, args=("for _ = 1, 3e7 do end", 0))
-        later = threading.Timer(2, writer.register_connection, ("a", "alice"))
-        if refusal == "BUSY":
-            holding.start()
-        later.start()
+        server.config_set("busy-reply-threshold", 1)
+
+        def refuse_and_register() -> None:
+            if refusal == "BUSY":
+                server.eval("for _ = 1, 1e8 do end", 0)
+            else:
+                time.sleep(0.3)
+            writer.register_connection("a", "alice")
+
+        refusing = threading.Thread(target=refuse_and_register)
+        refusing.start()
         assert told(events.next()) == ("registered", "a", None)
-        later.join()
-        if refusal == "BUSY":
-            holding.join()
+        refusing.join()
+        assert f"errorstat_{refusal}" in server.info("errorstats")
 
 
 def test_a_server_that_falls_silent_is_told_to_who_waits_for_a_moment_each_time(
     monkeypatch: pytest.MonkeyPatch, own_server: LocalServer
 ) -> None:
     monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.2)
+    monkeypatch.setattr("presence.subscriptions.OVERDUE_SECONDS", 0.1)
 
     async def poll(events: presence.AsyncSubscription, times: int) -> None:
         for _ in range(times):
