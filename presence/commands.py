@@ -1,4 +1,4 @@
-"""What goes to the server: a command, how it is packed, and how it is made the same call once more, or another; no I/O.
+"""What goes to the server: commands, how they are packed, and how one is made the same call again or another; no I/O.
 
 The command of a call is EVALSHA, the script's SHA1, the number of keys, the keys, and its arguments.
 """
@@ -61,7 +61,7 @@ def new_token() -> bytes:
 
 
 def renewed_keys(script: Script, keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give a call's keys with another token, if it has one: so it is another call, and acts as a new one."""
+    """Give a call's keys with another token, if it has one: this makes it another call, which acts as a new one."""
     if script.keys[-1] != "reply":
         return keys
     token = new_token()
@@ -78,7 +78,7 @@ def renewed(command: Command) -> Command:
 def sent_again(command: Command) -> Command:
     """Let a command that may have been sent before, or that others follow, keep its answer in any case.
 
-    That of one which found nothing to do, too: see lua/include/answer_nothing.lua.
+    Even if it finds nothing to do: see lua/include/answer_nothing.lua.
     """
     script = BY_SHA.get(command[1])
     if script is None or script.arguments[-1:] != ("keep",):

@@ -36,11 +36,11 @@ Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
     """Converse with the server to run operations together.
 
-    A script that the server does not have is loaded and the calls that missed it are repeated; nothing of them had run.
-    Scripts are gone after SCRIPT FLUSH, a restart or a failover. Some could be there and others not, or another client
-    could load one between two calls, and calls would run after those that follow them. So where the order matters, the
-    scripts are loaded in the same breath; and what follows a call that was refused even so is repeated as well, where
-    it has only read or found nothing to do.
+    A script that the server does not have is loaded, and the calls that missed it are repeated; none of them had run.
+    Scripts are gone after SCRIPT FLUSH, a restart or a failover. If some were there and others not, or another client
+    loaded one between two calls, calls would run after those that follow them. If the order matters, the scripts are
+    therefore loaded at the head of the same request; and what follows a call that was refused even so is repeated as
+    well, if it has only read or found nothing to do.
 
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
@@ -50,7 +50,7 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
         replies = yield [operation.command() for operation in operations]
         return (yield from _settle(operations, replies, in_order=False))
     loads = [load_command(script) for script in dict.fromkeys(operation.script for operation in operations)]
-    # What found nothing to do keeps that answer, too: where all replies are lost, and all run again, it may have some.
+    # What finds nothing to do keeps that answer, too: if all replies are lost and all run again, it might find some.
     replies = yield [*loads, *(sent_again(operation.command()) for operation in operations)]
     return (yield from _settle(operations, replies[len(loads) :], in_order=True))
 
@@ -65,11 +65,11 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         indexes = with_what_follows(refused, commands, replies) if in_order else refused
         for index in indexes:
             if index not in refused:
-                operations[index] = operations[index].renewed()  # And stays so, where it is refused in its turn.
+                operations[index] = operations[index].renewed()  # And stays so, if it is refused in its turn.
         return {index: operations[index] for index in indexes}
 
     def take_over(answered: list[Any], again: Iterable[int], repeated: list[Any], refused: list[int]) -> None:
-        """Put the answers to repeated calls in their places, but no fault in that of what a call has read."""
+        """Put the answers to repeated calls in their places; what a call has read is not replaced by a fault."""
         for index, answer in zip(again, repeated, strict=True):
             if index in refused or not (isinstance(answer, Exception) and operations[index].script.is_repeatable):
                 answered[index] = answer

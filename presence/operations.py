@@ -219,7 +219,7 @@ class Operation(Generic[Result_co]):
         return replace(self, keys=renewed_keys(self.script, self.keys))
 
     def having(self, **values: bytes) -> Operation[Result_co]:
-        """Give the same call with other values of some arguments, by the names that the script has for them."""
+        """Give the same call with other values for some arguments, by their names in the script's header."""
         named = dict(zip(self.script.arguments, self.arguments, strict=True)) | values
         return replace(self, arguments=tuple(named.values()))
 

@@ -62,8 +62,8 @@ def cluster_pauses() -> Iterator[float]:
 def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
-    These are all of a request, and after that the ones which met a fault that may pass, with what follows them: whoever
-    has sent them notes each reply, by its index, before the next attempt is asked for.
+    At first these are all of a request, then those which met a fault that may pass, with what follows them. The caller
+    notes each reply, by its index, before it asks for the next attempt.
     """
     pauses = cluster_pauses()
     yield 0, dict(enumerate(request))
@@ -77,7 +77,7 @@ def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tu
         answers |= {
             index: replies[index] for index in again if index not in failed and BY_SHA[request[index][1]].is_repeatable
         }
-        # What is renewed stays so, where it fails in its turn.
+        # What is renewed stays so, if it fails in its turn.
         latest |= {index: sent_again(latest[index]) if index in failed else renewed(latest[index]) for index in again}
         yield pause, {index: latest[index] for index in again}
     # What was read once has an answer, though its repetition met a fault. (What has missed its script is still to run.)
@@ -92,9 +92,9 @@ def with_what_follows(
 ) -> list[int]:
     """Give the indexes of the calls that were refused and are to be repeated, and of those behind the first as well.
 
-    Of these only those that have just read, or answered that they found nothing to do: they may depend on what was
-    refused, and nothing is lost, for their answers have reported no change. But not where a call behind them has acted
-    on the same connection: an unregister that found nobody would end what was registered after it.
+    Of those behind, only the ones that have just read, or have answered that they found nothing to do: they may depend
+    on what was refused, and nothing is lost, as their answers have reported no change. But not if a call behind them
+    has acted on the same connection: an unregister that found nobody would end what was registered after it.
     """
     repeated, acted_on = set(refused), set[Any]()
     for index in range(len(commands) - 1, refused[0], -1):

@@ -97,8 +97,8 @@ class Script:
     source: str = field(repr=False)
     sha: str = field(repr=False)
     tells_of_change: Callable[[Any], bool] | None = field(repr=False, compare=False)
-    """Tells by its reply whether a call has changed something that may not be done, or be undone, once more. None where
-    none ever does: the script only reads, or what it does may be done any number of times."""
+    """Tells by its reply whether a call has changed something that must not be done, or undone, a second time. None if
+    no call ever does: the script only reads, or what it does may be done any number of times."""
     reaches_others: bool
     """Whether it acts on connections, or is refused because of some, that its keys do not name."""
     call: tuple[str | bytes, ...] = field(init=False, repr=False, compare=False)
@@ -113,7 +113,7 @@ class Script:
         return self.tells_of_change is None
 
     def has_acted(self, reply: Any) -> bool:
-        """Tell whether the call that was answered so may not be made once more, nor what came before it."""
+        """Tell by the reply to a call whether neither it nor what came before it may be repeated."""
         return self.tells_of_change is not None and self.tells_of_change(reply)
 
 
