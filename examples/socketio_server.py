@@ -5,6 +5,8 @@
 A client connects with ``auth={"user_id": ...}``, calls ``join_game``, ``leave_game`` and, every 30 seconds,
 ``heartbeat``. It is told ``opponent_joined`` and ``opponent_left``, ``opponent_away`` (the network failed, the seat is
 kept) and ``opponent_back``, and ``resumed`` when it is back itself. A call that fails is answered ``{"error": ...}``.
+A client that the server disconnects connects again, unless it was told ``logged_out`` before: another device of its
+user has displaced it, or it was removed.
 """
 
 from __future__ import annotations
@@ -115,8 +117,15 @@ class GameServer:
         """Keep the connection alive; close the socket of one that was displaced or removed."""
         alive = await self.manager.update_heartbeat(sid)
         if not alive:
-            await self.sio.disconnect(sid)
+            # If it was only detached, the others took this server for dead: the client is to come back.
+            await self.end(sid, is_final=await self.manager.get_connection(sid) is None)
         return {"alive": alive}
+
+    async def end(self, sid: str, *, is_final: bool) -> None:
+        """Close a socket; unless that is final, the client connects again."""
+        if is_final:
+            await self.sio.emit("logged_out", to=sid)
+        await self.sio.disconnect(sid)
 
     async def follow_events(self, events: AsyncSubscription) -> None:
         """Act on what happens on any server; after a fault, go on where this server was in the stream."""
@@ -160,7 +169,7 @@ class GameServer:
             await self.sio.leave_room(sid, room_of(game_id))
         elif event.type in (EventType.DISPLACED, EventType.UNREGISTERED, EventType.EXPIRED):
             # In vain for a socket whose own connect() is still under way; that one learns it from its first heartbeat.
-            await self.sio.disconnect(sid)
+            await self.end(sid, is_final=event.type is not EventType.EXPIRED)
 
     def is_here(self, sid: str) -> bool:
         """Tell whether this server has the socket."""

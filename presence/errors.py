@@ -228,7 +228,7 @@ _BY_WORDS: dict[str, _Explanation] = {
         ServerUnreachableError,
         "no sentinel that answers knows a primary of the service that is up; wait for a failover, or check that the "
         "sentinels run and correct their hosts and ports and the service in the URL "
-        "(redis+sentinel://host:26379/service)",
+        "(redis+sentinel://host:26379/service; rediss+sentinel:// and ssl_ca_certs if they use TLS)",
     ),
     "Protocol error, got": _NO_REDIS,  # from hiredis
     "Protocol Error: ": _NO_REDIS,  # from redis-py's own parsers

@@ -708,6 +708,10 @@ class TestAUrl:
                 manager_type.from_url(of_one, ssl=True)
         with pytest.raises(ValueError, match=r"^url is malformed: ssl is no option in it; write rediss"):
             manager_type.from_url(f"{url}?ssl=true")
+        with pytest.raises(ValueError, match=r"^url is malformed: ssl_ca_certs is an option of TLS, .*rediss"):
+            manager_type.from_url(f"{url}?ssl_ca_certs=/certificates")
+        with pytest.raises(TypeError, match=r"no option 'ssl_cert_reqs' without TLS, .*rediss"):
+            manager_type.from_url(url, ssl_cert_reqs="none")
         with pytest.raises(ValueError, match=r"^url is malformed: protocol must be 2 or 3$"):
             manager_type.from_url(f"{url}?protocol=4")
         with pytest.raises(ValueError, match=r"^protocol must be 2 or 3, not 'three'$"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import socketio
 import uvicorn
-from aiohttp import ClientSession, WSMsgType, web
+from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType, web
 from aiohttp.test_utils import TestServer
 
 import presence
@@ -105,20 +105,24 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
             await until(lambda: len(sockets) == 1)
             second = await session.ws_connect(server.make_url("/alice"))
             # What the second displaced is closed.
-            assert (await first.receive(timeout=10)).type is WSMsgType.CLOSE
+            assert await close_code(first) == 4001
             await until(lambda: len(sockets) == 1)
             assert (await manager.get_user_connection("alice")).sid in sockets
 
             # So is what another server's register displaced, at the next heartbeat.
             await manager.register_connection("elsewhere", "alice")
             beating = asyncio.create_task(example["beat"]())
-            assert (await second.receive(timeout=10)).type is WSMsgType.CLOSE
+            assert await close_code(second) == 4001
             await until(lambda: not sockets)
             assert (await manager.get_user_connection("alice")).sid == "elsewhere"
+            beating.cancel()
 
+            # Who was only detached, as if this server were dead, is asked to come back.
             third = await session.ws_connect(server.make_url("/bob"))
             await until(lambda: len(sockets) == 1)
-            await third.close()
+            await manager.unregister_connection(next(iter(sockets)), grace_seconds=60)
+            beating = asyncio.create_task(example["beat"]())
+            assert await close_code(third) == 1013
             await until(lambda: not sockets)
             for task in (beating, background):
                 task.cancel()
@@ -128,6 +132,13 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
         await manager.aclose()
 
     asyncio.run(run())
+
+
+async def close_code(websocket: ClientWebSocketResponse) -> int:
+    """Wait until a WebSocket is closed, and tell with which code."""
+    message = await websocket.receive(timeout=10)
+    assert message.type is WSMsgType.CLOSE
+    return int(message.data)
 
 
 def test_the_example_of_plain_websockets_does_not_keep_who_cannot_be_registered_waiting(namespace: str) -> None:
@@ -156,8 +167,10 @@ class BlockingSocket:
 
     def __init__(self) -> None:
         self.is_closed = threading.Event()
+        self.code = 0
 
-    def close(self) -> None:
+    def close(self, code: int) -> None:
+        self.code = code
         self.is_closed.set()
         raise OSError("it is dead already")
 
@@ -195,6 +208,7 @@ def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told
             os.kill(os.getpid(), signal.SIGTERM)
             for thread in threads:
                 thread.join(10)
+            assert [socket.code for socket in (first, second, bob)] == [4001, 4001, 1013]
         except BaseException as error:
             failures.append(error)
             example["stopping"].set()
@@ -273,6 +287,23 @@ async def player(url: str, user_id: str) -> AsyncIterator[tuple[socketio.AsyncCl
         yield client, told
     finally:
         await client.disconnect()
+
+
+def test_the_example_of_socketio_tells_who_must_not_connect_again(server_url: str, namespace: str) -> None:
+    async def run() -> None:
+        server = socketio_server.GameServer(game_manager(server_url, namespace=namespace, displacement="newest_wins"))
+        elsewhere = server.manager
+        async with served(server) as url, player(url, "alice") as (_, first), player(url, "alice") as (alice, second):
+            await until(lambda: first == ["logged_out", "disconnect"])
+            # Detached while its socket is open, as if this server were dead: it is to come back.
+            await elsewhere.unregister_connection(alice.get_sid(), grace_seconds=60)
+            await alice.emit("heartbeat")
+            await until(lambda: second == ["disconnect"])
+            async with player(url, "alice") as (alice, third):
+                await elsewhere.unregister_connection(alice.get_sid())
+                await until(lambda: third == ["logged_out", "disconnect"])
+
+    asyncio.run(run())
 
 
 def test_the_example_of_socketio_forgets_who_leaves_in_an_outage(own_server: LocalServer) -> None:
