@@ -6,10 +6,12 @@ import asyncio
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import asynccontextmanager
+import types
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +162,80 @@ def test_the_example_of_plain_websockets_does_not_keep_who_cannot_be_registered_
         await example["presence"].aclose()
 
     asyncio.run(run())
+
+
+def test_the_example_of_messages_reaches_the_opponent_on_another_process(
+    server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Socket:
+        def __init__(self) -> None:
+            self.received: list[str] = []
+
+        async def send(self, text: str) -> None:
+            self.received.append(text)
+
+    def process(server_id: str) -> tuple[Any, dict[str, Any]]:
+        online, messages = types.ModuleType("online"), dict[str, Any]()
+        code = in_namespace(snippet("docs/operating.md", "Plain WebSockets"), server_url, namespace)
+        exec(code.replace("{os.getpid()}", f"{server_id}-{namespace}"), vars(online))
+        monkeypatch.setitem(sys.modules, "online", online)
+        code = snippet("docs/operating.md", "Messages to other players")
+        exec(code.replace('"redis://localhost:6379/0"', repr(server_url)), messages)
+        return online, messages
+
+    async def run() -> None:
+        processes = [process("one"), process("two")]
+        socket = Socket()
+        for (online, _), user_id in zip(processes, ("alice", "bob"), strict=True):
+            await online.presence.register_connection(user_id, user_id)
+            await online.presence.join_game(user_id, "game")
+            online.sockets[user_id] = socket
+        delivering = [asyncio.create_task(messages["deliver"]()) for _, messages in processes]
+        channels = processes[0][1]["channels"]
+        names = [f"to:{online.SERVER_ID}" for online, _ in processes]
+        async with asyncio.timeout(10):
+            while {count for _, count in await channels.pubsub_numsub(*names)} != {1}:  # noqa: ASYNC110, it has no event
+                await asyncio.sleep(0.01)
+        await processes[0][1]["send"]("game", "your turn", "alice")
+        await until(lambda: socket.received)
+        assert socket.received == ["your turn"]
+        for task in delivering:
+            task.cancel()
+        await asyncio.gather(*delivering, return_exceptions=True)
+        for (online, messages), user_id in zip(processes, ("alice", "bob"), strict=True):
+            await online.presence.unregister_connection(user_id)
+            await online.presence.aclose()
+            await messages["channels"].aclose()
+
+    asyncio.run(run())
+
+
+def test_the_example_that_follows_the_events_counts_each_join_once_though_it_is_killed(
+    server_url: str, namespace: str, tmp_path: Path
+) -> None:
+    code = in_namespace(snippet("docs/operating.md", "Following the events"), server_url, namespace)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
+
+    def ask(query: str) -> list[Any]:
+        with closing(sqlite3.connect(tmp_path / "joins.db")) as database:
+            try:
+                return database.execute(query).fetchall()
+            except sqlite3.OperationalError:  # It has no tables yet.
+                return []
+
+    with ConnectionManager.from_url(server_url, namespace=namespace, events="stream") as manager:
+        for joins in range(3):
+            with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) as follower:
+                try:
+                    # Once it has kept a position, it misses nothing.
+                    wait_until(lambda: ask("SELECT * FROM reached"))
+                    wait_until(lambda joins=joins: sum(number for _, number in ask("SELECT * FROM joins")) == joins)  # type: ignore[misc]
+                finally:
+                    follower.kill()
+            manager.register_connection("sid", "alice")
+            manager.leave_game("sid")
+            manager.join_game("sid", "game")
+        manager.unregister_connection("sid")
 
 
 class BlockingSocket:
