@@ -176,7 +176,11 @@ class RepeatedServerHeartbeat:
         """Give the seconds to pause after an answer; None, and log it, when a later start has replaced this one."""
         if is_known:
             return self._interval
-        logger.error("a later start of the game server %r has replaced this one: its heartbeat ends", self._server_id)
+        logger.error(
+            "a later start of the game server %r has replaced this one: its heartbeat ends. If this process should go "
+            "on, another one has the same server_id, perhaps from before a fork; give each its own",
+            self._server_id,
+        )
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from presence.arguments import milliseconds
@@ -170,8 +170,8 @@ class JoinResult:
         return self.joined
 
 
-class HeartbeatStatus(Enum):
-    """What became of one heartbeat of many; true when the connection was seen."""
+class HeartbeatStatus(StrEnum):
+    """What became of one heartbeat of many; true when the connection was seen. Each equals its text."""
 
     SEEN = "seen"
     """It is live, and was seen now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +76,7 @@ class TestHeartbeats:
 
     def test_only_seen_is_true(self) -> None:
         assert [status for status in HeartbeatStatus if status] == [HeartbeatStatus.SEEN]
+        assert json.dumps(HeartbeatStatus.DETACHED) == '"detached"'
 
     def test_those_that_are_seen_are_seen_now(self, manager: ConnectionManager, wait: Callable[[float], None]) -> None:
         manager.register_connection("sid-1", "user-1")
