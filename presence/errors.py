@@ -148,7 +148,7 @@ _POOL_IN_USE: _Explanation = (
 _UNFIT_SERVER: _Explanation = (
     UnexpectedReplyError,
     "the server cannot run presence's scripts; they need Redis 7.0.1 or newer, or Valkey 8 or newer, with every "
-    "command under its name",
+    "command under its name (to a sentinel, a URL begins with redis+sentinel://)",
 )
 _FOREIGN_DATA: _Explanation = (
     UnexpectedReplyError,
