@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("presence")
 
 RESENDING_SECONDS = 5
-"""The longest pause of a ``run_cleanup`` after a fault of a batch whose answer may still be kept."""
+"""The longest pause of a ``run_cleanup`` after a fault of a batch whose answer may still be kept, and of a
+``run_server_heartbeat`` after a fault: it may be silent for three heartbeats, of which the call has used up some."""
 
 LEAST_SECONDS = 0.1
 """The least time between two looks of a ``run_cleanup`` at the server, to leave room for their round trips."""
@@ -169,8 +170,10 @@ class RepeatedServerHeartbeat:
 
     def fail(self, error: Exception) -> float:
         """Log a fault; give the seconds to pause after it."""
-        _log_failure("the server's heartbeat failed", self._interval, error)
-        return self._interval
+        # The call may have taken 40 of the 90 seconds that the server may be silent.
+        pause = min(self._interval, RESENDING_SECONDS)
+        _log_failure("the server's heartbeat failed", pause, error)
+        return pause
 
     def succeed(self, is_known: bool) -> float | None:
         """Give the seconds to pause after an answer; None, and log it, when a later start has replaced this one."""

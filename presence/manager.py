@@ -776,7 +776,8 @@ class ConnectionManager:
         threshold below two heartbeats that is less reliable, and with one of a heartbeat or less it does not wait.) A
         cancellation waits until ``on_removed``, which may also be a plain function, has dealt with the current batch:
         only the end of the event loop itself can lose that. A batch that met a fault is lost if the task ends before
-        the batch is answered; that is logged.
+        the batch is answered; that is logged. ``on_removed`` may close the manager, but must not wait for a task begun
+        elsewhere that does: neither would end.
 
         Args:
             interval_seconds: seconds between the end of one cleanup and the start of the next, 0.001 to ten years.

@@ -17,6 +17,7 @@ import pytest
 import redis
 
 import presence
+import presence.background
 import presence.sync
 from presence.operations import CLEANUP_BATCH_SIZE
 from tests.clock import let_time_pass
@@ -273,6 +274,18 @@ def test_a_fault_is_followed_by_the_pause(kind: str, name: str, caplog: pytest.L
         wait_until(lambda: caplog.records)
         time.sleep(A_MOMENT)
     assert [bool(record.exc_info) for record in caplog.records] == [False]
+
+
+@both_managers
+def test_a_heartbeat_of_the_server_that_met_a_fault_is_sent_again_long_before_the_next_is_due(
+    kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence.background, "RESENDING_SECONDS", 0.05)
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    beating = Background(kind, url, server_id="server", heartbeat_seconds=HOUR, **one_attempt(kind))
+    with repeating(beating, "run_server_heartbeat", HOUR):
+        wait_until(lambda: len(caplog.records) > 2)
+    assert "next attempt in 0.05 s" in caplog.records[0].getMessage()
 
 
 class BrokenOnce(redis.CredentialProvider):
