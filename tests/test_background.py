@@ -118,6 +118,17 @@ def register_two(manager: presence.sync.ConnectionManager) -> None:
         manager.register_connection(sid, f"user of {sid}")
 
 
+def until_it_cleans_up(manager: presence.sync.ConnectionManager, client: redis.Redis, reported: list[str]) -> None:
+    """Wait until it has taken a connection: then it waits for no heartbeats any more, and sends batch after batch.
+
+    Of a manager whose heartbeats are half a second apart, as in the tests that use it.
+    """
+    manager.register_connection("before", "before")
+    let_time_pass(client, "presence", 1.6)
+    wait_until(lambda: reported == ["before"])
+    reported.clear()
+
+
 def who_beats_stays(manager: presence.sync.ConnectionManager, reported: list[str]) -> None:
     """Let one of the two beat, and see that a cleanup takes the other alone."""
 
@@ -145,10 +156,12 @@ class TestRunCleanup:
         with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
             register_many(manager, 2 * CLEANUP_BATCH_SIZE + 1)
             let_time_pass(own_client, "presence", 91)
-        with repeating(Background(kind, own_server.url), "run_cleanup", HOUR, report):
-            wait_until(lambda: len(batches) == 3)
-            let_time_pass(own_client, "presence", 91)
-            time.sleep(1)
+            with repeating(Background(kind, own_server.url), "run_cleanup", HOUR, report):
+                wait_until(lambda: len(batches) == 3)
+                manager.register_connection("later", "later")
+                let_time_pass(own_client, "presence", 91)
+                looks = scripts_run(own_client)
+                wait_until(lambda: scripts_run(own_client) >= looks + 5)
         first = batches[0][1]  # No look at the server comes between them.
         assert batches == [(CLEANUP_BATCH_SIZE, first), (CLEANUP_BATCH_SIZE, first + 1), (1, first + 2)]
 
@@ -157,7 +170,7 @@ class TestRunCleanup:
     ) -> None:
         reported: list[CleanupResult] = []
         with repeating(Background(kind, own_server.url), "run_cleanup", 0.01, reported.append):
-            wait_until(lambda: scripts_run(own_client) >= 3)
+            wait_until(lambda: scripts_run(own_client) >= 6)  # The first four only look.
         assert reported == []
 
     def test_has_reported_when_a_close_has_ended(
@@ -182,7 +195,7 @@ class TestRunCleanup:
                 may_go_on.set()
 
     def test_after_an_outage_lets_the_heartbeats_come_first(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         reported: list[str] = []
         with (
@@ -191,10 +204,11 @@ class TestRunCleanup:
         ):
             background = Background(kind, proxy.url, heartbeat_seconds=0.5, **one_attempt(kind))
             with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
-                wait_until(lambda: scripts_run(own_client) >= 10)
+                until_it_cleans_up(manager, own_client, reported)
                 register_two(manager)
                 proxy.fates = [Fate.LOSE_REQUEST] * 1000
-                time.sleep(1.6)
+                wait_until(lambda: "cleanup failed" in caplog.text)
+                let_time_pass(own_client, "presence", 1.6)
                 own_client.config_resetstat()
                 proxy.fates.clear()
                 wait_until(lambda: scripts_run(own_client) >= 1)  # It has seen that the server answers again.
@@ -208,10 +222,11 @@ class TestRunCleanup:
         with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.5) as manager:
             background = Background(kind, own_server.url, heartbeat_seconds=0.5)
             with repeating(background, "run_cleanup", interval, lambda result: reported.extend(sids_of(result))):
-                wait_until(lambda: scripts_run(own_client) >= 10)  # It has cleaned up.
+                until_it_cleans_up(manager, own_client, reported)
                 register_two(manager)
+                let_time_pass(own_client, "presence", 0.4)
                 with standing_still(own_server):
-                    time.sleep(1.6)
+                    time.sleep(1.2)  # Longer than answers may be apart, and with that they are stale.
                 who_beats_stays(manager, reported)
 
     def test_lets_the_heartbeats_come_before_its_first_batch(
@@ -219,11 +234,11 @@ class TestRunCleanup:
     ) -> None:
         """Nobody knows whether there was an outage before its process began."""
         reported: list[str] = []
-        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=1) as manager:
+        with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.5) as manager:
             register_two(manager)
-            let_time_pass(own_client, "presence", 3.1)
+            let_time_pass(own_client, "presence", 1.6)
             own_client.config_resetstat()
-            background = Background(kind, own_server.url, heartbeat_seconds=1)
+            background = Background(kind, own_server.url, heartbeat_seconds=0.5)
             with repeating(background, "run_cleanup", HOUR, lambda result: reported.extend(sids_of(result))):
                 wait_until(lambda: scripts_run(own_client) >= 1)
                 who_beats_stays(manager, reported)
