@@ -1099,7 +1099,8 @@ def test_more_subscribers_to_the_stream_than_connections_hold_up_no_call(
 
     async def run() -> None:
         url = f"{server_url}?client_name=of-{namespace}"
-        options: dict[str, Any] = {"max_connections": 2, "timeout": 5}
+        # A wait takes a second, so a call for which all waits left no connection would fail.
+        options: dict[str, Any] = {"max_connections": 2, "timeout": 0.5}
         async with presence.ConnectionManager.from_url(url, namespace=namespace, events="stream", **options) as manager:
             entered = asyncio.Semaphore(0)
 
@@ -1111,6 +1112,9 @@ def test_more_subscribers_to_the_stream_than_connections_hold_up_no_call(
             watching = [asyncio.create_task(watch(game_id)) for game_id in games]
             for _ in games:
                 await entered.acquire()
+            for _ in range(10):
+                await asyncio.sleep(0.02)  # Now all wait, and this call wakes none of them.
+                assert await manager.get_connection_count() == 0
             for sid in ("first", "second"):
                 await manager.register_connection(sid, sid)
                 for game_id in games:
