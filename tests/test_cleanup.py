@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -275,47 +274,6 @@ def test_run_cleanup_reports_what_it_removes_until_the_manager_is_closed(
 
     asyncio.run(run())
     assert [[gone.sid for gone in result] for result in reported] == [["sid-1"], ["sid-2"]]
-
-
-def test_run_cleanup_takes_a_plain_function_too(
-    server_url: str, namespace: str, wait: Callable[[float], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    async def run() -> None:
-        async with presence.ConnectionManager.from_url(
-            server_url, namespace=namespace, heartbeat_seconds=0.1
-        ) as manager:
-            reported: asyncio.Queue[CleanupResult] = asyncio.Queue()
-            await manager.register_connection("sid", "user")
-            wait(91)
-            task = asyncio.create_task(manager.run_cleanup(0.01, on_removed=reported.put_nowait))
-            assert [gone.sid for gone in await asyncio.wait_for(reported.get(), 10)] == ["sid"]
-        await asyncio.wait_for(task, 10)
-
-    asyncio.run(run())
-    assert caplog.records == []
-
-
-def test_run_cleanup_of_the_blocking_manager_ends_with_it(
-    server_url: str, namespace: str, wait: Callable[[float], None]
-) -> None:
-    reported: list[CleanupResult] = []
-    cleaned = threading.Event()
-
-    def on_removed(result: CleanupResult) -> None:
-        reported.append(result)
-        cleaned.set()
-
-    with presence.sync.ConnectionManager.from_url(server_url, namespace=namespace, heartbeat_seconds=0.1) as manager:
-        thread = threading.Thread(
-            target=manager.run_cleanup, args=(0.01,), kwargs={"on_removed": on_removed}, daemon=True
-        )
-        thread.start()
-        manager.register_connection("sid", "user")
-        wait(91)
-        assert cleaned.wait(10)
-    thread.join(10)
-    assert not thread.is_alive()
-    assert [[gone.sid for gone in result] for result in reported] == [["sid"]]
 
 
 @pytest.mark.parametrize("interval", [0, -1, float("nan")])

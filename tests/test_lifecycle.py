@@ -34,21 +34,6 @@ if TYPE_CHECKING:
 
 
 class TestPipelines:
-    def test_the_operations_run_in_their_order_whichever_scripts_the_server_has(
-        self, manager: ConnectionManager, client: redis.Redis
-    ) -> None:
-        operations = manager.operations
-        client.script_flush()
-        manager.join_game("unknown", "game")  # The server has this script again, and no other.
-
-        results: list[Any] = manager.pipeline(
-            [operations.register_connection("sid", "user"), operations.join_game("sid", "game")]
-        )
-
-        registration, join = results
-        assert registration.connection.sid == "sid"
-        assert join
-
     def test_an_iterator_will_do(self, manager: ConnectionManager) -> None:
         heartbeats: Any = (manager.operations.update_heartbeat(sid) for sid in ("one", "two"))
         assert manager.pipeline(heartbeats) == [False, False]
@@ -337,19 +322,6 @@ class TestTheEndOfRunCleanup:
             await manager.aclose()
 
         asyncio.run(bounded())
-
-    def test_when_its_own_callback_closes_the_manager(
-        self, server_url: str, namespace: str, wait: Callable[[float], None]
-    ) -> None:
-        async def work(manager: presence.ConnectionManager) -> None:
-            async def close(_: CleanupResult) -> None:
-                await manager.aclose()
-
-            await manager.register_connection("sid", "user")
-            wait(91)
-            await manager.run_cleanup(0.01, on_removed=close)
-
-        self.run(work, server_url, namespace)
 
     def test_when_the_callbacks_of_two_threads_close_it(
         self, server_url: str, namespace: str, wait: Callable[[float], None]
