@@ -14,7 +14,6 @@ import presence
 from presence import HeartbeatStatus, Operations
 from presence.exchanges import perform_batches
 from presence.operations import HEARTBEAT_BATCH_SIZE
-from tests.fault_calls import one_attempt
 from tests.server import free_port
 from tests.watching import evalsha_calls
 
@@ -145,10 +144,9 @@ class TestHeartbeats:
         assert manager.get_game_user_sids("game") == {"user": "sid"}
 
     def test_a_fault_that_all_scripts_meet_is_raised_as_by_any_call(
-        self, make_manager: ManagerFactory, request: pytest.FixtureRequest
+        self, make_manager: ManagerFactory, hasty: dict[str, Any]
     ) -> None:
-        kind = request.node.callspec.params["make_manager"]
-        manager = make_manager(f"redis://127.0.0.1:{free_port()}", **one_attempt(kind))
+        manager = make_manager(f"redis://127.0.0.1:{free_port()}", **hasty)
         with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
             manager.update_heartbeats([f"sid-{number}" for number in range(HEARTBEAT_BATCH_SIZE + 1)])
 

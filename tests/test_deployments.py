@@ -168,31 +168,28 @@ class TestTLSThatFails:
     """The error names what TLS is about."""
 
     def test_since_the_certificate_is_not_trusted(
-        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, hasty: dict[str, Any]
     ) -> None:
-        options = one_attempt(request.node.callspec.params["make_manager"])
         with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
-            manager = make_manager(proxy.url, **options)
+            manager = make_manager(proxy.url, **hasty)
             with pytest.raises(presence.ServerUnreachableError, match=r"certificate is not trusted.*ssl_ca_certs"):
                 manager.get_connection_count()
 
     def test_since_a_file_is_not_there(
-        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, hasty: dict[str, Any]
     ) -> None:
-        options = one_attempt(request.node.callspec.params["make_manager"])
         with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
-            manager = make_manager(f"{proxy.url}?ssl_ca_certs=/nowhere.pem", **options)
+            manager = make_manager(f"{proxy.url}?ssl_ca_certs=/nowhere.pem", **hasty)
             with pytest.raises(presence.ServerUnreachableError, match="a file that the URL names is not there"):
                 manager.get_connection_count()
 
     def test_since_only_one_side_speaks_it(
-        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, request: pytest.FixtureRequest
+        self, make_manager: ManagerFactory, own_server: LocalServer, tmp_path: Path, hasty: dict[str, Any]
     ) -> None:
-        options = one_attempt(request.node.callspec.params["make_manager"])
-        options |= {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}
+        timeouts = {"socket_timeout": 0.5, "socket_connect_timeout": 0.5}
         with Proxy(own_server.port, tls=server_context(tmp_path)) as proxy:
             for url in (proxy.url.replace("rediss", "redis"), f"rediss://127.0.0.1:{own_server.port}"):
-                manager = make_manager(url, **options)
+                manager = make_manager(url, **timeouts, **hasty)
                 with pytest.raises(presence.ServerUnreachableError, match="rediss:// for a server with TLS"):
                     manager.get_connection_count()
 
@@ -288,7 +285,17 @@ class Sentinels:
             written = primary.info("replication")["master_repl_offset"]
             wait_until(lambda: replica.info("replication")["slave_repl_offset"] >= written)
 
-    def fail_over(self) -> None:
+    def fail_over(self, how: str) -> None:
+        """Let the replica, once it has everything, be the primary: on demand, or after a crash of the other."""
+        self.replicate()
+        if how == "crash":
+            self.primary.kill()
+            self.wait_for_the_new_primary()
+        else:
+            self._fail_over_on_demand()
+            self._demote_the_old_primary()
+
+    def _fail_over_on_demand(self) -> None:
         """Ask the sentinel for a failover until it has happened: it gives one up that takes three seconds."""
         with admin(self.sentinel) as sentinel:
 
@@ -314,7 +321,7 @@ class Sentinels:
         primary: list[str] = sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "game")
         return primary == ["127.0.0.1", str(self.replica.port)]
 
-    def demote_the_old_primary(self) -> None:
+    def _demote_the_old_primary(self) -> None:
         """Do at once what the sentinel does within ten seconds."""
         with admin(self.primary) as primary:
             primary.replicaof("127.0.0.1", str(self.replica.port))
@@ -326,6 +333,16 @@ class Sentinels:
 def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
     with Sentinels(tmp_path_factory.mktemp("sentinel")).running() as sentinels:
         yield sentinels
+
+
+@pytest.fixture
+def sentinels(tmp_path: Path) -> Iterator[Sentinels]:
+    """Those of a test that lets them fail over."""
+    with Sentinels(tmp_path).running() as sentinels:
+        yield sentinels
+
+
+every_failover = pytest.mark.parametrize("how", ["demand", "crash"])
 
 
 class TestSentinel:
@@ -451,11 +468,6 @@ class TestAFailoverBySentinel:
     """No caller notices it (guarantee 8)."""
 
     @pytest.fixture
-    def sentinels(self, tmp_path: Path) -> Iterator[Sentinels]:
-        with Sentinels(tmp_path).running() as sentinels:
-            yield sentinels
-
-    @pytest.fixture
     def managers(
         self, make_manager: ManagerFactory, sentinels: Sentinels, namespace: str
     ) -> dict[str, ConnectionManager]:
@@ -463,24 +475,13 @@ class TestAFailoverBySentinel:
         managers = {name: make_manager(sentinels.url, namespace=f"{namespace} {name}") for name in (*CALLS, "pipeline")}
         for manager in managers.values():
             set_the_scene(manager)
-        sentinels.replicate()
         return managers
 
-    def test_on_demand_leads_the_next_call_to_the_new_primary(
-        self, sentinels: Sentinels, managers: dict[str, ConnectionManager]
+    @every_failover
+    def test_leads_the_next_call_to_the_new_primary(
+        self, sentinels: Sentinels, managers: dict[str, ConnectionManager], how: str
     ) -> None:
-        sentinels.fail_over()
-        sentinels.demote_the_old_primary()
-        self.check_all(managers)
-
-    def test_after_a_crash_leads_the_next_call_to_the_new_primary(
-        self, sentinels: Sentinels, managers: dict[str, ConnectionManager]
-    ) -> None:
-        sentinels.primary.kill()
-        sentinels.wait_for_the_new_primary()
-        self.check_all(managers)
-
-    def check_all(self, managers: dict[str, ConnectionManager]) -> None:
+        sentinels.fail_over(how)
         piped = managers.pop("pipeline")
         beats = [piped.operations.update_heartbeat(sid) for sid in ("sid-1", "sid-2", "unknown")]
         assert piped.pipeline(beats) == [True, True, False]
@@ -493,21 +494,7 @@ class TestAFailoverBySentinel:
 class TestEventsAcrossAFailoverBySentinel:
     """The stream goes on: nothing missed of what was replicated, nothing twice. Through pub/sub, the loss is told."""
 
-    @pytest.fixture
-    def sentinels(self, tmp_path: Path) -> Iterator[Sentinels]:
-        with Sentinels(tmp_path).running() as sentinels:
-            yield sentinels
-
-    def fail_over(self, sentinels: Sentinels, how: str) -> None:
-        sentinels.replicate()
-        if how == "crash":
-            sentinels.primary.kill()
-            sentinels.wait_for_the_new_primary()
-        else:
-            sentinels.fail_over()
-            sentinels.demote_the_old_primary()
-
-    @pytest.mark.parametrize("how", ["demand", "crash"])
+    @every_failover
     def test_the_stream_misses_nothing_and_repeats_nothing(
         self, make_manager: ManagerFactory, sentinels: Sentinels, how: str
     ) -> None:
@@ -516,7 +503,7 @@ class TestEventsAcrossAFailoverBySentinel:
             for number in range(4):
                 manager.register_connection(f"sid {number}", f"user {number}")
             seen = events.take(3)  # In the middle of a change: the rest of it comes after the failover.
-            self.fail_over(sentinels, how)
+            sentinels.fail_over(how)
             for number in range(4, 8):
                 manager.register_connection(f"sid {number}", f"user {number}")
             seen += events.take(13)
@@ -549,14 +536,14 @@ class TestEventsAcrossAFailoverBySentinel:
             with pytest.raises(presence.EventsLostError, match="another one now"):
                 events.next()
 
-    @pytest.mark.parametrize("how", ["demand", "crash"])
+    @every_failover
     def test_pubsub_gives_what_came_before_and_tells_the_loss(
         self, make_manager: ManagerFactory, sentinels: Sentinels, how: str
     ) -> None:
         manager = make_manager(sentinels.url, events="pubsub")
         with subscribed(manager) as events:
             manager.register_connection("sid 0", "user 0")
-            self.fail_over(sentinels, how)
+            sentinels.fail_over(how)
             manager.register_connection("sid 1", "user 1")
             assert [event.connection.sid for event in events.take(2)] == ["sid 0"] * 2
             for _ in range(2):
