@@ -38,8 +38,8 @@ _QUOTING = {
 
 _QUOTING_HINT = "special characters in a password must be percent-encoded"
 
-MAX_CONNECTIONS = 1 << 31
-"""The maximum of redis-py's own pools."""
+LARGEST_POOL = 1 << 31
+"""The most connections that redis-py's own pools may be given."""
 
 PROTOCOLS = (None, 2, 3, "2", "3")
 """The versions of RESP, as redis-py takes them."""
@@ -86,7 +86,7 @@ def parse(url: str) -> Address:
         raise ValueError(f"url must start with one of {', '.join(f'{known}://' for known in SCHEMES)}")
     try:
         if "+" in scheme:
-            return _parse_fleet(url, *scheme.split("+"))
+            return _parse_several_hosts(url, *scheme.split("+"))
         _check_host(redis.connection.parse_url(url).get("host", ""))
         parts = urlsplit(url)
         if scheme != "unix":
@@ -111,7 +111,7 @@ def parse_default(module: Any, manager: type) -> Address:
     return address
 
 
-def _parse_fleet(url: str, base: str, deployment: str) -> Address:
+def _parse_several_hosts(url: str, base: str, deployment: str) -> Address:
     # In Python versions that check the brackets, urlsplit refuses several hosts if one of them is an IPv6 address.
     location = url.partition("://")[2]
     netloc = re.split("[/?#]", location, maxsplit=1)[0]
@@ -224,7 +224,7 @@ def _check_values(options: dict[str, Any]) -> None:
         if options.get(name) is not None:
             arguments.milliseconds(name, options[name])
     if "max_connections" in options:
-        arguments.check_count("max_connections", options["max_connections"], MAX_CONNECTIONS)
+        arguments.check_count("max_connections", options["max_connections"], LARGEST_POOL)
 
 
 @cache
