@@ -119,7 +119,7 @@ def _outcome(operation: Operation[Any], reply: Any) -> Any:
 def check_operations(operations: object) -> tuple[Operation[Any], ...]:
     """Check what is to go through a pipeline, before anything is sent."""
     if not isinstance(operations, Iterable):
-        raise TypeError(f"operations must be a sequence of Operation, not {type(operations).__name__}")
+        raise TypeError(f"operations must be an iterable of Operation, not {type(operations).__name__}")
     checked = tuple(operations)
     for operation in checked:
         if not isinstance(operation, Operation):

@@ -248,9 +248,9 @@ class Operations:
     """The operations of one namespace, each method checking its arguments and describing one call.
 
     Where a manager has a method of the same name, that says what arguments, result, errors and costs are. The others
-    are the parts of the managers' bulk calls and cleanups: a ``…_batch`` is one script, ``…_batches``, for the
-    managers, are as many as it takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, a ``…_batch`` also
-    for more ids than one script takes.
+    are the parts of the managers' bulk calls, cleanups and subscriptions: a ``…_batch`` is one script, ``…_batches``,
+    for the managers, are as many as it takes. All raise ``TypeError`` or ``ValueError`` for a bad argument, a
+    ``…_batch`` also for more ids than one script takes.
 
     Args:
         namespace: the keyspace and, being the hash tag of every key, the cluster slot; 1 to 1,024 characters, no

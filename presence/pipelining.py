@@ -120,7 +120,8 @@ class SharedConnection:
 
     def _go_on(self, ended: asyncio.Task[None]) -> None:
         if not ended.cancelled():
-            ended.exception()  # What a signal handler raised in there has already ended the loop.
+            # Asked for, or asyncio would log it: what a signal handler raised in there has ended the loop already.
+            ended.exception()
         if self._runner is not ended:
             return  # A call has already started another.
         self._runner = None

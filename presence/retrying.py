@@ -104,7 +104,7 @@ def with_what_follows(
         conn_key = commands[index][3] if script.keys[0] == "conn" else None
         is_undone = bool(acted_on) if script.reaches_others else conn_key in acted_on
         has_acted = script.has_acted(reply)
-        # A join that left no game may have found its connection there already; one that has joined finds it there now.
+        # A join that left no game may be repeated: it has found its connection in the game already, or will do so now.
         if not is_undone and not (has_acted and reply):
             repeated.add(index)
         if has_acted and (conn_key or script.reaches_others):
@@ -150,7 +150,7 @@ _ASKING_SENTINELS = (redis.sentinel.SentinelManagedConnection, redis.asyncio.sen
 
 
 class AsyncRetry(redis.asyncio.retry.Retry):
-    """Does not try again what no attempt can mend, to which redis-py counts a wrong password as a broken connection."""
+    """Does not try again what no attempt can mend; to redis-py, a wrong password is one more broken connection."""
 
     async def call_with_retry(
         self, do: Callable[[], Any], fail: Callable[..., Any], *arguments: Any, **options: Any

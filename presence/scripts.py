@@ -83,7 +83,7 @@ def splice(folder: Traversable, name: str) -> str:
 
 
 def without_comments(source: str) -> str:
-    """Leave out what the server does not run: two fifths of the text, which some pipelines send along."""
+    """Leave out what the server does not run: nearly half of the text, which some pipelines send along."""
     return _COMMENT.sub("", source)
 
 
