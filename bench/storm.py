@@ -22,6 +22,7 @@ import redis
 from bench.contenders import CONTENDERS, PRESENCE, kind_of, violations
 from bench.fill import remove_keys
 from bench.history import CLEAN_UP, READ, HistoryReport, RecordedCall, Recorder, check_history
+from bench.measure import percentile
 from bench.storm_worker import StormPlan, WorkerOutcome, connect, run_process, user_name
 from tests.processes import spawn
 
@@ -73,11 +74,8 @@ class Latency:
     def of(cls, nanoseconds: Iterable[int]) -> Self:
         """Find the percentiles: the smallest time within which so many of the calls were answered."""
         ordered = sorted(nanoseconds)
-
-        def percentile(thousandths: int) -> float:
-            return ordered[-(-len(ordered) * thousandths // 1000) - 1] / 1e6 if ordered else 0
-
-        return cls(len(ordered), percentile(500), percentile(990), percentile(999))
+        points = (percentile(ordered, percent) / 1e6 if ordered else 0 for percent in (50, 99, 99.9))
+        return cls(len(ordered), *points)
 
 
 @dataclass(frozen=True)
