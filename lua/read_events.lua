@@ -2,13 +2,13 @@
 --[[
 Read the events that come after a position in the stream, and tell whether any in between were lost: trimmed, or gone
 with an earlier stream. Some may be lost if the entry at the position itself is gone, or if not as many come after it as
-were added.
+were added. At the id 0-0, before the first entry that is left, there is none: then as many must be gone as were.
 
 KEYS  events
 ARGV  after_id, after_number (how many entries were added up to after_id), limit,
       again ('' = the whole of after_id was seen, else it is read again)
-Reply {1 when some were lost, id of the last entry, number of entries so far, id and message of each entry}; an entry
-      holds the events of one change (see publish)
+Reply {1 when some were lost, id of the last entry, number of entries so far}, then id and message of each entry, which
+      holds the events of one change (see publish); or, when some were lost, how many of the first entries are gone
 Cost  O(limit)
 ]]
 -- @include stream_state
@@ -17,10 +17,13 @@ local events_key = KEYS[1]
 local after_id, after_number, limit, again = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] or ''
 
 local state = stream_state(events_key)
-local is_lost = state.added < after_number or state.gone > after_number
--- Without this entry, it may be another stream, of which as much was trimmed.
-if not is_lost and after_number > 0 then
-  is_lost = #redis.call('XRANGE', events_key, after_id, after_id) == 0
+local is_lost
+if after_id == '0-0' then
+  is_lost = state.gone ~= after_number
+else
+  -- Without this entry, it may be another stream, of which as much was trimmed.
+  is_lost = state.added < after_number or state.gone > after_number
+    or #redis.call('XRANGE', events_key, after_id, after_id) == 0
 end
 local entries = {}
 if not is_lost then
@@ -30,7 +33,7 @@ if not is_lost then
   is_lost = #entries ~= math.min(limit, state.added - after_number + (again == '' and 0 or 1))
 end
 if is_lost then
-  return {1, state.last_id, state.added}
+  return {1, state.last_id, state.added, state.gone}
 end
 local reply = {0, state.last_id, state.added}
 for _, entry in ipairs(entries) do

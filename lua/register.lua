@@ -280,7 +280,7 @@ if events ~= '' then
       if replaced.user_id ~= user_id then
         channels[#channels + 1] = 'user:' .. replaced.user_id
         local was_attached = tonumber(replaced.score) >= 0
-        if was_attached and not has_attached(key_prefix, last_seen_key, replaced.user_id, sid) then
+        if was_attached and not has_attached(key_prefix, last_seen_key, replaced.user_id) then
           tell('user_offline', replaced)
         end
       end

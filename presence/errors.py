@@ -46,14 +46,19 @@ class UnexpectedReplyError(PresenceError):
 
 
 class EventsLostError(PresenceError):
-    """A subscription may have missed events: its connection broke, it was too slow, or the stream was trimmed."""
+    """A subscription may have missed events: its connection broke, it was too slow, or the stream was trimmed.
 
-    def __init__(self, reason: str) -> None:
+    ``position`` is where what is left of the stream begins: ``subscribe(after=error.position)`` reads that. It is None
+    through pub/sub, which keeps nothing.
+    """
+
+    def __init__(self, reason: str, position: str | None = None) -> None:
         super().__init__(f"events may be lost: {reason}; read a snapshot and subscribe again")
         self.reason = reason
+        self.position = position
 
-    def __reduce__(self) -> tuple[type[EventsLostError], tuple[str]]:
-        return type(self), (self.reason,)
+    def __reduce__(self) -> tuple[type[EventsLostError], tuple[str, str | None]]:
+        return type(self), (self.reason, self.position)
 
 
 class PipelineError(PresenceError):

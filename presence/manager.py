@@ -950,8 +950,8 @@ class ConnectionManager:
             game_id: only the events of connections in this game (including those that leave it).
             user_id: only the events of this user's connections; not together with ``game_id``. With neither, all events
                 of the namespace.
-            after: begin after this position, ``Event.position`` or ``GameSnapshot.position``, instead of now; needs
-                ``events="stream"``. Any other text is a ValueError.
+            after: begin after this position, ``Event.position``, ``GameSnapshot.position`` or
+                ``EventsLostError.position``, instead of now; needs ``events="stream"``. Any other text is a ValueError.
 
         Returns:
             The subscription.
@@ -959,7 +959,8 @@ class ConnectionManager:
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: events are off, arguments that exclude each other are given, or one is out of its bounds.
-            EventsLostError: while it iterates: events may be missing. Read a snapshot and subscribe again.
+            EventsLostError: while it iterates: events may be missing. Read a snapshot and subscribe again, or read
+                what is left of the stream, after the error's ``position``.
             PresenceError: when the block is entered or, with the stream, while it iterates: a fault.
             RuntimeError: it is iterated over without ``async with``.
 

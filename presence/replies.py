@@ -68,6 +68,8 @@ class EventsBatch:
     events: tuple[Event, ...]
     position: Position
     is_lost: bool = False
+    beginning: Position = Position()
+    """If some are lost, where what is left of the stream begins."""
 
 
 class CleanupBatch(NamedTuple):
@@ -218,7 +220,7 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
     is_lost, last_id, added = reply[:3]
     end = Position(last_id.decode(), added)
     if is_lost:
-        return EventsBatch((), end, is_lost=True)
+        return EventsBatch((), end, is_lost=True, beginning=Position(number=reply[3]))
     events: list[Event] = []
     seen = position.events_seen
     # An entry that was seen only in part was read again.

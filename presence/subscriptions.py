@@ -152,7 +152,8 @@ class Feed:
         before = self._received.end
         batch = yield from perform(self._operations.read_events(before))
         if batch.is_lost:
-            raise EventsLostError("the stream was trimmed up to the position, or is another one now")
+            reason = "the stream was trimmed up to the position, or is another one now"
+            raise EventsLostError(reason, batch.beginning.text())
         self.is_at_end = batch.position == before
         self._received = _Received(before, list(filter(self._concerns, batch.events)), batch.position)
 

@@ -811,6 +811,35 @@ class TestTheStream:
                     assert events.take(17 - index) == everything[index:]
         self.lost(manager, start)
 
+    def test_that_was_trimmed_can_be_read_on_where_it_begins_now(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
+    ) -> None:
+        manager = make_manager(events="stream")
+        start = manager.get_game_snapshot("g").position
+
+        def loss(position: str | None) -> str | None:
+            with subscribed(manager, after=position) as events, pytest.raises(EventsLostError) as raised:
+                events.next()
+            return raised.value.position
+
+        self.act(manager)
+        with subscribed(manager, after=start) as events:
+            everything = events.take(17)
+        client.xtrim(events_key(namespace), maxlen=5, approximate=False)
+        left = loss(start)
+        with subscribed(manager, after=left) as events:
+            rest = events.take(len([1 for event in everything if Position.parse(event.position).number > 5]))
+            assert rest == everything[-len(rest) :]
+            assert until_the_end(manager, events) == []
+        client.xtrim(events_key(namespace), maxlen=3, approximate=False)
+        assert loss(left) not in (left, None), "it was trimmed once more"
+        client.delete(events_key(namespace))
+        for _ in range(EVENTS_BATCH_SIZE):
+            self.act(manager)
+        assert loss(left) == "0-0/0", "it is another one"
+        with subscribed(manager, after=loss(left)) as events:
+            assert [told(event) for event in events.take(17)] == [told(event) for event in everything]
+
     def test_that_was_trimmed_says_so_from_its_beginning_on_however_much_is_left(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
     ) -> None:

@@ -1,14 +1,12 @@
 -- @include split_sids
--- Tell whether a user has a connection that is not detached, apart from except_sid.
-local function has_attached(key_prefix, last_seen_key, user_id, except_sid)
+-- Tell whether a user has a connection that is not detached.
+local function has_attached(key_prefix, last_seen_key, user_id)
   local sids = split_sids(redis.call('GET', key_prefix .. 'user_conns:' .. user_id))
   -- The oldest fall silent first.
   for index = #sids, 1, -1 do
-    if sids[index] ~= except_sid then
-      local score = redis.call('ZSCORE', last_seen_key, sids[index])
-      if score and tonumber(score) >= 0 then
-        return true
-      end
+    local score = redis.call('ZSCORE', last_seen_key, sids[index])
+    if score and tonumber(score) >= 0 then
+      return true
     end
   end
   return false

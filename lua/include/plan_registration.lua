@@ -86,8 +86,7 @@ local function plan_registration(
       return {refusing = {sid = others[newest], record = record, score = scores[newest]}}
     end
     -- Its record was evicted, and may be another user's by now: it is not alive.
-    scores[newest], states[newest] = false, nil
-    count = count - 1
+    states[newest] = nil
   end
 
   -- 4. Who goes: those that hold nothing any more, and the oldest of those that are not alive, until the limit is kept.

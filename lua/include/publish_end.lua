@@ -12,7 +12,7 @@ local function publish_end(
   if game_id ~= '' then
     channels[2] = 'game:' .. game_id
   end
-  if is_attached and not has_attached(key_prefix, last_seen_key, user_id, sid) then
+  if is_attached and not has_attached(key_prefix, last_seen_key, user_id) then
     message = event(message, 'user_offline', sid, record, score)
   end
   publish(key_prefix, events, key_lifetime_ms, channels, message)
