@@ -280,3 +280,19 @@ def test_run_cleanup_reports_what_it_removes_until_the_manager_is_closed(
 def test_run_cleanup_refuses_an_interval_that_would_spin(manager: ConnectionManager, interval: float) -> None:
     with pytest.raises(ValueError, match="interval_seconds"):
         manager.run_cleanup(interval)
+
+
+@pytest.mark.parametrize("stale", [CLEANUP_BATCH_SIZE - 1, CLEANUP_BATCH_SIZE])
+def test_stale_ones_and_those_past_their_grace_are_bounded_together(
+    manager: ConnectionManager, wait: Callable[[float], None], keys: Keys, stale: int
+) -> None:
+    register_many(manager, stale + 2)
+    for sid in ("sid-0", "sid-1"):
+        manager.unregister_connection(sid, grace_seconds=30)
+    wait(91)
+
+    batches = manager.pipeline([manager.operations.cleanup_batch() for _ in range(2)])
+
+    assert [len(batch.removed) for batch in batches] == [CLEANUP_BATCH_SIZE, stale + 2 - CLEANUP_BATCH_SIZE]
+    assert [batch.is_last for batch in batches] == [False, True]
+    assert keys().ttls_ms == {}

@@ -586,6 +586,28 @@ class TestAFilter:
             assert [told(event) for event in of_bob.take(2)] == [("registered", "a", None), ("user_online", "a", None)]
             assert told(of_game.next()) == ("displaced", "a", "g")
 
+    @pytest.mark.parametrize("game_id", ["g", None])
+    def test_tells_both_owners_and_the_game_of_a_sid_whose_old_owner_stays_online(
+        self, make_manager: ManagerFactory, mode: str, game_id: str | None
+    ) -> None:
+        manager = make_manager(events=mode, connections_per_user=2)
+        for sid in ("a", "b"):
+            manager.register_connection(sid, "alice")
+        if game_id:
+            manager.join_game("a", game_id)
+        with (
+            subscribed(manager, user_id="alice") as of_alice,
+            subscribed(manager, user_id="bob") as of_bob,
+            subscribed(manager, game_id="g") as of_game,
+        ):
+            manager.register_connection("a", "bob")
+            # Who was not told would be told of this first.
+            manager.join_game("a", "h")
+            manager.join_game("b", "g")
+            assert [told(event) for event in of_alice.take(2)] == [("displaced", "a", game_id), ("joined", "b", "g")]
+            assert [told(event) for event in of_bob.take(2)] == [("registered", "a", None), ("user_online", "a", None)]
+            assert told(of_game.next()) == (("displaced", "a", "g") if game_id else ("joined", "b", "g"))
+
 
 class TestOff:
     """It publishes nothing, and says so to who wants to subscribe."""

@@ -939,13 +939,14 @@ class TestForeignData:
             getattr(manager, name)("sid")
         client.delete(*client.keys(f"{{{namespace}}}:*"))
 
+    @pytest.mark.parametrize("behind", ["x" * length for length in (0, 1, 12, 13, 19, 20, 26)])
     def test_behind_a_users_list_is_no_answer(
-        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str, behind: str
     ) -> None:
-        for number, behind in enumerate(["", "short", "what another program wrote"]):
-            client.set(f"{{{namespace}}}:user_conns:user", f"3:sid={behind}", ex=60)
-            assert manager.register_connection(f"new {number}", "user").displaced == ()
-            client.delete(*client.keys(f"{{{namespace}}}:*"))
+        """An answer is a token of twelve characters, and at least the eight bytes of its time."""
+        client.set(f"{{{namespace}}}:user_conns:user", f"3:sid={behind}", ex=60)
+        assert manager.register_connection("new", "user").displaced == ()
+        client.delete(*client.keys(f"{{{namespace}}}:*"))
 
     @pytest.mark.parametrize("mode", ["pubsub", "stream"])
     def test_among_the_events_is_named_with_what_to_do(

@@ -173,6 +173,19 @@ class TestReads:
 
         assert manager.get_game_user_sids("game") == {f"user-{number}": f"sid-{number}" for number in range(size)}
 
+    def test_a_game_in_which_more_have_expired_than_lua_s_stack_holds_is_counted(
+        self, make_manager: ManagerFactory, own_server: LocalServer
+    ) -> None:
+        # It holds 8,000 values. What the count needs is written as a register and a join of each would.
+        live, expired = 500, 8_100
+        with redis.Redis.from_url(own_server.url) as client:
+            seconds, _ = client.time()
+            scores = {f"sid-{number}": 1000 * (seconds if number < live else 1) for number in range(live + expired)}
+            client.zadd("{large}:last_seen", scores)
+            client.hset("{large}:game_conns:game", mapping=dict.fromkeys(scores, "1 user"))
+
+        assert make_manager(own_server.url, namespace="large").get_game_connection_count("game") == live
+
     @pytest.mark.parametrize(("size", "gone"), [(51, 0), (51, 3), (51, 30), (1_001, 30), (1_001, 700)])
     def test_a_large_game_is_counted_as_a_small_one(
         self, make_manager: ManagerFactory, wait: Callable[[float], None], size: int, gone: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -254,3 +254,14 @@ def test_all_keys_of_an_abandoned_namespace_expire(
     manager.update_heartbeat("sid")
     wait(101 + RETENTION_MS / 1000)
     assert keys().ttls_ms | keys().other_ttls_ms == {}
+
+
+def test_hardly_a_heartbeat_refreshes_the_ttls(manager: ConnectionManager, client: redis.Redis) -> None:
+    """Each that does reads the record and the user's list. (That two of these do is less likely than one in 10^6.)"""
+    manager.register_connection("sid", "user")
+    client.config_resetstat()
+
+    assert all(manager.pipeline([manager.operations.update_heartbeat("sid") for _ in range(100)]))
+
+    stats: Any = client.info("commandstats")
+    assert stats.get("cmdstat_get", {"calls": 0})["calls"] <= 2

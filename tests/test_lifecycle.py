@@ -474,6 +474,17 @@ class TestAForkedProcess:
 class TestAStateThatTheServerLostInPart:
     """Eviction, or a failover to a server whose clock is behind."""
 
+    def test_a_sid_of_an_evicted_record_is_left_to_another_user_whatever_stands_behind_the_name(
+        self, manager: ConnectionManager, client: redis.Redis, namespace: str
+    ) -> None:
+        manager.register_connection("sid", "user")
+        client.delete(f"{{{namespace}}}:conn:sid")
+        others = manager.register_connection("sid", "us", metadata=b"er").connection
+
+        assert manager.register_connection("new", "user").displaced == ()
+
+        assert manager.get_connection("sid") == others
+
     def test_the_newest_registration_is_the_active_one_though_the_clock_ran_back(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str
     ) -> None:

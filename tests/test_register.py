@@ -240,6 +240,17 @@ class TestSeveralConnectionsPerUser:
         assert connection is not None
         assert connection.sid == "second"
 
+    @pytest.mark.parametrize("grace_seconds", [30, 300])
+    def test_the_active_connection_is_an_older_one_while_the_newest_is_detached_or_past_its_grace(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], grace_seconds: float
+    ) -> None:
+        manager = make_manager(connections_per_user=2)
+        for sid in ("older", "newer"):
+            manager.register_connection(sid, "user")
+        manager.unregister_connection("newer", grace_seconds=grace_seconds)
+        wait(60)
+        assert manager.get_user_connection("user") == manager.get_connection("older")
+
     def test_all_are_listed_live_ones_and_seats_in_the_order_of_registration(
         self, make_manager: ManagerFactory, wait: Callable[[float], None]
     ) -> None:

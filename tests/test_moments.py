@@ -1,0 +1,130 @@
+"""To the millisecond: where a time ends, it ends for every script at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from presence import HeartbeatStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from presence import ConnectionInfo, Operation
+    from presence.sync import ConnectionManager
+    from tests.conftest import Keys, ManagerFactory
+
+
+class Moment:
+    """The moment of the server's clock at which operations run."""
+
+    def __init__(self, client: redis.Redis, now_ms: int) -> None:
+        self._client = client
+        self._clock = f"{{'{now_ms // 1000}', '{now_ms % 1000 * 1000:06}'}}"
+
+    def __call__(self, operation: Operation[Any]) -> Any:
+        source = operation.script.source.replace("redis.call('TIME')", self._clock)
+        assert source != operation.script.source
+        return operation.parse(self._client.eval(source, len(operation.keys), *operation.keys, *operation.arguments))
+
+
+ACTS: dict[str, tuple[Callable[[ConnectionManager], Operation[Any]], Callable[[Any], bool]]] = {
+    "heartbeat": (lambda manager: manager.operations.update_heartbeat("sid"), bool),
+    "heartbeats": (
+        lambda manager: manager.operations.heartbeat_batch(["sid"]),
+        lambda statuses: statuses == [HeartbeatStatus.SEEN],
+    ),
+    "join": (lambda manager: manager.operations.join_game("sid", "another"), bool),
+    "register again": (
+        lambda manager: manager.operations.register_connection("sid", "user"),
+        lambda registration: registration.replaced is None,
+    ),
+    "cleanup": (lambda manager: manager.operations.cleanup_batch(), lambda batch: not batch.removed),
+}
+"""What finds a connection that is live, and how its answer tells."""
+
+
+@pytest.mark.parametrize("late_ms", [0, 1])
+class TestTheVeryMillisecond:
+    """Every script draws the line at the same millisecond: over is what ended before it."""
+
+    @pytest.fixture
+    def expiring(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, late_ms: int
+    ) -> tuple[ConnectionManager, Moment]:
+        manager = make_manager(conn_ttl_seconds=60, heartbeat_seconds=20)
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "game")
+        last_seen = client.zscore(f"{{{namespace}}}:last_seen", "sid")
+        assert last_seen is not None
+        return manager, Moment(client, int(last_seen) + 60_000 + late_ms)
+
+    @pytest.mark.parametrize("others", [0, 50])
+    def test_in_which_a_connection_expires_for_the_reads(
+        self,
+        expiring: tuple[ConnectionManager, Moment],
+        client: redis.Redis,
+        namespace: str,
+        others: int,
+        late_ms: int,
+    ) -> None:
+        (manager, at), operations = expiring, expiring[0].operations
+        for number in range(others):
+            manager.register_connection(f"sid-{number}", f"user-{number}")
+            manager.join_game(f"sid-{number}", "game")
+            client.zincrby(f"{{{namespace}}}:last_seen", 1000, f"sid-{number}")
+        live = not late_ms
+
+        assert bool(at(operations.get_connection("sid"))) is live
+        assert bool(at(operations.get_user_connection("user"))) is live
+        assert at(operations.is_user_online("user")) is live
+        assert at(operations.get_connection_count()) == others + live
+        assert at(operations.get_game_connection_count("game")) == others + live
+        assert len(at(operations.get_game_connections("game"))) == others + live
+
+    @pytest.mark.parametrize("act", ACTS)
+    def test_in_which_a_connection_expires_for_what_acts_on_it(
+        self, expiring: tuple[ConnectionManager, Moment], act: str, late_ms: int
+    ) -> None:
+        manager, at = expiring
+        operation, finds_it = ACTS[act]
+        assert finds_it(at(operation(manager))) is not bool(late_ms)
+
+    def test_in_which_a_grace_ends(self, manager: ConnectionManager, client: redis.Redis, late_ms: int) -> None:
+        operations = manager.operations
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "game")
+        detached = manager.unregister_connection("sid", grace_seconds=30)
+        assert detached is not None
+        assert detached.detached_until is not None
+        at, is_over = Moment(client, round(detached.detached_until.timestamp() * 1000) + late_ms), bool(late_ms)
+
+        assert bool(at(operations.get_connection("sid"))) is not is_over
+        assert bool(at(operations.get_game_connections("game"))) is not is_over
+        status = HeartbeatStatus.EXPIRED if is_over else HeartbeatStatus.DETACHED
+        assert at(operations.heartbeat_batch(["sid"])) == [status]
+        assert len(at(operations.cleanup_batch()).removed) == is_over
+        assert at(operations.register_connection("new", "user")).resumed is not is_over
+
+    def test_in_which_an_alive_one_refuses_nobody_any_more(
+        self, make_manager: ManagerFactory, client: redis.Redis, late_ms: int
+    ) -> None:
+        manager = make_manager(displacement="reject_while_alive")
+        alive: ConnectionInfo = manager.register_connection("alive", "user").connection
+        at = Moment(client, round(alive.last_seen.timestamp() * 1000) + 90_000 + late_ms)
+
+        assert at(manager.operations.register_connection("new", "user")).refused is not bool(late_ms)
+
+    def test_in_which_a_server_is_dead(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, keys: Keys, late_ms: int
+    ) -> None:
+        make_manager(server_id="server").register_connection("sid", "user")
+        (seen_ms,) = keys().known_servers.values()
+        client.zadd(f"{{{namespace}}}:last_seen", {"sid": seen_ms + 1000}, xx=True)
+
+        batch = Moment(client, seen_ms + 90_000 + late_ms)(make_manager().operations.cleanup_batch())
+
+        assert len(batch.removed) == late_ms
