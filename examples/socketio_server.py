@@ -3,10 +3,10 @@
     PRESENCE_REDIS_URL=redis://localhost:6379/0 python examples/socketio_server.py --port 8001
 
 A client connects with ``auth={"user_id": ...}``, calls ``join_game``, ``leave_game`` and, every 30 seconds,
-``heartbeat``. It is told ``opponent_joined`` and ``opponent_left``, ``opponent_away`` (the network failed, the seat is
-kept) and ``opponent_back``, and ``resumed`` when it is back itself. A call that fails is answered ``{"error": ...}``.
-A client that the server disconnects connects again, unless it was told ``logged_out`` before: another device of its
-user has displaced it, or it was removed.
+``heartbeat`` (after an error again in 5). It is told ``opponent_joined`` and ``opponent_left``, ``opponent_away`` (the
+network failed, the seat is kept) and ``opponent_back``, and ``resumed`` when it is back itself. A call that fails is
+answered ``{"error": ...}``. A client that the server disconnects connects again, unless it was told ``logged_out``
+before: another device of its user has displaced it, or it was removed.
 """
 
 from __future__ import annotations
