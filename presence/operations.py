@@ -667,7 +667,7 @@ class Operations:
                 position.entry_id.encode(),
                 b"%d" % position.number,
                 b"%d" % EVENTS_BATCH_SIZE,
-                b"again" if position.events_seen else b"",
+                b"" if position.events_seen is None else b"again",
             ),
             lambda reply: parse_events(position, reply),
         )

@@ -43,12 +43,12 @@ class Position:
     """The last entry with events before the position."""
     number: int = 0
     """How many entries there were up to that one."""
-    events_seen: int = 0
-    """How many of its events come before the position; 0 for all of them."""
+    events_seen: int | None = None
+    """How many of its events come before the position; None for all of them."""
 
     def text(self) -> str:
         """Give it as the text that users keep."""
-        return f"{self.entry_id}/{self.number}" + (f"+{self.events_seen}" if self.events_seen else "")
+        return f"{self.entry_id}/{self.number}" + ("" if self.events_seen is None else f"+{self.events_seen}")
 
     @classmethod
     def parse(cls, text: object) -> Position:
@@ -58,7 +58,7 @@ class Position:
         match = re.fullmatch(r"((\d{1,20})-(\d{1,20}))/(\d{1,15})(?:\+(\d{1,9}))?", text, re.ASCII)
         if not match or max(int(match[2]), int(match[3])) >= 1 << 64 or (match[5] and not int(match[4])):
             raise ValueError(f"after must be the position of an event or a snapshot, not {text!r:.80}")
-        return cls(match[1], int(match[4]), int(match[5] or 0))
+        return cls(match[1], int(match[4]), int(match[5]) if match[5] else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,20 +220,25 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
     is_lost, last_id, added = reply[:3]
     end = Position(last_id.decode(), added)
     if is_lost:
-        return EventsBatch((), end, is_lost=True, beginning=Position(number=reply[3]))
+        return EventsBatch((), end, is_lost=True, beginning=_beginning(*reply[3:]))
     events: list[Event] = []
     seen = position.events_seen
     # An entry that was seen only in part was read again.
-    first = position.number if seen else position.number + 1
+    first = position.number + 1 if seen is None else position.number
     for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), first):
         of_entry = parse_message(message)
         position = Position(entry_id.decode(), number)
         for index, event in enumerate(of_entry, 1):
-            if index > seen:
+            if index > (seen or 0):
                 reached = position if index == len(of_entry) else replace(position, events_seen=index)
                 events.append(replace(event, position=reached.text()))
-        seen = 0
+        seen = None
     return EventsBatch(tuple(events), position)
+
+
+def _beginning(gone: int, first_id: bytes) -> Position:
+    """Give the position before the first entry that is left, which tells that it is still the same stream."""
+    return Position(number=gone) if first_id == b"0-0" else Position(first_id.decode(), gone + 1, 0)
 
 
 def parse_message(message: bytes) -> list[Event]:
