@@ -84,7 +84,9 @@ class GameServer:
     async def connect(self, sid: str, _environ: dict[str, Any], auth: Any) -> None:
         """Register the connection; the events tell what that displaces or resumes."""
         try:
-            await self.manager.register_connection(sid, verified_user_id(auth))
+            user_id = verified_user_id(auth)
+            await self.sio.save_session(sid, {"user_id": user_id})
+            await self.manager.register_connection(sid, user_id)
         except ValueError as error:
             raise socketio.exceptions.ConnectionRefusedError(str(error)) from error
         except PresenceError as error:
@@ -117,8 +119,10 @@ class GameServer:
         """Keep the connection alive; close the socket of one that was displaced or removed."""
         alive = await self.manager.update_heartbeat(sid)
         if not alive:
-            # If it was only detached, the others took this server for dead: the client is to come back.
-            await self.end(sid, is_final=await self.manager.get_connection(sid) is None)
+            # Where its user has no other connection, the others took this server for dead, or the data was lost: the
+            # client is to come back.
+            session = await self.sio.get_session(sid)
+            await self.end(sid, is_final=await self.manager.get_user_connection(session["user_id"]) is not None)
         return {"alive": alive}
 
     async def end(self, sid: str, *, is_final: bool) -> None:

@@ -206,10 +206,12 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
         raise TypeError("from_url() has no option 'ssl' for one server: its URL says so, redis:// or rediss://")
     if isinstance(in_url.get("ssl"), str):
         raise ValueError("url is malformed: ssl is no option in it; write rediss instead of redis")
-    if not address.url.startswith("rediss") and not given.get("ssl"):
+    if not given.get("ssl", address.url.startswith("rediss")):
         # redis-py's clients of one server refuse it in each call, and those of a cluster would go on without TLS.
-        if misplaced := next((name for name in given if name.startswith("ssl_")), None):
-            raise TypeError(f"from_url() has no option {misplaced!r} without TLS, which begins the URL with rediss")
+        is_cluster = address.deployment == "cluster"
+        of_tls = [name for name in given if name.startswith("ssl_") and not (is_cluster and given[name] is None)]
+        if of_tls:
+            raise TypeError(f"from_url() has no option {of_tls[0]!r} without TLS, which begins the URL with rediss")
         if misplaced := next((name for name in in_url if name.startswith("ssl_")), None):
             raise ValueError(f"url is malformed: {misplaced} is an option of TLS, with which it begins with rediss")
     if given.get("protocol") not in PROTOCOLS:

@@ -712,6 +712,9 @@ class TestAUrl:
             manager_type.from_url(f"{url}?ssl_ca_certs=/certificates")
         with pytest.raises(TypeError, match=r"no option 'ssl_cert_reqs' without TLS, .*rediss"):
             manager_type.from_url(url, ssl_cert_reqs="none")
+        if url.startswith("redis+"):
+            with pytest.raises(TypeError, match=r"no option 'ssl_ca_certs' without TLS"):
+                manager_type.from_url(url.replace("redis+", "rediss+"), ssl=False, ssl_ca_certs="/certificates")
         with pytest.raises(ValueError, match=r"^url is malformed: protocol must be 2 or 3$"):
             manager_type.from_url(f"{url}?protocol=4")
         with pytest.raises(ValueError, match=r"^protocol must be 2 or 3, not 'three'$"):

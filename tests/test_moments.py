@@ -109,6 +109,27 @@ class TestTheVeryMillisecond:
         assert len(at(operations.cleanup_batch()).removed) == is_over
         assert at(operations.register_connection("new", "user")).resumed is not is_over
 
+    @pytest.mark.parametrize("grace_seconds", [None, 30])
+    def test_in_which_a_seat_is_free(
+        self,
+        make_manager: ManagerFactory,
+        client: redis.Redis,
+        namespace: str,
+        grace_seconds: float | None,
+        late_ms: int,
+    ) -> None:
+        manager = make_manager(conn_ttl_seconds=60, heartbeat_seconds=20)
+        manager.register_connection("sid", "user")
+        manager.join_game("sid", "game")
+        ends = manager.unregister_connection("sid", grace_seconds=grace_seconds) if grace_seconds else None
+        score = client.zscore(f"{{{namespace}}}:last_seen", "sid")
+        assert score is not None
+        manager.register_connection("new", "another")
+        client.zincrby(f"{{{namespace}}}:last_seen", 1000, "new")
+        at = Moment(client, (-int(score) if ends else int(score) + 60_000) + late_ms)
+
+        assert bool(at(manager.operations.join_game("new", "game", capacity=1))) is bool(late_ms)
+
     def test_in_which_an_alive_one_refuses_nobody_any_more(
         self, make_manager: ManagerFactory, client: redis.Redis, late_ms: int
     ) -> None:
