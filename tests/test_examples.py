@@ -31,6 +31,8 @@ from tests.watching import wait_until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    import redis
+
     from presence import Event
     from tests.server import LocalServer
 
@@ -365,7 +367,9 @@ async def player(url: str, user_id: str) -> AsyncIterator[tuple[socketio.AsyncCl
         await client.disconnect()
 
 
-def test_the_example_of_socketio_tells_who_must_not_connect_again(server_url: str, namespace: str) -> None:
+def test_the_example_of_socketio_tells_who_must_not_connect_again(
+    server_url: str, namespace: str, client: redis.Redis
+) -> None:
     async def run() -> None:
         server = socketio_server.GameServer(game_manager(server_url, namespace=namespace, displacement="newest_wins"))
         elsewhere = server.manager
@@ -378,8 +382,14 @@ def test_the_example_of_socketio_tells_who_must_not_connect_again(server_url: st
             async with player(url, "alice") as (alice, third):
                 await elsewhere.unregister_connection(alice.get_sid())
                 await until(lambda: third == ["logged_out", "disconnect"])
+            # Where the server has lost its data, all are to come back.
+            async with player(url, "alice") as (alice, fourth):
+                client.delete(f"{{{namespace}}}:last_seen")
+                await alice.emit("heartbeat")
+                await until(lambda: fourth == ["disconnect"])
 
     asyncio.run(run())
+    client.delete(*client.keys(f"{{{namespace}}}:*"))  # What is left of it.
 
 
 def test_the_example_of_socketio_forgets_who_leaves_in_an_outage(own_server: LocalServer) -> None:
