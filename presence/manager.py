@@ -807,7 +807,7 @@ class ConnectionManager:
 
         Args:
             interval_seconds: seconds between two heartbeats, 0.001 to less than three ``heartbeat_seconds``. None is
-                one of these.
+                one of these. After an error it pauses for at most 5 seconds.
 
         Raises:
             TypeError: the interval has the wrong type.

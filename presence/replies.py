@@ -223,7 +223,7 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
         return EventsBatch((), end, is_lost=True, beginning=_beginning(*reply[3:]))
     events: list[Event] = []
     seen = position.events_seen
-    # An entry that was seen only in part was read again.
+    # An entry of which not all was seen was read again.
     first = position.number + 1 if seen is None else position.number
     for number, (entry_id, message) in enumerate(zip(reply[3::2], reply[4::2], strict=True), first):
         of_entry = parse_message(message)

@@ -513,6 +513,17 @@ def test_a_call_that_is_sent_again_publishes_once(make_manager: ManagerFactory, 
         assert until_the_end(manager, events) == []
 
 
+@contextmanager
+def both_owners_and_the_game(manager: Any) -> Iterator[tuple[Subscribed, Subscribed, Subscribed]]:
+    """Subscribe for alice, for bob and for the game g."""
+    with (
+        subscribed(manager, user_id="alice") as of_alice,
+        subscribed(manager, user_id="bob") as of_bob,
+        subscribed(manager, game_id="g") as of_game,
+    ):
+        yield of_alice, of_bob, of_game
+
+
 @pytest.mark.parametrize("mode", MODES)
 class TestAFilter:
     """What concerns one game or one user, whole and once."""
@@ -572,11 +583,7 @@ class TestAFilter:
     ) -> None:
         manager = make_manager(events=mode)
         playing(manager)  # type: ignore[arg-type]
-        with (
-            subscribed(manager, user_id="alice") as of_alice,
-            subscribed(manager, user_id="bob") as of_bob,
-            subscribed(manager, game_id="g") as of_game,
-        ):
+        with both_owners_and_the_game(manager) as (of_alice, of_bob, of_game):
             manager.register_connection("a", "bob")
             # Who was not told would be told of this first.
             manager.register_connection("b", "alice")
@@ -595,11 +602,7 @@ class TestAFilter:
             manager.register_connection(sid, "alice")
         if game_id:
             manager.join_game("a", game_id)
-        with (
-            subscribed(manager, user_id="alice") as of_alice,
-            subscribed(manager, user_id="bob") as of_bob,
-            subscribed(manager, game_id="g") as of_game,
-        ):
+        with both_owners_and_the_game(manager) as (of_alice, of_bob, of_game):
             manager.register_connection("a", "bob")
             # Who was not told would be told of this first.
             manager.join_game("a", "h")
