@@ -23,7 +23,7 @@ Reply '<now us>' as a little-endian double, then what there is to report, as eve
       registered (the new connection itself, but not the usual one, of which the caller knows everything: it is in no
       game, connected now, its epoch is now us, and its metadata is what was passed)
 Cost  O(log N), N = connections in the namespace, for itself and for each connection that it displaces;
-      O(S) once, S = servers, if its server is not known any more
+      O(S log S) once, S = servers, if its server is not known any more
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
@@ -227,13 +227,13 @@ else
   call('SET', user_conns_key, list, 'KEEPTTL')
 end
 if server ~= '' then
-  -- @include is_replaced
+  -- @include replaces_earlier
   local server_conns_key = key_prefix .. 'server_conns:' .. server
   call('SADD', server_conns_key, sid)
   call('PEXPIRE', server_conns_key, key_lifetime_ms)
   -- A server that was taken for dead is known again: otherwise nobody would find its connections when it dies.
   local servers_key = key_prefix .. 'servers'
-  if call('ZADD', servers_key, 'NX', now_ms, server) == 1 and is_replaced(servers_key, server) then
+  if call('ZADD', servers_key, 'NX', now_ms, server) == 1 and not replaces_earlier(servers_key, server) then
     call('ZADD', servers_key, '0', server)
   end
   call('PEXPIRE', servers_key, key_lifetime_ms)

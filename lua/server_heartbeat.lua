@@ -7,17 +7,17 @@ A server that was taken for dead is known again, but one replaced by a later sta
 KEYS  servers
 ARGV  server ('<boot epoch>:<server_id>'), key_lifetime_ms
 Reply 1, or 0 when a later start of the same id has replaced it
-Cost  O(log S), S = servers; O(S) for one that is not known any more
+Cost  O(log S), S = servers; O(S log S) for one that is not known any more
 ]]
 -- @include now_ms
--- @include is_replaced
+-- @include replaces_earlier
 
 local servers_key = KEYS[1]
 local server, key_lifetime_ms = ARGV[1], ARGV[2]
 
 local score = redis.call('ZSCORE', servers_key, server)
 -- Once cleanup has taken all its connections, only the later start itself shows that it was replaced.
-if score == '0' or (not score and is_replaced(servers_key, server)) then
+if score == '0' or (not score and not replaces_earlier(servers_key, server)) then
   return 0
 end
 redis.call('ZADD', servers_key, now_ms, server)

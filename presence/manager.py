@@ -755,7 +755,7 @@ class ConnectionManager:
             OutOfMemoryError: the server's memory is full, and this first heartbeat could not start the game server.
 
         Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = game servers, and
-        O(S) if it is not known any more.
+        O(S log S) if it is not known any more.
 
         """
         return await self._run(for_server(self.operations, self.operations.update_server_heartbeat))

@@ -113,8 +113,8 @@ class Model:
             connection = replace(connection, game_id=resumed_from.game_id, metadata=metadata or resumed_from.metadata)
         self.connections[sid] = connection
         self.registered.append(sid)
-        if server:
-            self.servers.setdefault(server, 0 if self._is_replaced(server) else now)
+        if server and server not in self.servers:
+            self.servers[server] = 0 if self._is_replaced(server) else self._replace_earlier(server, now)
         return ModelRegistration(connection, displaced, None if kept else own, resumed_from)
 
     def is_alive(self, connection: ModelConnection, now: int) -> bool:
@@ -210,11 +210,14 @@ class Model:
         )
 
     def start_server(self, server: str, now: int) -> None:
+        self.servers[server] = self._replace_earlier(server, now)
+
+    def _replace_earlier(self, server: str, now: int) -> int:
         server_id = server.partition(":")[2]
         for earlier in self.servers:
-            if earlier.partition(":")[2] == server_id:
+            if earlier != server and earlier.partition(":")[2] == server_id:
                 self.servers[earlier] = 0
-        self.servers[server] = now
+        return now
 
     def _is_replaced(self, server: str) -> bool:
         epoch, _, server_id = server.partition(":")
@@ -225,7 +228,7 @@ class Model:
         """Mark a start of a game server as seen now, unless it was replaced."""
         if self._is_replaced(server) or self.servers.get(server) == 0:
             return False
-        self.servers[server] = now
+        self.servers[server] = self._replace_earlier(server, now)
         return True
 
     def user_connection(self, user_id: str, now: int) -> ModelConnection | None:

@@ -363,7 +363,7 @@ def test_a_proof_shows_what_a_dying_caller_costs_a_lock_but_not_a_transaction(
 ) -> None:
     names = ["register‖register", "register‖is online", "cleanup‖join"]
     monkeypatch.setattr(prove, "PAIRS", {name: PAIRS[name] for name in names})
-    monkeypatch.setattr(prove, "SAMPLE", 60)
+    monkeypatch.setattr(prove, "SAMPLE", 40)
     with redis.Redis.from_url(url) as client:
         rows = [row for row in prove.prove_others(Server(client, url), QUICK) if isinstance(row, Row)]
 

@@ -450,6 +450,30 @@ class TestARestart:
 
         assert sids(second.cleanup_stale_connections()) == ["after", "before"]
 
+    @pytest.mark.parametrize("comes_back_by", ["a heartbeat", "a registration"])
+    def test_a_later_start_that_comes_back_replaces_an_earlier_one_that_came_back_before_it(
+        self, make_manager: ManagerFactory, wait: Callable[[float], None], comes_back_by: str
+    ) -> None:
+        def come_back(manager: presence.sync.ConnectionManager, name: str) -> None:
+            if comes_back_by == "a heartbeat":
+                assert manager.update_server_heartbeat()
+            manager.register_connection(name, name)
+
+        first, second = make_manager(server_id="server"), make_manager(server_id="server")
+        first.start_server()
+        second.start_server()
+        wait(91)
+        assert not make_manager().cleanup_stale_connections()  # Both are forgotten.
+
+        come_back(first, "first")
+        assert first.update_server_heartbeat()  # It is the only one.
+        come_back(second, "second")
+
+        assert not first.update_server_heartbeat()
+        assert sids(second.cleanup_stale_connections()) == ["first"]
+        assert not first.update_server_heartbeat()
+        assert second.update_server_heartbeat()
+
     def test_however_often_it_restarts_no_start_is_missed(self, make_manager: ManagerFactory, keys: Keys) -> None:
         count = 25
         for number in range(count):
