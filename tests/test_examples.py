@@ -257,8 +257,9 @@ class BlockingSocket:
         return iter(())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told_to_end(
-    server_url: str, namespace: str
+    server_url: str, namespace: str, number: signal.Signals
 ) -> None:
     code = in_namespace(snippet("docs/operating.md", "Blocking code"), server_url, namespace)
     example: dict[str, Any] = {}
@@ -283,7 +284,7 @@ def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told
                 assert second.is_closed.wait(10)
                 elsewhere.unregister_connection("elsewhere")
             assert manager.is_user_online("bob")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             for thread in threads:
                 thread.join(10)
             assert [socket.code for socket in (first, second, bob)] == [4001, 4001, 1013]
@@ -291,14 +292,15 @@ def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told
             failures.append(error)
             example["stopping"].set()
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         player = threading.Thread(target=play)
         player.start()
         example["main"]()
         player.join(10)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
     assert failures == []
     assert example["sockets"] == {}
     with ConnectionManager.from_url(server_url, namespace=namespace) as after:
