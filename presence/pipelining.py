@@ -214,20 +214,19 @@ class SharedConnection:
 
     def _give_up_the_late(self, error: Exception) -> None:
         """Answer the requests that may not be sent again any more."""
-        earliest = self._loop.time() - retrying.RETRYING_SECONDS
+        self._give_up(error, self._loop.time() - retrying.RETRYING_SECONDS)
+
+    def _give_up(self, error: Exception, taken_before: float) -> None:
         for request in self._refused:
-            if request.taken_at < earliest:
+            if request.taken_at < taken_before:
                 _answer(request, request.replies)
         for request in self._sent:
-            if request.taken_at < earliest:
+            if request.taken_at < taken_before:
                 _answer(request, [error] * request.count)
 
     def _fail(self, error: Exception) -> None:
         """Answer everything that was sent, or was to be, with an error."""
-        for request in self._refused:
-            _answer(request, request.replies)
-        for request in self._sent:
-            _answer(request, [error] * request.count)
+        self._give_up(error, math.inf)
         if self._sent:  # Otherwise the error is only the answer to the refused ones.
             # Requests that found no room have waited for as many attempts; the queue must not grow in an outage.
             while self._waiting and self._waiting[0].asked_at <= self._session_start:
