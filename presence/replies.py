@@ -67,8 +67,7 @@ class EventsBatch:
 
     events: tuple[Event, ...]
     position: Position
-    is_lost: bool = False
-    beginning: Position = Position()
+    beginning: Position | None = None
     """If some are lost, where what is left of the stream begins."""
 
 
@@ -220,7 +219,7 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
     is_lost, last_id, added = reply[:3]
     end = Position(last_id.decode(), added)
     if is_lost:
-        return EventsBatch((), end, is_lost=True, beginning=_beginning(*reply[3:]))
+        return EventsBatch((), end, _beginning(*reply[3:]))
     events: list[Event] = []
     seen = position.events_seen
     # An entry of which not all was seen was read again.

@@ -151,7 +151,7 @@ class Feed:
         """Converse with the server to read on in the stream."""
         before = self._received.end
         batch = yield from perform(self._operations.read_events(before))
-        if batch.is_lost:
+        if batch.beginning is not None:
             reason = "the stream was trimmed up to the position, or is another one now"
             raise EventsLostError(reason, batch.beginning.text())
         self.is_at_end = batch.position == before
