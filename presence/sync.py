@@ -1005,17 +1005,15 @@ class ConnectionManager:
             except FAULTS as error:
                 # A cluster's client connects when it is made.
                 raise explain(error) from error
-            replies = self._send(open_client, request)
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
-                (reply,) = replies
+                (reply,) = self._send(open_client, request)
                 if not isinstance(reply, Exception):
                     return asked.result(reply)
                 exchange = recover(asked, reply)
                 request = next(exchange)
             else:
                 exchange = asked
-                request = exchange.send(replies)
             while True:
                 request = exchange.send(self._send(open_client, request))
         except StopIteration as finished:
