@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeAlias, TypeVar
 from uuid import UUID
 
 Choice = TypeVar("Choice", bound=str)
+
+Encoder: TypeAlias = Callable[[str, object], bytes]
+"""Checks an id, and encodes it: :func:`encode` or :func:`encode_user_id`."""
 
 MAX_ID_LENGTH = 1024
 """The most characters in a sid, user id, game id or namespace."""
@@ -108,23 +112,25 @@ def encode_metadata(metadata: object) -> bytes:
     return metadata
 
 
-def check_iterable(name: str, values: object) -> list[Any]:
-    """Check that several ids were given, not one."""
+def encode_several(name: str, values: object, encode_one: Encoder) -> list[bytes]:
+    """Check that several ids were given, not one, and encode each."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be several ids, as a list, not {type(values).__name__}: {shown(values)}")
-    return list(values)
+    # The list is made in one step: another thread may change what it is made of.
+    return list(map(partial(encode_one, f"each of {name}"), list(values)))
 
 
-def unique_ids(name: str, values: object) -> list[str]:
+def encode_batch(name: str, values: object, maximum: int, encode_one: Encoder = encode) -> list[bytes]:
+    """Check the ids that one script is to take, and encode each."""
+    encoded = encode_several(name, values, encode_one)
+    if not 1 <= len(encoded) <= maximum:
+        raise ValueError(f"{name} must be 1 to {maximum} ids, not {len(encoded)}")
+    return encoded
+
+
+def unique_ids(name: str, values: object, encode_one: Encoder = encode) -> list[str]:
     """Check several ids, and give each once, as text: ``str()`` of a str that is an Enum differs."""
-    several = check_iterable(name, values)
-    return list(dict.fromkeys(encode(f"each of {name}", value).decode() for value in several))
-
-
-def unique_user_ids(name: str, values: object) -> list[str]:
-    """Do the same with user ids."""
-    several = check_iterable(name, values)
-    return list(dict.fromkeys(encode_user_id(f"each of {name}", value).decode() for value in several))
+    return [encoded.decode() for encoded in dict.fromkeys(encode_several(name, values, encode_one))]
 
 
 def check_callback(name: str, callback: object, *, is_awaited: bool) -> None:

@@ -510,9 +510,7 @@ class Operations:
             The operation, whose result is what became of each, in their order.
 
         """
-        sids_bytes = [arguments.encode("each of sids", sid) for sid in arguments.check_iterable("sids", sids)]
-        if not 1 <= len(sids_bytes) <= self._heartbeat_batch_size:
-            raise ValueError(f"sids must be 1 to {self._heartbeat_batch_size} ids, not {len(sids_bytes)}")
+        sids_bytes = arguments.encode_batch("sids", sids, self._heartbeat_batch_size)
         self._warn_if_silent()
         return Operation(
             HEARTBEATS,
@@ -560,7 +558,7 @@ class Operations:
 
     def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
         """Describe the read of the active connections of any number of users, in scripts of bounded size."""
-        users = arguments.unique_user_ids("user_ids", user_ids)
+        users = arguments.unique_ids("user_ids", user_ids, arguments.encode_user_id)
         return Batches(users, self._users_batch_size, self.users_connections_batch)
 
     def _get_users(
@@ -574,11 +572,7 @@ class Operations:
         )
 
     def _users_of_one_script(self, user_ids: object) -> list[bytes]:
-        several = arguments.check_iterable("user_ids", user_ids)
-        users = [arguments.encode_user_id("each of user_ids", user_id) for user_id in several]
-        if not 1 <= len(users) <= self._users_batch_size:
-            raise ValueError(f"user_ids must be 1 to {self._users_batch_size} ids, not {len(users)}")
-        return users
+        return arguments.encode_batch("user_ids", user_ids, self._users_batch_size, arguments.encode_user_id)
 
     def is_user_online(self, user_id: str | UUID) -> Operation[bool]:
         """Describe the question whether a user is online."""
@@ -600,7 +594,7 @@ class Operations:
 
     def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, bool]:
         """Describe the question which of any number of users are online, in scripts of bounded size."""
-        users = arguments.unique_user_ids("user_ids", user_ids)
+        users = arguments.unique_ids("user_ids", user_ids, arguments.encode_user_id)
         return Batches(users, self._users_batch_size, self.users_online_batch)
 
     def _ask_users(self, users: list[bytes], parse: Callable[[list[int]], Result]) -> Operation[Result]:
@@ -625,10 +619,7 @@ class Operations:
             The operation, whose result is the list of connections of each, in their order.
 
         """
-        several = arguments.check_iterable("game_ids", game_ids)
-        games = [arguments.encode("each of game_ids", game_id) for game_id in several]
-        if not 1 <= len(games) <= GAMES_BATCH_SIZE:
-            raise ValueError(f"game_ids must be 1 to {GAMES_BATCH_SIZE} ids, not {len(games)}")
+        games = arguments.encode_batch("game_ids", game_ids, GAMES_BATCH_SIZE)
 
         def parse(reply: list[Any]) -> list[list[ConnectionInfo]]:
             now, *members = reply
