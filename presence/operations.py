@@ -414,9 +414,7 @@ class Operations:
                 self._resumes,
                 b"",
             ),
-            lambda reply: parse_registration(
-                sid_bytes.decode(), user_bytes.decode(), self.server_id, metadata_bytes, reply
-            ),
+            partial(parse_registration, sid_bytes.decode(), user_bytes.decode(), self.server_id, metadata_bytes),
         )
 
     def unregister_connection(
@@ -516,7 +514,7 @@ class Operations:
             HEARTBEATS,
             self._guarded_keys,
             (self._key_lifetime, *sids_bytes),
-            lambda reply: parse_heartbeats(len(sids_bytes), reply),
+            partial(parse_heartbeats, len(sids_bytes)),
         )
 
     def heartbeat_batches(self, sids: Iterable[str]) -> Batches[str, HeartbeatStatus]:
@@ -536,7 +534,7 @@ class Operations:
     def get_user_connection(self, user_id: str | UUID) -> Operation[ConnectionInfo | None]:
         """Describe the read of a user's active connection."""
         user_bytes = arguments.encode_user_id("user_id", user_id)
-        return self._get_users([user_bytes], lambda connections: connections[0])
+        return self._get_users([user_bytes], lambda reply: parse_users(reply)[0])
 
     def get_all_user_connections(self, user_id: str | UUID) -> Operation[list[ConnectionInfo]]:
         """Describe the read of all connections of a user."""
@@ -554,22 +552,15 @@ class Operations:
             The operation, whose result is the connection of each or None, in their order.
 
         """
-        return self._get_users(self._users_of_one_script(user_ids), list)
+        return self._get_users(self._users_of_one_script(user_ids), parse_users)
 
     def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
         """Describe the read of the active connections of any number of users, in scripts of bounded size."""
         users = arguments.unique_ids("user_ids", user_ids, arguments.encode_user_id)
         return Batches(users, self._users_batch_size, self.users_connections_batch)
 
-    def _get_users(
-        self, users: list[bytes], select: Callable[[list[ConnectionInfo | None]], Result]
-    ) -> Operation[Result]:
-        return Operation(
-            GET_USERS_CONNECTIONS,
-            self._guarded_keys,
-            (self._conn_ttl, *users),
-            lambda reply: select(parse_users(reply)),
-        )
+    def _get_users(self, users: list[bytes], parse: Callable[[list[Any]], Result]) -> Operation[Result]:
+        return Operation(GET_USERS_CONNECTIONS, self._guarded_keys, (self._conn_ttl, *users), parse)
 
     def _users_of_one_script(self, user_ids: object) -> list[bytes]:
         return arguments.encode_batch("user_ids", user_ids, self._users_batch_size, arguments.encode_user_id)
@@ -660,7 +651,7 @@ class Operations:
                 b"%d" % EVENTS_BATCH_SIZE,
                 b"" if position.events_seen is None else b"again",
             ),
-            lambda reply: parse_events(position, reply),
+            partial(parse_events, position),
         )
 
     def get_game_user_sids(self, game_id: str) -> Operation[dict[str, str]]:
