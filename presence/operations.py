@@ -374,15 +374,6 @@ class Operations:
             logger.warning(SERVER_IS_SILENT, self.server_id, silence)
             self._beaten_at = inf
 
-    def _conn(self, sid: bytes) -> bytes:
-        return self._conn_prefix + sid
-
-    def _user_conns(self, user_id: bytes) -> bytes:
-        return self._user_conns_prefix + user_id
-
-    def _game_conns(self, game_id: bytes) -> bytes:
-        return self._game_conns_prefix + game_id
-
     def _reply(self) -> bytes:
         """Name the key under which the answer of one call is kept, for when it is sent again: it ends with a token."""
         return self._reply_prefix + new_token()
@@ -398,12 +389,7 @@ class Operations:
         self._warn_if_silent()
         return Operation(
             REGISTER,
-            (
-                self._conn(sid_bytes),
-                self._user_conns(user_bytes),
-                self.last_seen_key,
-                self._reply(),
-            ),
+            (self._conn_prefix + sid_bytes, self._user_conns_prefix + user_bytes, self.last_seen_key, self._reply()),
             (
                 self._key_lifetime,
                 self._most_connections,
@@ -425,7 +411,7 @@ class Operations:
         grace_ms = 0 if grace_seconds is None else self._grace_ms("grace_seconds", grace_seconds)
         return Operation(
             UNREGISTER,
-            (self._conn(sid_bytes), self.last_seen_key, self._reply()),
+            (self._conn_prefix + sid_bytes, self.last_seen_key, self._reply()),
             (
                 self._key_lifetime,
                 b"%d" % grace_ms,
@@ -444,7 +430,7 @@ class Operations:
         game_bytes = arguments.encode("game_id", game_id)
         return Operation(
             JOIN,
-            (self._conn(sid_bytes), self._game_conns(game_bytes), self.last_seen_key, self._reply()),
+            (self._conn_prefix + sid_bytes, self._game_conns_prefix + game_bytes, self.last_seen_key, self._reply()),
             (
                 self._key_lifetime,
                 b"" if capacity is None else b"%d" % arguments.check_count("capacity", capacity, MAX_CAPACITY),
@@ -460,7 +446,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             LEAVE,
-            (self._conn(sid_bytes), self.last_seen_key, self._reply()),
+            (self._conn_prefix + sid_bytes, self.last_seen_key, self._reply()),
             (
                 self._key_lifetime,
                 arguments.encode_number("epoch", epoch),
@@ -475,7 +461,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             UPDATE_METADATA,
-            (self._conn(sid_bytes), self.last_seen_key, self._reply()),
+            (self._conn_prefix + sid_bytes, self.last_seen_key, self._reply()),
             (
                 self._key_lifetime,
                 arguments.encode_metadata(metadata),
@@ -492,7 +478,7 @@ class Operations:
         self._warn_if_silent()
         return Operation(
             HEARTBEAT,
-            (self._conn(sid_bytes), *self._guarded_keys),
+            (self._conn_prefix + sid_bytes, *self._guarded_keys),
             (self._key_lifetime, arguments.encode_number("epoch", epoch)),
             bool,
         )
@@ -526,7 +512,7 @@ class Operations:
         sid_bytes = arguments.encode("sid", sid)
         return Operation(
             GET_CONNECTION,
-            (self._conn(sid_bytes), self.last_seen_key),
+            (self._conn_prefix + sid_bytes, self.last_seen_key),
             (self._conn_ttl,),
             partial(parse_connection, sid_bytes.decode()),
         )
@@ -637,7 +623,7 @@ class Operations:
             )
 
         return Operation(
-            GET_GAME_SNAPSHOT, (self._game_conns(game_bytes), self.last_seen_key, self.events_key), (), parse
+            GET_GAME_SNAPSHOT, (self._game_conns_prefix + game_bytes, self.last_seen_key, self.events_key), (), parse
         )
 
     def read_events(self, position: Position) -> Operation[EventsBatch]:
@@ -673,7 +659,7 @@ class Operations:
     def _get_game(self, game_id: str, parse: Callable[[str, list[Any]], Result]) -> Operation[Result]:
         game_bytes = arguments.encode("game_id", game_id)
         parse_reply = partial(parse, game_bytes.decode())
-        return Operation(GET_GAME, (self._game_conns(game_bytes), self.last_seen_key), (), parse_reply)
+        return Operation(GET_GAME, (self._game_conns_prefix + game_bytes, self.last_seen_key), (), parse_reply)
 
     def _parse_user_sids(self, game: str, reply: list[Any]) -> dict[str, str]:
         seats = parse_game(game, self._conn_ttl_ms, reply)
@@ -688,7 +674,7 @@ class Operations:
         game_bytes = arguments.encode("game_id", game_id)
         return Operation(
             GET_GAME_CONNECTION_COUNT,
-            (self._game_conns(game_bytes), self.last_seen_key),
+            (self._game_conns_prefix + game_bytes, self.last_seen_key),
             (self._conn_ttl,),
             int,
         )
