@@ -846,8 +846,11 @@ class ConnectionManager:
         running = _Repetition()
 
         async def do_step() -> float | None:
-            _step.set(asyncio.current_task())  # In the context of this task, and of those that it begins.
-            return await step()
+            token = _step.set(asyncio.current_task())  # In the context of this task, and of those that it begins.
+            try:
+                return await step()
+            finally:
+                _step.reset(token)  # Task and context would keep each other alive.
 
         self._repetitions.add(running)
         try:
@@ -1000,6 +1003,7 @@ class ConnectionManager:
                 if known.is_closed():
                     self._open_clients.pop(known, None)
                     self._put_aside.pop(known, None)
+            self._repetitions -= {running for running in tuple(self._repetitions) if running.loop.is_closed()}
             open_client = self._open_clients[loop] = _OpenClient(client, tries_again=tries_again)
         return open_client
 

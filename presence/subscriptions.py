@@ -248,7 +248,7 @@ class _Subscription:
     def _check_that_nothing_is_lost(self) -> None:
         """Raise at every step of the iteration that events are lost, if they are."""
         if self._lost is not None:
-            raise self._lost
+            raise self._lost.with_traceback(None)  # Otherwise it would keep the frames of each time.
 
     def _lose(self, error: Exception) -> None:
         """Note that events are lost."""

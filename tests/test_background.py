@@ -6,6 +6,7 @@ When run_cleanup lets heartbeats come first is looked at more closely in ``test_
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -485,6 +486,26 @@ def test_a_task_that_outlives_the_callback_that_began_it_closes_in_good_order(
     let_time_pass(own_client, "presence", 91)
     asyncio.run(run())
     assert done == ["dealt with", "closed"]
+
+
+def test_what_a_step_leaves_is_freed_without_the_garbage_collector(server_url: str, namespace: str) -> None:
+    """A game server may do without one, and these steps go on as long as it lives."""
+
+    async def work() -> int:
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace, server_id="one") as manager:
+            running = asyncio.create_task(manager.run_server_heartbeat(0.01))
+            await asyncio.sleep(0.1)
+            gc.collect()
+            await asyncio.sleep(0.3)
+            left = gc.collect()
+        await running
+        return left
+
+    gc.disable()
+    try:
+        assert asyncio.run(work()) < 10
+    finally:
+        gc.enable()
 
 
 def test_a_plain_callback_may_give_anything(

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -979,10 +980,14 @@ class TestAConnection:
             if mode == "stream":
                 assert [told(event)[0] for event in events.take(2)] == ["displaced", "registered"]
                 return
-            for _ in range(2):
+            lengths = set()
+            for _ in range(3):
                 with pytest.raises(EventsLostError, match="the connection broke") as raised:
                     events.next()
                 assert isinstance(raised.value.__cause__, redis.ConnectionError)
+                lengths.add(len(traceback.extract_tb(raised.value.__traceback__)))
+            # It is raised again from the beginning, and does not keep the frames of each time.
+            assert len(lengths) == 1
 
     def test_is_closed_at_the_end(
         self, make_manager: ManagerFactory, own_server: LocalServer, mode: EventsMode

@@ -413,8 +413,8 @@ class TestTheEndOfRunCleanup:
 
         async def use_and_close() -> None:
             assert not await manager.update_heartbeat("unknown")
-            await manager.aclose()
             assert not manager._repetitions
+            await manager.aclose()
 
         asyncio.run(use_and_close())
         gc.collect()
