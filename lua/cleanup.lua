@@ -15,9 +15,9 @@ run_cleanup looks whether the server answers.
 
 No other call can find what this call removes or detaches, so each connection is reported by exactly one caller. An
 entry whose record is gone (evicted, or older than its retention) is dropped without a report. A heartbeat that lies in
-the future, because the clock was set back, counts as one that came now. The batch size bounds the time that the script
-holds the server (guarantee 7), and so does a limit on the bytes of the records; the caller repeats it until it examines
-fewer than it asked for.
+the future, because the clock was set back, counts as one that came now (a batch that is sent again sees to that, too).
+The batch size bounds the time that the script holds the server (guarantee 7), and so does a limit on the bytes of the
+records; the caller repeats it until it examines fewer than it asked for.
 
 KEYS  last_seen, servers, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), threshold_ms, batch_size (at most 1000),
@@ -102,7 +102,7 @@ if server_id == '' then
   local oldest_alive = '(' .. as_argument(now_ms - server_threshold_ms)
   servers = redis.call('ZRANGE', servers_key, '0', oldest_alive, 'BYSCORE', 'LIMIT', 0, most_dead_servers)
 else
-  servers = starts_of(servers_key, server_id)
+  servers = starts_of(servers_key, server_id, '0')
 end
 local emptied = {}
 for number = 1, math.min(#servers, most_starts) do

@@ -6,7 +6,7 @@ cleanup.
 KEYS  last_seen, servers, reply
 ARGV  server_id, key_lifetime_ms
 Reply the boot epoch, larger than every epoch before
-Cost  O(S log S), S = servers
+Cost  O(S log S), S = servers that were not replaced
 Error OOM when the server's memory is full; nothing is changed then
 ]]
 -- @include now_us
@@ -25,7 +25,8 @@ if earlier then
 end
 redis.call('ZADD', last_seen_key, '-' .. epoch, '')
 redis.call('PEXPIRE', last_seen_key, key_lifetime_ms)
-for _, start in ipairs(starts_of(servers_key, server_id)) do
+-- Those that were replaced have a score of 0 already.
+for _, start in ipairs(starts_of(servers_key, server_id, '(0')) do
   redis.call('ZADD', servers_key, '0', start)
 end
 redis.call('ZADD', servers_key, now_ms, epoch .. ':' .. server_id)

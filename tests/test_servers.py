@@ -482,6 +482,21 @@ class TestARestart:
         assert sids(removed) == [f"sid-{number:02}" for number in range(count - 1)]
         assert list(keys().records) == [f"sid-{count - 1}"]
 
+    def test_a_long_crash_loop_that_no_cleanup_follows_makes_no_start_slower(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, keys: Keys
+    ) -> None:
+        client.zadd(f"{{{namespace}}}:servers", {f"{number}:server": 0 for number in range(1, 1_000)})
+        client.zadd(f"{{{namespace}}}:servers", {"1000:server": 1})
+
+        def written() -> int:
+            stats: Any = client.info("commandstats")
+            return int(stats["cmdstat_zadd"]["calls"])
+
+        before = written()
+        epoch = make_manager(server_id="server").start_server()
+        assert written() - before == 3  # The epoch, the start before it, and itself.
+        assert [start for start, seen in keys().known_servers.items() if seen] == [f"{epoch}:server"]
+
     def test_two_first_registrations_at_once_start_it_once(self, make_manager: ManagerFactory, keys: Keys) -> None:
         manager: Any = make_manager(server_id="server")
         if isinstance(manager, presence.sync.ConnectionManager):

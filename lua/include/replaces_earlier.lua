@@ -4,7 +4,7 @@
 local function replaces_earlier(servers_key, server)
   local epoch, server_id = server:match('^(%d+):(.*)$')
   local earlier = {}
-  for _, start in ipairs(starts_of(servers_key, server_id)) do
+  for _, start in ipairs(starts_of(servers_key, server_id, '0')) do
     local other_epoch = tonumber(start:match('^%d+'))
     if other_epoch > tonumber(epoch) then
       return false
