@@ -215,14 +215,13 @@ class TestRunCleanup:
                 wait_until(lambda: scripts_run(own_client) >= 1)  # It has seen that the server answers again.
                 who_beats_stays(manager, reported)
 
-    @pytest.mark.parametrize("interval", [0.05, 1])
     def test_what_waits_in_a_server_that_stands_still_lets_the_heartbeats_come_first(
-        self, own_server: LocalServer, own_client: redis.Redis, kind: str, interval: float
+        self, own_server: LocalServer, own_client: redis.Redis, kind: str
     ) -> None:
         reported: list[str] = []
         with presence.sync.ConnectionManager.from_url(own_server.url, heartbeat_seconds=0.5) as manager:
             background = Background(kind, own_server.url, heartbeat_seconds=0.5)
-            with repeating(background, "run_cleanup", interval, lambda result: reported.extend(sids_of(result))):
+            with repeating(background, "run_cleanup", 0.05, lambda result: reported.extend(sids_of(result))):
                 until_it_cleans_up(manager, own_client, reported)
                 register_two(manager)
                 let_time_pass(own_client, "presence", 0.4)
