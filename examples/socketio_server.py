@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import logging
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import socketio
@@ -121,8 +122,9 @@ class GameServer:
         if not alive:
             # Where its user has no other connection, the others took this server for dead, or the data was lost: the
             # client is to come back.
-            session = await self.sio.get_session(sid)
-            await self.end(sid, is_final=await self.manager.get_user_connection(session["user_id"]) is not None)
+            with suppress(KeyError):  # The socket may be closed already, and its session gone.
+                session = await self.sio.get_session(sid)
+                await self.end(sid, is_final=await self.manager.get_user_connection(session["user_id"]) is not None)
         return {"alive": alive}
 
     async def end(self, sid: str, *, is_final: bool) -> None:

@@ -850,7 +850,8 @@ class ConnectionManager:
             try:
                 return await step()
             finally:
-                _step.reset(token)  # Task and context would keep each other alive.
+                with suppress(ValueError):  # A loop that was closed under it ends it in another context.
+                    _step.reset(token)  # Task and context would keep each other alive.
 
         self._repetitions.add(running)
         try:

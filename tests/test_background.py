@@ -492,7 +492,7 @@ def test_what_a_step_leaves_is_freed_without_the_garbage_collector(server_url: s
 
     async def work() -> int:
         async with presence.ConnectionManager.from_url(server_url, namespace=namespace, server_id="one") as manager:
-            running = asyncio.create_task(manager.run_server_heartbeat(0.01))
+            running = asyncio.create_task(manager.run_server_heartbeat(0.001))
             await asyncio.sleep(0.1)
             gc.collect()
             await asyncio.sleep(0.3)

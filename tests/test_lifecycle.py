@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import os
 import pickle
+import sys
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -397,7 +398,11 @@ class TestTheEndOfRunCleanup:
 
     # The task of a loop that was closed without its end is dropped, as is its connection.
     @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-    def test_when_its_event_loop_was_closed_under_it(self, server_url: str, namespace: str) -> None:
+    def test_when_its_event_loop_was_closed_under_it(
+        self, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ignored: list[BaseException | None] = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda what: ignored.append(what.exc_value))
         manager = presence.ConnectionManager.from_url(server_url, namespace=namespace)
         loop = asyncio.new_event_loop()
         loop.set_exception_handler(lambda *_: None)
@@ -418,6 +423,8 @@ class TestTheEndOfRunCleanup:
 
         asyncio.run(use_and_close())
         gc.collect()
+        # It ended in another context than it began in.
+        assert not [error for error in ignored if isinstance(error, ValueError)]
 
 
 # The child goes on with one thread, so what it inherited of the others must hold nothing up.
