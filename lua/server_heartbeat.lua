@@ -2,7 +2,8 @@
 --[[
 Mark a game server as seen now.
 
-A server that was taken for dead is known again, but one replaced by a later start of its id stays dead.
+A server that was taken for dead is known again, and its earlier starts are replaced then, if one came back before it.
+One that was replaced by a later start of its id stays dead.
 
 KEYS  servers
 ARGV  server ('<boot epoch>:<server_id>'), key_lifetime_ms
