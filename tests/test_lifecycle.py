@@ -398,8 +398,9 @@ class TestTheEndOfRunCleanup:
 
     # The task of a loop that was closed without its end is dropped, as is its connection.
     @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.parametrize("is_used_again", [True, False])
     def test_when_its_event_loop_was_closed_under_it(
-        self, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+        self, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, is_used_again: bool
     ) -> None:
         ignored: list[BaseException | None] = []
         monkeypatch.setattr(sys, "unraisablehook", lambda what: ignored.append(what.exc_value))
@@ -416,12 +417,15 @@ class TestTheEndOfRunCleanup:
         loop.run_until_complete(begin())
         loop.close()
 
-        async def use_and_close() -> None:
-            assert not await manager.update_heartbeat("unknown")
-            assert not manager._repetitions
+        async def close(*, after_use: bool) -> None:
+            if after_use:
+                assert not await manager.update_heartbeat("unknown")
+                assert not manager._repetitions
             await manager.aclose()
+            assert not manager._repetitions
 
-        asyncio.run(use_and_close())
+        asyncio.run(close(after_use=is_used_again))
+        asyncio.run(close(after_use=True))  # It drops the connection of the closed loop.
         gc.collect()
         # It ended in another context than it began in.
         assert not [error for error in ignored if isinstance(error, ValueError)]
