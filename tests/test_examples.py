@@ -84,14 +84,14 @@ def test_the_other_examples_print_what_they_say(server_url: str, namespace: str,
 
 
 def test_the_example_of_tests_passes() -> None:
-    code = snippet("docs/operating.md", "Tests of an application")
+    code = snippet("docs/game_servers.md", "Tests of an application")
     finished = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace: str) -> None:
     example: dict[str, Any] = {}
-    exec(in_namespace(snippet("docs/operating.md", "Plain WebSockets"), server_url, namespace), example)
+    exec(in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), server_url, namespace), example)
     manager, sockets = example["presence"], example["sockets"]
 
     async def accept(request: web.Request) -> web.WebSocketResponse:
@@ -155,7 +155,7 @@ def test_the_example_of_plain_websockets_does_not_keep_who_cannot_be_registered_
     async def run() -> None:
         example: dict[str, Any] = {}
         url = f"redis://127.0.0.1:{free_port()}/0"
-        exec(in_namespace(snippet("docs/operating.md", "Plain WebSockets"), url, namespace), example)
+        exec(in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), url, namespace), example)
         socket = Socket()
         serving = asyncio.create_task(example["serve"](socket, "alice"))
         await until(lambda: socket.code == 1013)
@@ -178,10 +178,10 @@ def test_the_example_of_messages_reaches_the_opponent_on_another_process(
 
     def process(server_id: str) -> tuple[Any, dict[str, Any]]:
         online, messages = types.ModuleType("online"), dict[str, Any]()
-        code = in_namespace(snippet("docs/operating.md", "Plain WebSockets"), server_url, namespace)
+        code = in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), server_url, namespace)
         exec(code.replace("{os.getpid()}", f"{server_id}-{namespace}"), vars(online))
         monkeypatch.setitem(sys.modules, "online", online)
-        code = snippet("docs/operating.md", "Messages to other players")
+        code = snippet("docs/game_servers.md", "Messages to other players")
         exec(code.replace('"redis://localhost:6379/0"', repr(server_url)), messages)
         return online, messages
 
@@ -215,7 +215,7 @@ def test_the_example_of_messages_reaches_the_opponent_on_another_process(
 def test_the_example_that_follows_the_events_counts_each_join_once_though_it_is_killed(
     server_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    code = in_namespace(snippet("docs/operating.md", "Following the events"), server_url, namespace)
+    code = in_namespace(snippet("docs/game_servers.md", "Following the events"), server_url, namespace)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
 
     def ask(query: str) -> list[Any]:
@@ -261,7 +261,7 @@ class BlockingSocket:
 def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told_to_end(
     server_url: str, namespace: str, number: signal.Signals
 ) -> None:
-    code = in_namespace(snippet("docs/operating.md", "Blocking code"), server_url, namespace)
+    code = in_namespace(snippet("docs/game_servers.md", "Blocking code"), server_url, namespace)
     example: dict[str, Any] = {}
     exec(code.replace("HEARTBEAT_SECONDS = 30", "HEARTBEAT_SECONDS = 1"), example)
     manager, failures = example["manager"], []
@@ -509,9 +509,9 @@ def test_the_example_of_socketio_follows_on_after_an_event_that_it_fails_at(
 
 
 def test_the_example_of_fastapi_serves_them(server_url: str, namespace: str, tmp_path: Path) -> None:
-    online = in_namespace(snippet("docs/operating.md", "Plain WebSockets"), server_url, namespace)
+    online = in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), server_url, namespace)
     (tmp_path / "online.py").write_text(online, encoding="utf-8")
-    (tmp_path / "app.py").write_text(snippet("docs/operating.md", "FastAPI"), encoding="utf-8")
+    (tmp_path / "app.py").write_text(snippet("docs/game_servers.md", "FastAPI"), encoding="utf-8")
     command = [sys.executable, "-m", "uvicorn", "app:app", "--port", "0"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
 
