@@ -149,3 +149,23 @@ class TestTheVeryMillisecond:
         batch = Moment(client, seen_ms + 90_000 + late_ms)(make_manager().operations.cleanup_batch())
 
         assert len(batch.removed) == late_ms
+
+    def test_in_which_a_server_has_missed_half_of_its_heartbeats(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, keys: Keys, late_ms: int
+    ) -> None:
+        make_manager(server_id="server").register_connection("sid", "user")
+        (seen_ms,) = keys().known_servers.values()
+        client.zadd(f"{{{namespace}}}:last_seen", {"sid": seen_ms - 60_000}, xx=True)
+        operations = make_manager(server_grace_seconds=30).operations
+
+        batch = Moment(client, seen_ms + 45_000 + late_ms)(operations.cleanup_batch())
+
+        assert [len(batch.removed), len(batch.detached)] == [not late_ms, late_ms]
+
+    def test_in_which_a_cleanup_is_late(self, manager: ConnectionManager, client: redis.Redis, late_ms: int) -> None:
+        connection = manager.register_connection("sid", "user").connection
+        not_after_ms = round(connection.last_seen.timestamp() * 1000) + 100_000
+
+        batch = Moment(client, not_after_ms + late_ms)(manager.operations.cleanup_batch(not_after_ms=not_after_ms))
+
+        assert [len(batch.removed), batch.is_late] == [not late_ms, bool(late_ms)]
