@@ -41,7 +41,7 @@ from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.processes import in_child
 from tests.server import LocalServer, free_port, program
-from tests.test_events import MODES, Subscribed, subscribed
+from tests.subscribed import MODES, Subscribed, subscribed
 from tests.watching import admin, evalsha_calls, every_refusal, refuse_next_write, wait_until
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyErr
 from presence.sync import ConnectionManager
 from tests.fault_proxy import Fate, Proxy
 from tests.server import LocalServer, free_port, program
-from tests.watching import wait_until
+from tests.watching import raising_after, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -198,22 +197,6 @@ def test_an_error_reply_to_a_signal_handler_is_not_taken_for_the_reply_to_the_ca
             interrupted_call(manager)
         assert manager.get_connection("unknown") is None
         assert manager.get_connection_count() == 1
-
-
-@contextmanager
-def raising_after(seconds: float, error: Exception) -> Iterator[None]:
-    """Let a signal handler raise meanwhile."""
-
-    def handle(*_: object) -> None:
-        raise error
-
-    handled_before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handled_before)
 
 
 @pytest.mark.parametrize("is_cluster", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -75,6 +76,22 @@ def traced(trace: Callable[[FrameType, str, object], Any]) -> Iterator[None]:
         yield
     finally:
         sys.settrace(tracing_before)
+
+
+@contextmanager
+def raising_after(seconds: float, error: Exception) -> Iterator[None]:
+    """Let a signal handler raise meanwhile."""
+
+    def handle(*_: object) -> None:
+        raise error
+
+    handled_before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handled_before)
 
 
 def evalsha_calls(client: redis.Redis) -> int:
