@@ -70,6 +70,15 @@ def check(manager: ConnectionManager, name: str) -> None:
     assert CALLS[name].of_result(call(manager, name)) == CALLS[name].expected
 
 
+def play(manager: ConnectionManager) -> None:
+    """Check every operation, each in the same scene."""
+    for name in CALLS:
+        for sid in ("sid-1", "sid-2", "sid-3"):
+            manager.unregister_connection(sid)
+        set_the_scene(manager)
+        check(manager, name)
+
+
 def one_attempt(kind: str) -> dict[str, Any]:
     """Give the client options under which a fault is met at once, for tests of the error alone."""
     retry = redis.asyncio.retry.Retry if kind == "asyncio" else redis.retry.Retry
