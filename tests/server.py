@@ -76,14 +76,16 @@ class LocalServer:
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with redis.Redis(port=self.port, retry=Retry(NoBackoff(), 0)) as client:
-                    client.ping()
+                    client.ping()  # Refused while it loads its data, unlike INFO.
+                    info: Any = client.info("server")
+                    if info["process_id"] == self.pid:
+                        return self
+                cause = f"found another server, of process {info['process_id']}, on port {self.port}"
             except redis.AuthenticationError:
                 return self
             except redis.ConnectionError as error:
                 cause = f"did not answer on port {self.port} within {START_SECONDS} s ({error})"
-                time.sleep(0.02)
-            else:
-                return self
+            time.sleep(0.02)
         status = self._process.poll()
         if status is not None:
             cause = f"ended with status {status} before it answered on port {self.port}"
