@@ -32,8 +32,9 @@ local game_id, user_id, server, its_epoch, connected_at, _, its_metadata = split
 if its_metadata == metadata then
   return answer_nothing(reply_key, keep, 1)
 end
-if answer_once(reply_key, 1) then
-  return 1
+local earlier = answer_once(reply_key, 1)
+if earlier then
+  return earlier
 end
 local body = make_body(user_id, its_epoch, connected_at, '', server, metadata)
 record = make_record(game_id, body)

@@ -431,6 +431,28 @@ def test_the_callback_may_close_the_manager_in_any_way(
     reporting(own_server.url, on_removed)
 
 
+def test_the_callback_may_close_the_manager_beside_other_repetitions(
+    own_server: LocalServer, own_client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        manager = presence.ConnectionManager.from_url(own_server.url, server_id="server", heartbeat_seconds=0.1)
+
+        async def on_removed(_: CleanupResult) -> None:
+            await manager.aclose()
+
+        repetitions = [manager.run_cleanup(0.01, on_removed=on_removed)]
+        repetitions += [manager.run_server_heartbeat() for _ in range(4)]
+        tasks = [asyncio.create_task(each) for each in repetitions]
+        assert (await asyncio.wait(tasks, timeout=BOUND_SECONDS))[1] == set()
+        await manager.aclose()
+
+    with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+        manager.register_connection("sid", "user")
+    let_time_pass(own_client, "presence", 91)
+    asyncio.run(run())
+    assert not caplog.records
+
+
 def test_the_callbacks_of_two_cleanups_may_close_the_manager_at_the_same_time(
     own_server: LocalServer, own_client: redis.Redis
 ) -> None:

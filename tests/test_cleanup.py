@@ -296,3 +296,8 @@ def test_stale_ones_and_those_past_their_grace_are_bounded_together(
     assert [len(batch.removed) for batch in batches] == [CLEANUP_BATCH_SIZE, stale + 2 - CLEANUP_BATCH_SIZE]
     assert [batch.is_last for batch in batches] == [False, True]
     assert keys().ttls_ms == {}
+
+
+def test_a_batch_that_finds_nobody_is_the_last_and_not_late(manager: ConnectionManager) -> None:
+    (done,) = manager.pipeline([manager.operations.cleanup_batch()])
+    assert (done.removed, done.is_last, done.is_late) == ((), True, False)

@@ -30,7 +30,7 @@ from redis._parsers import (
     _RESP2Parser,
     _RESP3Parser,
 )
-from redis.backoff import ConstantBackoff
+from redis.backoff import ConstantBackoff, NoBackoff
 
 import presence
 import presence.sync
@@ -921,6 +921,27 @@ def check_the_retries(retry: Any) -> None:
     assert retry.get_retries() == 6
     pauses = [sum(retry._backoff.compute(failures) for failures in range(1, 7)) for _ in range(200)]
     assert 2 < sum(pauses) / len(pauses) < 3
+
+
+def test_an_attempt_within_an_attempt_has_no_more_time_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, connects = 0.0, 0
+    monkeypatch.setattr(retrying, "monotonic", lambda: now)
+    retry = retrying.TimelyRetry(NoBackoff(), 1000)
+
+    def connect() -> None:
+        nonlocal now, connects
+        now += retrying.RETRYING_SECONDS / 4
+        connects += 1
+        raise redis.ConnectionError("the connection broke")
+
+    def send() -> None:
+        nonlocal now
+        now += retrying.RETRYING_SECONDS / 2
+        retry.call_with_retry(connect, lambda _: None)
+
+    with pytest.raises(redis.ConnectionError):
+        retry.call_with_retry(send, lambda _: None)
+    assert connects == 3
 
 
 def test_more_calls_at_once_than_connections_wait_for_a_free_one(own_server: LocalServer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,7 +43,20 @@ def test_a_user_is_online_for_three_heartbeats(
     assert manager.is_user_online("user") is online
     connection = manager.get_user_connection("user")
     assert connection is not None
-    assert connection.is_stale() is not online
+    assert connection.is_stale() is (not online)
+
+
+@pytest.mark.parametrize(
+    ("silent_ms", "threshold_seconds", "is_stale"),
+    [(90_000, 90, False), (90_001, 90, True), (0, 0, False), (1, 0, True)],
+)
+def test_a_connection_is_stale_once_it_was_silent_for_longer_than_the_threshold(
+    silent_ms: int, threshold_seconds: float, is_stale: bool
+) -> None:
+    seen = datetime(2026, 11, 30, tzinfo=UTC)
+    observed = seen + timedelta(milliseconds=silent_ms)
+    connection = presence.ConnectionInfo("sid", "user", None, seen, seen, observed)
+    assert connection.is_stale(threshold_seconds) is is_stale
 
 
 def test_the_stale_threshold_follows_the_heartbeat(make_manager: ManagerFactory, wait: Callable[[float], None]) -> None:

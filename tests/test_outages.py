@@ -235,6 +235,18 @@ def test_answers_that_always_come_too_late_are_logged(caplog: pytest.LogCaptureF
     ]
 
 
+def test_those_before_a_cleanup_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    answers = Answers()
+    answers.give()
+    for _ in range(9):
+        answers.give(8)
+    answers.wait()
+    answers.give(2.5)
+    for _ in range(9):
+        answers.give(8)
+    assert not caplog.records
+
+
 def test_a_fault_begins_it_anew_and_what_met_it_may_run_no_more() -> None:
     """If it has run, and only its reply was lost, it is the same call, and answers what it did."""
     answers = Answers()
@@ -265,3 +277,4 @@ def test_with_a_threshold_of_a_heartbeat_or_less_none_waits(threshold_seconds: f
     first = answers.cleanup.next()
     answers.cleanup.fail(presence.ServerUnreachableError())
     assert answers.cleanup.next().keys == first.keys
+    assert answers.may_run_for() == float("inf")

@@ -309,6 +309,18 @@ class TestAnErrorOfOne:
         run(work())
 
 
+class SwallowingConnection(redis.asyncio.Connection):
+    """Loses a cancellation while it writes, as Python 3.11's asyncio.wait_for can."""
+
+    is_slow: ClassVar[bool] = False
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        await super().send_packed_command(command, check_health)
+        if self.is_slow:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(2 * BOUND_SECONDS)
+
+
 class TestCancellationOfOne:
     """It ends that call, and no other notices."""
 
@@ -373,6 +385,24 @@ class TestCancellationOfOne:
                     await asyncio.wait_for(manager.aclose(), BOUND_SECONDS)
                     assert call.cancelled()
                     assert await manager.update_heartbeat("sid-0")
+
+        run(work())
+
+    def test_does_not_even_where_redis_py_swallows_that_of_the_close(self, own_server: LocalServer) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                options: dict[str, Any] = {"connection_class": SwallowingConnection, "socket_timeout": None}
+                async with warm_manager(proxy.url, 1, **options) as manager:
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    SwallowingConnection.is_slow = True
+                    call = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await is_held(proxy)
+                    SwallowingConnection.is_slow = False
+                    call.cancel()
+                    closing = asyncio.create_task(manager.aclose())
+                    in_time, _ = await asyncio.wait([closing], timeout=BOUND_SECONDS)
+                    proxy.release()
+                    assert in_time
 
         run(work())
 

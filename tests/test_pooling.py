@@ -199,6 +199,28 @@ def test_an_error_reply_to_a_signal_handler_is_not_taken_for_the_reply_to_the_ca
         assert manager.get_connection_count() == 1
 
 
+def test_a_call_that_is_interrupted_gives_its_connection_back_closed(
+    own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same moment another thread may take it, which waits for one."""
+    with (
+        ConnectionManager.from_url(own_server.url) as manager,
+        redis.Redis.from_url(own_server.url) as other,
+    ):
+        beat_one(manager)
+        pool: Any = pooling.pool_of(manager._client())
+        release, open_sockets = pool.release, []
+
+        def note_and_release(connection: Any) -> None:
+            open_sockets.append(connection._sock)
+            release(connection)
+
+        monkeypatch.setattr(pool, "release", note_and_release)
+        with interrupted(OutOfTimeError, is_slow=other):
+            beat_one(manager)
+        assert open_sockets == [None]
+
+
 @pytest.mark.parametrize("is_cluster", [False, True])
 def test_a_call_that_is_interrupted_leaves_those_of_other_threads_alone(node: LocalServer, is_cluster: bool) -> None:
     with redis.Redis.from_url(node.url) as other, ExitStack() as stack:
@@ -441,6 +463,18 @@ class TestWhatSeesEachCallOfAClient:
             else:
                 with ConnectionManager.from_url(server_url, namespace=namespace) as manager:
                     self.check(manager, seen)
+
+    def test_does_so_where_a_call_is_sent_again(self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        execute = redis.Redis.execute_command
+
+        def traced(self: redis.Redis, *args: Any, **options: Any) -> Any:
+            return execute(self, *args, **options)  # type: ignore[no-untyped-call]
+
+        monkeypatch.setattr(redis.Redis, "execute_command", traced)
+        with Proxy(own_server.port) as proxy, ConnectionManager.from_url(proxy.url) as manager:
+            assert manager.register_connection("sid", "alice")
+            proxy.fates = [Fate.LOSE_REPLY]
+            assert manager.update_heartbeat("sid")
 
     @staticmethod
     def check(manager: ConnectionManager, seen: list[str]) -> None:

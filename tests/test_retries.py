@@ -525,6 +525,31 @@ class TestACallThatComesAgainLate:
         assert send(client, operation) == first
         assert manager.get_connection("old") == detached
 
+    @pytest.mark.parametrize(
+        "call",
+        [
+            pytest.param(lambda operations: operations.join_game("sid", "another game"), id="join"),
+            pytest.param(lambda operations: operations.leave_game("sid"), id="leave"),
+            pytest.param(lambda operations: operations.unregister_connection("sid"), id="unregister"),
+            pytest.param(lambda operations: operations.unregister_connection("sid", grace_seconds=30), id="detach"),
+            pytest.param(lambda operations: operations.update_metadata("sid", "new"), id="update the metadata"),
+        ],
+    )
+    def test_what_found_nothing_to_do_says_so_again_whatever_has_come_since(
+        self, manager: ConnectionManager, call: Callable[[Operations], Operation[Any]]
+    ) -> None:
+        # Of several, each keeps its answer.
+        operations: list[Any] = [call(manager.operations), manager.operations.get_connection("sid")]
+        nothing, _ = manager.pipeline(operations)
+        assert not nothing
+        manager.register_connection("sid", "user", metadata="old")
+        manager.join_game("sid", "game")
+
+        assert manager.pipeline(operations) == [nothing, manager.get_connection("sid")]
+        playing = manager.get_connection("sid")
+        assert playing is not None
+        assert (playing.game_id, playing.metadata, playing.is_detached) == ("game", b"old", False)
+
 
 def test_an_answer_is_kept_for_a_minute_and_no_longer(manager: ConnectionManager, keys: Keys) -> None:
     one_plays(manager)
@@ -695,6 +720,9 @@ def carried(exchange: Any, request: Sequence[Command], answer: Callable[[Sequenc
             request = exchange.send(answer(request))
     except StopIteration as finished:
         return finished.value
+
+
+LOST = redis.ConnectionError("the connection broke")
 
 
 def fault_of_a_read(command: Command) -> Exception | None:
@@ -892,6 +920,31 @@ class TestWhatFollowsACallThatWasRefused:
             assert 0 not in part or part[0][7:] == ((b"", b"", b"1") if pause else ())
             replies |= {index: first[index] for index in part}
         assert replies == {0: b"game", 1: 7}
+
+    @pytest.mark.parametrize(
+        ("following", "answers", "told"),
+        [
+            (lambda o: o.get_connection_count(), (7, 8), 8),
+            (lambda o: o.leave_game("b"), (b"", b"game"), b"game"),
+            (lambda o: o.leave_game("b"), (b"", LOST), LOST),
+        ],
+        ids=["a read", "a change", "a change whose reply is lost"],
+    )
+    def test_has_the_answer_to_its_repetition_on_a_cluster(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        following: Callable[[Operations], Operation[Any]],
+        answers: tuple[Any, Any],
+        told: Any,
+    ) -> None:
+        monkeypatch.setattr("presence.retrying.cluster_pauses", lambda: iter([0.1]))
+        operations = Operations("ns")
+        request = [operations.leave_game("a").command(), following(operations).command()]
+        replies: dict[int, Any] = {}
+        for pause, part in attempts(request, replies):
+            assert list(part) == [0, 1]
+            replies |= {0: b"game" if pause else LOST, 1: answers[bool(pause)]}
+        assert replies == {0: b"game", 1: told}
 
     def test_has_its_new_token_for_good(self) -> None:
         """Under the first one it has an answer, which it would be given again."""
