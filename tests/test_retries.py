@@ -6,7 +6,7 @@ import struct
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -525,30 +525,62 @@ class TestACallThatComesAgainLate:
         assert send(client, operation) == first
         assert manager.get_connection("old") == detached
 
-    @pytest.mark.parametrize(
-        "call",
-        [
-            pytest.param(lambda operations: operations.join_game("sid", "another game"), id="join"),
-            pytest.param(lambda operations: operations.leave_game("sid"), id="leave"),
-            pytest.param(lambda operations: operations.unregister_connection("sid"), id="unregister"),
-            pytest.param(lambda operations: operations.unregister_connection("sid", grace_seconds=30), id="detach"),
-            pytest.param(lambda operations: operations.update_metadata("sid", "new"), id="update the metadata"),
-        ],
-    )
-    def test_what_found_nothing_to_do_says_so_again_whatever_has_come_since(
-        self, manager: ConnectionManager, call: Callable[[Operations], Operation[Any]]
-    ) -> None:
-        # Of several, each keeps its answer.
-        operations: list[Any] = [call(manager.operations), manager.operations.get_connection("sid")]
-        nothing, _ = manager.pipeline(operations)
-        assert not nothing
-        manager.register_connection("sid", "user", metadata="old")
-        manager.join_game("sid", "game")
 
-        assert manager.pipeline(operations) == [nothing, manager.get_connection("sid")]
-        playing = manager.get_connection("sid")
-        assert playing is not None
-        assert (playing.game_id, playing.metadata, playing.is_detached) == ("game", b"old", False)
+def another_has_the_sid(manager: ConnectionManager) -> None:
+    manager.register_connection("old", "another user", metadata="another")
+    manager.join_game("old", "next game")
+
+
+SCENES = (
+    nothing,
+    one_is_there,
+    one_plays,
+    one_is_detached,
+    the_next_game_is_full,
+    one_has_metadata,
+    another_has_the_sid,
+)
+"""What a call may find when it runs, and what has come since when it is sent again."""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda operations: operations.join_game("old", "next game"), id="join"),
+        pytest.param(lambda operations: operations.join_game("old", "next game", capacity=2), id="join if free"),
+        pytest.param(lambda operations: operations.join_game("old", "game", epoch=1), id="join by epoch"),
+        pytest.param(lambda operations: operations.leave_game("old"), id="leave"),
+        pytest.param(lambda operations: operations.unregister_connection("old"), id="unregister"),
+        pytest.param(lambda operations: operations.unregister_connection("old", grace_seconds=30), id="detach"),
+        pytest.param(lambda operations: operations.unregister_connection("old", epoch=1), id="unregister by epoch"),
+        pytest.param(lambda operations: operations.update_metadata("old", "before"), id="set the metadata"),
+        pytest.param(lambda operations: operations.update_metadata("old", ""), id="clear the metadata"),
+    ],
+)
+def test_a_call_that_is_sent_again_says_the_same_and_changes_nothing_whatever_has_come_since(
+    server_url: str, client: redis.Redis, namespace: str, keys: Keys, call: Callable[[Operations], Operation[Any]]
+) -> None:
+    """Also one that found nothing to do: of those that may be sent again, that answer is kept, too."""
+
+    def forget(kinds: str) -> None:
+        names = client.keys(f"{{{namespace}}}:{kinds}")
+        client.delete("none", *names)
+
+    with ConnectionManager.from_url(server_url, namespace=namespace) as manager:
+        for found, has_come in product(SCENES, repeat=2):
+            found(manager)
+            operation = call(manager.operations).having(keep=b"1")
+            first = send(client, operation)
+            forget("[^r]*")  # All but the answers.
+            has_come(manager)
+            before = keys()
+
+            assert send(client, operation) == first, (found.__name__, has_come.__name__)
+
+            after = keys()
+            assert (after.records, after.users, after.games) == (before.records, before.users, before.games)
+            assert after.last_seen == before.last_seen
+            forget("*")
 
 
 def test_an_answer_is_kept_for_a_minute_and_no_longer(manager: ConnectionManager, keys: Keys) -> None:
