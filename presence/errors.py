@@ -17,7 +17,7 @@ class PresenceError(Exception):
 class ServerUnreachableError(PresenceError):
     """The server could not be reached, or the connection broke and the retries were used up.
 
-    An operation that was under way may or may not have taken effect; each is safe to call again.
+    An operation that was under way may have taken effect or not, or may still do so; each is safe to call again.
     """
 
 
