@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from presence import EventsLostError
 from tests.conftest import Awaited
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ class Subscribed:
 
     def take(self, count: int) -> list[Event]:
         return [self.next() for _ in range(count)]
+
+    def tells_the_loss(self, match: str) -> None:
+        """Meet the error that says what was lost, and meet it again, as whoever goes on does."""
+        for _ in range(2):
+            with pytest.raises(EventsLostError, match=match):
+                self.next()
 
 
 @contextmanager
