@@ -41,8 +41,9 @@ format: $(READY)  ## Format the Python code and fix what ruff can fix
 bench: $(READY)  ## Four ways to keep presence, side by side: cost and scale (within 20 minutes; QUICK=1: within 3)
 	@$(RUN) -m bench
 
-prove: $(READY)  ## Every interleaving, a storm of a million operations, and the check of its history
+prove: $(READY)  ## Every interleaving, a storm of a million operations and its history, long random sequences
 	@$(RUN) -m bench.prove
+	@PRESENCE_EXAMPLES=200 $(RUN) -m pytest tests/test_stateful.py
 
 clean:  ## Remove what the other targets made, except the results of bench and prove
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -85,12 +85,13 @@ def test_nothing_goes_wrong_with_what_a_fleet_needs(pair: Pair, url: str) -> Non
 
 @each(SENT_TWICE_PAIRS)
 def test_a_call_that_is_sent_again_takes_effect_once_whatever_came_between(pair: Pair, url: str) -> None:
-    result = explore("presence", pair, url=url)
+    result = explore("presence", pair, url=url, limit=30, seed=SEED)
 
     twice = sum(call.method == "sent_twice" for call in pair.calls)
-    assert result.alive.schedules >= multinomial([2] * twice + [1] * (len(pair.calls) - twice))
-    assert result.crashed.schedules >= len(pair.calls) * multinomial([1] * len(pair.calls))
-    assert result.alive.is_complete
+    orders = multinomial([2] * twice + [1] * (len(pair.calls) - twice))
+    assert result.alive.schedules >= min(orders, 30)
+    assert result.crashed.schedules >= min(len(pair.calls) * multinomial([1] * len(pair.calls)), 30)
+    assert result.alive.is_complete == (orders <= 30)
     assert (result.alive.kinds, result.crashed.kinds) == (Counter(), Counter())
 
 

@@ -474,7 +474,7 @@ def test_any_sequence_answers_and_stores_what_the_model_does(machine: type[Seque
     run_state_machine_as_test(  # type: ignore[no-untyped-call, unused-ignore]
         OnThisServer,
         settings=settings(
-            max_examples=int(os.environ.get("PRESENCE_EXAMPLES", "36")),
+            max_examples=int(os.environ.get("PRESENCE_EXAMPLES", "24")),
             stateful_step_count=40,
             deadline=None,
             database=None,
