@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
-import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from tests import watching
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
 from tests.invariants import Keyspace, read_keyspace, violations
-from tests.processes import PROCESSES, spawn
+from tests.processes import PROCESSES, get_ready, spawn
 from tests.server import LocalServer, NoServerError, Server, program, running_server
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def hasty(request: pytest.FixtureRequest) -> dict[str, Any]:
 def processes() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as executor:
         # All of them are up before the first test starts its clock.
-        list(executor.map(time.sleep, [0.2] * PROCESSES))
+        list(executor.map(get_ready, range(PROCESSES)))
         yield executor
 
 
