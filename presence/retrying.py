@@ -104,8 +104,9 @@ def with_what_follows(
         conn_key = commands[index][3] if script.keys[0] == "conn" else None
         is_undone = bool(acted_on) if script.reaches_others else conn_key in acted_on
         has_acted = script.has_acted(reply)
-        # A join that left no game may be repeated: it has found its connection in the game already, or will do so now.
-        if not is_undone and not (has_acted and reply):
+        # A join that left no game has nothing to report either. It has to be repeated if what was refused may undo it.
+        is_endangered = not reply and any(commands[earlier][3] == conn_key for earlier in refused if earlier < index)
+        if not is_undone and (not has_acted or is_endangered):
             repeated.add(index)
         if has_acted and (conn_key or script.reaches_others):
             acted_on.add(conn_key or script.name)

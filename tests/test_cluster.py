@@ -21,6 +21,7 @@ import redis.asyncio
 import presence
 import presence.sync
 from presence import addresses, clients, retrying
+from presence.commands import load_command
 from presence.operations import (
     ARE_USERS_ONLINE,
     GET_ALL_USER_CONNECTIONS,
@@ -28,6 +29,7 @@ from presence.operations import (
     GET_USERS_CONNECTIONS,
     HEARTBEAT,
     HEARTBEATS,
+    JOIN,
     Operation,
 )
 from tests.clock import let_time_pass
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
     from presence.commands import Command
     from presence.operations import EventsMode
+    from presence.scripts import Script
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
@@ -323,6 +326,39 @@ class TestCluster:
                 cluster.clients[1].flushall()
         finally:
             cluster.move(slot, node=0)
+
+    @pytest.mark.parametrize("between", ["leaves", "joins another", "is removed"])
+    def test_a_join_that_has_acted_does_not_act_again(
+        self, make_manager: ManagerFactory, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, between: str
+    ) -> None:
+        """The slot has moved to a node that has its script, and not that of the leave before it."""
+        namespace = cluster.new_namespace()
+        manager = make_manager(cluster.url, namespace=namespace)
+        assert manager.get_connection_count() == 0
+        cluster.move(cluster.slot(namespace), node=1)
+        other = presence.sync.ConnectionManager.from_url(cluster.url, namespace=namespace)
+        other.register_connection("sid", "user")
+        cluster.clients[1].script_load(JOIN.source)
+        calls: dict[str, Callable[[], Any]] = {
+            "leaves": lambda: other.leave_game("sid"),
+            "joins another": lambda: other.join_game("sid", "another").left_game_id,
+            "is removed": lambda: other.unregister_connection("sid").game_id,  # type: ignore[union-attr]
+        }
+        load, loads, left = load_command, itertools.count(1), []
+
+        def load_and_meet(script: Script) -> Any:
+            if next(loads) == 3:  # After those at the head: the leave has missed its script, and the join has acted.
+                left.append(calls[between]())
+            return load(script)
+
+        monkeypatch.setattr("presence.exchanges.load_command", load_and_meet)
+        operations = manager.operations
+        described: list[Operation[Any]] = [operations.leave_game("nobody"), operations.join_game("sid", "game")]
+        assert manager.pipeline(described) == [None, presence.JoinResult(joined=True)]
+        assert left == ["game"]
+        found = other.get_connection("sid")
+        assert (found and found.game_id) == {"joins another": "another"}.get(between)
+        other.close()
 
     @pytest.mark.parametrize("moved_first", ["last_seen", "the users", "all but the users", "all but last_seen"])
     def test_while_a_slot_moves_key_by_key_no_call_works_on_half_of_them(

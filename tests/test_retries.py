@@ -805,7 +805,11 @@ class TestWhatFollowsACallThatWasRefused:
         "a register": ([("register_connection", ("b", "user"), NOW)], []),
         "a join that found the game full": ([("join_game", ("b", "game"), 1)], [1]),
         "a join that found no connection": ([("join_game", ("b", "game"), 0)], [1]),
-        "a join that left no game": ([("join_game", ("b", "game"), b"")], [1]),
+        "a join that left no game": ([("join_game", ("b", "game"), b"")], []),
+        "a join that left no game, of the connection that was refused": (
+            [("join_game", ("refused", "game"), b"")],
+            [1],
+        ),
         "a join that left one": ([("join_game", ("b", "game"), b"another")], []),
         "heartbeats of which one was unknown": ([("heartbeat_batch", (["a", "b"],), [1, 0])], [1]),
         "heartbeats that were all seen": ([("heartbeat_batch", (["a", "b"],), [])], [1]),
@@ -815,7 +819,7 @@ class TestWhatFollowsACallThatWasRefused:
             [],
         ),
         "a leave before a heartbeat": ([("leave_game", ("b",), b""), ("update_heartbeat", ("b",), 1)], [1, 2]),
-        "a leave before a join": ([("leave_game", ("b",), b""), ("join_game", ("b", "game"), b"")], [2]),
+        "a leave before a join": ([("leave_game", ("b",), b""), ("join_game", ("b", "game"), b"")], []),
         "a count before a start": ([("get_connection_count", (), 1), ("start_server", (), 1_795_000_000_000_000)], [1]),
         "a refused register before an unregister of its user": (
             [
