@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
+import hypothesis
 import pytest
 import redis
 
@@ -24,6 +25,9 @@ from tests.server import LocalServer, NoServerError, Server, program, running_se
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 _SERVER = pytest.StashKey[Server]()
 _CLEANUP = pytest.StashKey[ExitStack]()

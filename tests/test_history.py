@@ -424,7 +424,7 @@ def explains(order: tuple[RecordedCall, ...]) -> bool:
     return all(expected(model, one) == one.answer or one.end is None for one in order)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(histories(most=5, longest=25), st.data())
 def test_the_verdict_is_that_of_trying_every_order(calls: list[RecordedCall], data: st.DataObject) -> None:
     for place in data.draw(st.sets(st.integers(0, len(calls) - 1), max_size=2)):

@@ -244,7 +244,7 @@ IDS = st.one_of(
 METADATA = st.one_of(st.text("0123456789: ").map(str.encode), st.binary(max_size=60))
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, database=None, suppress_health_check=list(HealthCheck))
 @given(user_id=IDS, game_id=IDS, server_id=IDS, metadata=METADATA)
 @example(user_id="1", game_id="2", server_id="3:4", metadata=b"5")
 @example(user_id=" ", game_id=" ", server_id=" ", metadata=b" ")

@@ -476,7 +476,6 @@ def test_any_sequence_answers_and_stores_what_the_model_does(machine: type[Seque
         settings=settings(
             max_examples=int(os.environ.get("PRESENCE_EXAMPLES", "24")),
             stateful_step_count=40,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
