@@ -151,6 +151,42 @@ class _AsyncSentinelPool(redis.asyncio.sentinel.SentinelConnectionPool, redis.as
                         await sentinel.aclose()
 
 
+class _InUse(set[Any]):
+    """The connections of a pool that are in use. Only the thread that took one gives it back.
+
+    Where redis-py's blocking cluster client was told to ask again or elsewhere and then cannot connect, it gives back
+    once more what it had before. By then another thread may have that, and would share it with a third.
+    """
+
+    def __init__(self, connections: set[Any]) -> None:
+        super().__init__(connections)
+        self._takers: dict[Any, int] = {}
+
+    def add(self, connection: Any) -> None:
+        self._takers[connection] = get_ident()
+        super().add(connection)
+
+    def remove(self, connection: Any) -> None:
+        own_thread = get_ident()
+        if connection in self and self._takers.get(connection, own_thread) != own_thread:
+            raise KeyError(connection)  # As of one that is not in use, which the pool does not take.
+        super().remove(connection)
+        self._takers.pop(connection, None)
+
+
+class _Cluster(redis.RedisCluster):
+    """Sees to it that no connection is given back by a thread that does not have it."""
+
+    def get_redis_connection(self, node: Any) -> redis.Redis:
+        client = super().get_redis_connection(node)
+        pool = client.connection_pool
+        if type(getattr(pool, "_in_use_connections", None)) is set:
+            with pool._lock:
+                if type(pool._in_use_connections) is set:  # A forked process begins with another set.
+                    pool._in_use_connections = _InUse(pool._in_use_connections)
+        return client
+
+
 def _sentinel_options(address: Address, options: dict[str, Any], retry: object) -> dict[str, Any]:
     # Each sentinel is asked once, then the next; the connection's own retries begin the round again.
     shared = {name: value for name, value in options.items() if name.startswith("ssl")}
@@ -230,7 +266,7 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
                 url = "rediss://{}:{}" if options.pop("ssl", False) else "redis://{}:{}"
                 host, port = address.hosts[0]
                 options["url"] = url.format(f"[{host}]" if ":" in host else host, port)
-            cluster = redis.RedisCluster(startup_nodes=nodes, **_cluster_options(options, address, given))
+            cluster = _Cluster(startup_nodes=nodes, **_cluster_options(options, address, given))
             cluster.nodes_manager.initialize = _LayoutLearner(cluster.nodes_manager.initialize)  # type: ignore[method-assign]
             return cluster
     return redis.Redis.from_pool(_Pool(**options))
