@@ -1083,10 +1083,15 @@ class ConnectionManager:
             if len(request) == 1:
                 replies = [await client.execute_command(*request[0], **AS_BYTES)]
             else:
-                pipeline = client.pipeline(transaction=False)
+                pipeline: Any = client.pipeline(transaction=False)
                 for command in request:
                     pipeline.execute_command(*command, **AS_BYTES)
-                replies = await pipeline.execute(raise_on_error=False)
+                if isinstance(client, RedisCluster):
+                    replies = await pipeline.execute(raise_on_error=False, allow_redirections=False)
+                    for index, command in retrying.redirected(request, replies).items():
+                        (replies[index],) = await self._send_unheeding(open_client, [command], end)
+                else:
+                    replies = await pipeline.execute(raise_on_error=False)
         except Exception as met:
             error = as_cluster_fault(met) if open_client.is_cluster else as_fault(met)
             if not isinstance(error, FAULTS):

@@ -113,6 +113,25 @@ def with_what_follows(
     return sorted(repeated)
 
 
+def redirected(request: Sequence[Command], replies: Sequence[Any]) -> dict[int, Command]:
+    """Give the calls of a cluster's pipeline to send again, one by one, by their indexes: those that were redirected.
+
+    With them goes what follows. redis-py would send only them again, and what has read would tell of the time before.
+    """
+    refused = [index for index, reply in enumerate(replies) if isinstance(reply, _REDIRECTIONS)]
+    again = with_what_follows(refused, request, replies) if refused else []
+    return {index: request[index] if index in refused else renewed(request[index]) for index in again}
+
+
+_REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError)
+"""MOVED is one of the first kind."""
+
+
+def leave_to_caller(*_: Any, **__: Any) -> None:
+    """Send no call again; in place of what a blocking cluster client's pipeline would send again with."""
+    raise redis.exceptions.TryAgainError("TRYAGAIN")
+
+
 def transient_faults(replies: Sequence[Any]) -> list[int]:
     """Indexes of the replies worth sending again: the node is away or the slot is moving."""
     return [index for index, reply in enumerate(replies) if isinstance(reply, Exception) and _is_transient(reply)]

@@ -1051,10 +1051,14 @@ class ConnectionManager:
                 return replies + (self._send_once(client, rest) if rest else [])
             if len(request) == 1:
                 return [client.execute_command(*request[0], **AS_BYTES)]  # type: ignore[no-untyped-call]
-            pipeline = client.pipeline(transaction=False)
+            pipeline: Any = client.pipeline(transaction=False)
+            # Of a cluster's client: it sends again by this only what was redirected, and not what follows.
+            pipeline.parent_execute_command = retrying.leave_to_caller
             for command in request:
                 pipeline.execute_command(*command, **AS_BYTES)
             replies = pipeline.execute(raise_on_error=False)
+            for index, command in retrying.redirected(request, replies).items():
+                (replies[index],) = self._send_once(client, [command])
         except (*FAULTS, AttributeError) as met:
             error = as_cluster_fault(met) if isinstance(client, RedisCluster) else met
             if not isinstance(error, FAULTS):

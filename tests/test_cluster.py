@@ -327,6 +327,30 @@ class TestCluster:
         finally:
             cluster.move(slot, node=0)
 
+    @pytest.mark.parametrize("seconds", [0.1, 1])
+    def test_what_reads_behind_a_call_that_waits_for_the_slot_sees_what_that_did(
+        self, make_manager: ManagerFactory, cluster: Cluster, seconds: float
+    ) -> None:
+        """First the client asks again by itself, and then the manager does."""
+        namespace = cluster.new_namespace()
+        manager = make_manager(cluster.url, namespace=namespace)
+        set_the_scene(manager)
+        operations = manager.operations
+
+        def leave_and_read() -> list[Any]:
+            described: list[Operation[Any]] = [operations.leave_game("sid-1"), operations.get_connection("sid-1")]
+            return manager.pipeline(described)
+
+        leave_and_read()  # The node has the scripts now.
+        manager.join_game("sid-1", "game")
+        with ThreadPoolExecutor(1) as thread:
+            with cluster.migrating(cluster.slot(namespace), node=1):
+                answers = thread.submit(leave_and_read)
+                time.sleep(seconds)
+            left, found = answers.result(BOUND_SECONDS)
+        assert left == "game"
+        assert found.game_id is None
+
     @pytest.mark.parametrize("between", ["leaves", "joins another", "is removed"])
     def test_a_join_that_has_acted_does_not_act_again(
         self, make_manager: ManagerFactory, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, between: str
@@ -504,6 +528,38 @@ class TestCluster:
             two.release(connection)
             assert two.get_connection() is not connection
             two.release(taken)
+
+    def test_gives_nobody_the_connection_that_another_thread_has_taken(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """redis-py gives one back again when a call that was told to ask again cannot connect."""
+        options: dict[str, Any] = {"namespace": "one", **one_attempt("blocking")}
+        with (
+            ThreadPoolExecutor(1) as other_thread,
+            presence.sync.ConnectionManager.from_url(cluster.url, **options) as manager,
+        ):
+            manager.get_connection_count()
+            client: Any = manager._open_client.client  # type: ignore[union-attr]
+            pool = client.get_redis_connection(client.get_node_from_key("{one}:")).connection_pool
+            parse_response: Any = redis.Redis.parse_response
+            take, taken = pool.get_connection, list[Any]()
+
+            def refuse(client: Any, connection: Any, *arguments: Any, **named: Any) -> Any:
+                monkeypatch.setattr(redis.Redis, "parse_response", parse_response)
+                monkeypatch.setattr(pool, "get_connection", take_elsewhere)
+                parse_response(client, connection, *arguments, **named)
+                raise redis.exceptions.TryAgainError
+
+            def take_elsewhere(*_: Any) -> Any:
+                monkeypatch.setattr(pool, "get_connection", take)
+                taken.append(other_thread.submit(take).result())
+                raise redis.ConnectionError
+
+            monkeypatch.setattr(redis.Redis, "parse_response", refuse)
+            with pytest.raises(presence.ServerUnreachableError):
+                manager.get_connection_count()
+            assert len(taken) == 1
+            assert take() not in taken
 
     def test_sends_calls_again_whose_connections_break(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
         manager = make_manager(cluster.url, namespace="one")
