@@ -323,8 +323,11 @@ class AsyncSubscription(_Subscription):
         return self
 
     async def __anext__(self) -> Event:
-        task, waiting = asyncio.current_task(), self._waiting
-        if waiting is not None and waiting is not task and not (waiting.done() or waiting.cancelling()):
+        task = asyncio.current_task()
+        if self._waiting not in (None, task):
+            await asyncio.sleep(0)  # One that was cancelled just now leaves in this turn of the loop.
+        waiting = self._waiting
+        if waiting is not None and waiting is not task and not waiting.done():
             raise RuntimeError("another task waits for this subscription's next event: subscribe once for each task")
         try:
             self._waiting = task

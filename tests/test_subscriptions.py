@@ -243,6 +243,9 @@ class TestTheStream:
             assert until_the_end(manager, events) == []
         client.xtrim(events_key(namespace), maxlen=3, approximate=False)
         assert loss(left) not in (left, None), "it was trimmed once more"
+        client.xtrim(events_key(namespace), maxlen=0, approximate=False)
+        with subscribed(manager, after=loss(left)) as events:
+            assert until_the_end(manager, events) == [], "nothing is left, and nothing more is lost"
         client.delete(events_key(namespace))
         self.act(manager, EVENTS_BATCH_SIZE)
         assert str(loss(left)).endswith("/1+0"), "it is another one"
@@ -639,6 +642,7 @@ def test_an_answer_that_is_there_is_not_missed_by_who_was_busy_elsewhere(monkeyp
     feed.begin()
     now += 10
     assert feed.question(connection) == ("DEL", b"{presence}:absent")
+    assert feed.seconds_until_question() == 10
     now += 11
     assert feed.question(connection) is None
     assert feed.seconds_until_question() == 1
@@ -650,6 +654,18 @@ def test_an_answer_that_is_there_is_not_missed_by_who_was_busy_elsewhere(monkeyp
     now += 1
     with pytest.raises(EventsLostError, match="does not answer"):
         feed.question(connection)
+    feed.begin()  # Entered again, on another connection.
+    now += 10
+    assert feed.question(connection) == ("DEL", b"{presence}:absent")
+
+
+@pytest.mark.parametrize("refusal", [redis.exceptions.ReadOnlyError("READONLY"), redis.exceptions.MovedError("1 a:2")])
+def test_the_answer_that_it_is_no_primary_any_more_is_told(refusal: Exception) -> None:
+    """On a cluster, a replica names the primary."""
+    feed = Feed(Operations(events="pubsub"), None, None, None)
+    feed.begin()
+    with pytest.raises(EventsLostError, match="no longer the primary"):
+        feed.take(refusal)
 
 
 @pytest.mark.parametrize("is_silent", [True, False])
@@ -1019,5 +1035,46 @@ def test_two_tasks_cannot_wait_for_one_subscription(server_url: str, namespace: 
                 await asyncio.wait_for(anext(events), 0.01)
             await manager.unregister_connection("sid")
             assert json.dumps((await anext(events)).type) == '"unregistered"'
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_task_may_go_on_where_another_was_cancelled_just_now(
+    server_url: str, namespace: str, mode: EventsMode
+) -> None:
+    async def work() -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode)
+        async with manager, manager.subscribe() as events:
+            cancelled = asyncio.create_task(anext(events))
+            await asyncio.sleep(0.05)
+            registering = asyncio.create_task(manager.register_connection("sid", "user"))
+            cancelled.cancel()
+            assert (await anext(events)).type == EventType.REGISTERED
+            assert cancelled.cancelled()
+            await registering
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_none_may_where_it_has_not_heeded_that(server_url: str, namespace: str, mode: EventsMode) -> None:
+    async def work() -> None:
+        manager = presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode)
+        async with manager, manager.subscribe() as events:
+
+            async def read_on() -> Event:
+                with suppress(asyncio.CancelledError):
+                    await anext(events)
+                return await anext(events)
+
+            reading = asyncio.create_task(read_on())
+            await asyncio.sleep(0.05)
+            reading.cancel()
+            await asyncio.sleep(0.05)
+            with pytest.raises(RuntimeError, match="another task waits for this subscription's next event"):
+                await asyncio.wait_for(anext(events), 0.05)
+            await manager.register_connection("sid", "user")
+            assert (await reading).type == EventType.REGISTERED
 
     asyncio.run(work())
