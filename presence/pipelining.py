@@ -125,7 +125,7 @@ class SharedConnection:
         if self._runner is not ended:
             return  # A call has already started another.
         self._runner = None
-        if self._waiting and not self._loop.is_closed():
+        if self._waiting:
             self._start()
 
     async def aclose(self) -> None:
@@ -328,7 +328,6 @@ class SharedConnection:
                     if not sent:
                         break
         except TimeoutError:
-            await connection.disconnect(nowait=True)
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
     def _take(self) -> list[bytes]:

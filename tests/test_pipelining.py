@@ -8,6 +8,7 @@ import gc
 import linecache
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -68,16 +69,28 @@ class TestWhatIsAwaitedAtOnce:
 
         run(work())
 
-    def test_does_not_wait_for_the_replies_to_what_was_sent_before(self, own_server: LocalServer, admin: Any) -> None:
+    @pytest.mark.parametrize("is_interrupted", [False, True], ids=["", "after an interruption"])
+    def test_does_not_wait_for_the_replies_to_what_was_sent_before(
+        self, own_server: LocalServer, admin: Any, is_interrupted: bool
+    ) -> None:
+        async def until_so_many_ran(count: int) -> None:
+            await until(lambda: scripts_run(admin) == count)
+
         async def work() -> None:
             with Proxy(own_server.port) as proxy:
                 async with warm_manager(proxy.url, 30) as manager:
+                    shared = manager._open_client().shared
+                    assert shared is not None
+                    # As where a signal handler has raised before the loop was asked to write.
+                    shared._write_is_due = is_interrupted
                     admin.config_resetstat()
                     proxy.fates = [Fate.HOLD_REPLY]
                     first = asyncio.create_task(manager.update_heartbeat("sid-0"))
                     await is_held(proxy)
-                    others = [asyncio.create_task(manager.update_heartbeat(f"sid-{n}")) for n in range(1, 30)]
-                    await until(lambda: scripts_run(admin) == 30)
+                    others: list[asyncio.Task[bool]] = []
+                    for some in (range(1, 10), range(10, 30)):
+                        others += [asyncio.create_task(manager.update_heartbeat(f"sid-{n}")) for n in some]
+                        await until_so_many_ran(1 + len(others))
                     assert not first.done()
                     proxy.release()
                     assert await asyncio.gather(first, *others) == [True] * 30
@@ -240,6 +253,32 @@ class TestAnErrorOfOne:
                 registrations = await asyncio.gather(*registers)
                 displaced = [[gone.sid for gone in one.displaced] for one in registrations]
                 assert displaced == [[f"sid-{n}"] for n in range(20)]
+
+        run(work())
+
+    def test_that_a_replica_refuses_is_tried_again_under_load_too(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What others ask for meanwhile waits until the connection is another."""
+        monkeypatch.setattr(pipelining, "SESSION_SECONDS", 10 * BOUND_SECONDS)
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+                is_over = False
+
+                async def read() -> None:
+                    while not is_over:
+                        assert await manager.get_connection_count() == 1
+
+                admin.replicaof("127.0.0.1", str(free_port()))
+                load = [asyncio.create_task(read()) for _ in range(8)]
+                register = asyncio.create_task(manager.register_connection("next", "user-0"))
+                await asyncio.sleep(0.05)
+                admin.replicaof("NO", "ONE")
+                await asyncio.wait([register], timeout=BOUND_SECONDS)
+                is_over = True
+                assert register.done()
+                await asyncio.gather(*load)
 
         run(work())
 
@@ -458,6 +497,24 @@ class TestCancellationOfOne:
 
         run(count_lines())
 
+    def test_ends_a_subscription_even_where_redis_py_swallows_it(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.02)
+
+        async def work() -> None:
+            options: dict[str, Any] = {"connection_class": SwallowingConnection, "events": "pubsub"}
+            manager = presence.ConnectionManager.from_url(own_server.url, **options)
+            async with manager, manager.subscribe() as events:
+                monkeypatch.setattr(SwallowingConnection, "is_slow", True)
+                waiting = asyncio.ensure_future(anext(events))
+                await asyncio.sleep(0.1)  # Now it asks the server whether it is still there.
+                waiting.cancel()
+                ended, _ = await asyncio.wait([waiting], timeout=1)
+                assert ended
+
+        run(work())
+
 
 class TestCancellationOfAllTasks:
     """As a shutdown does it, and asyncio.run in its end: the task that carries the calls is one of them."""
@@ -591,6 +648,9 @@ def test_what_has_failed_does_not_count_as_on_the_wire(own_server: LocalServer) 
                 for failed in await asyncio.gather(*calls, return_exceptions=True):
                     assert isinstance(failed, presence.ServerUnreachableError)
             assert proxy.accepted <= accepted + 5
+            shared = manager._open_client().shared
+            assert shared is not None
+            assert not shared._sent, "what has failed is kept no longer"
 
     with Proxy(free_port()) as proxy:
         run(work(proxy))
@@ -852,25 +912,63 @@ def test_a_connection_of_another_class_is_given_all_that_is_sent(own_server: Loc
     assert b"".join(CountingConnection.sent).count(b"EVALSHA") >= 300
 
 
+def test_nor_is_one_written_past_while_replies_are_awaited(own_server: LocalServer, admin: Any) -> None:
+    async def work() -> None:
+        with Proxy(own_server.port) as proxy:
+            async with warm_manager(proxy.url, 1, connection_class=CountingConnection) as manager:
+                proxy.fates = [Fate.HOLD_REPLY]
+                first = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                await is_held(proxy)
+                CountingConnection.sent.clear()
+                second = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                await asyncio.sleep(0.02)
+                proxy.release()
+                assert all(await asyncio.gather(first, second))
+
+    run(work())
+    assert b"".join(CountingConnection.sent).count(b"EVALSHA") == 1
+
+
+def test_nor_is_it_checked_while_replies_are_to_come(own_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next of them would be taken for the reply to the check."""
+    monkeypatch.setattr(pipelining, "REPLIES_PER_TURN", 1)
+
+    async def work() -> None:
+        options: dict[str, Any] = {"connection_class": CountingConnection, "health_check_interval": 0.05}
+        async with warm_manager(own_server.url, 2, **options, **one_attempt("asyncio")) as manager:
+
+            async def ask_twice() -> None:
+                assert await manager.update_heartbeat("sid-0")
+                time.sleep(0.1)  # noqa: ASYNC251  (so a check is due in the very next turn)
+                assert await manager.update_heartbeat("sid-0")
+
+            await asyncio.gather(ask_twice(), manager.get_connection_count())
+
+    run(work())
+
+
 class Credentials(redis.CredentialProvider):
     """A service that may be away, which is no fault of the server or the network."""
 
-    is_away = False
+    error: Exception | None = None
 
     def get_credentials(self) -> tuple[str, str]:
-        if self.is_away:
-            raise LookupError("the service is away")
+        if self.error is not None:
+            raise self.error
         return "default", "any password"
 
 
-def test_credentials_that_cannot_be_fetched_harm_no_connection_in_use(own_server: LocalServer) -> None:
+@pytest.mark.parametrize("error", [LookupError(), RuntimeError(), TypeError()], ids=repr)
+def test_credentials_that_cannot_be_fetched_harm_no_connection_in_use(
+    own_server: LocalServer, error: Exception
+) -> None:
     async def work() -> None:
         provider = Credentials()
         pool = redis.asyncio.ConnectionPool.from_url(own_server.url, credential_provider=provider)
         async with redis.asyncio.Redis.from_pool(pool) as client, presence.ConnectionManager(client) as manager:
             in_use = await pool.get_connection()
-            provider.is_away = True
-            with pytest.raises(LookupError):
+            provider.error = error
+            with pytest.raises(type(error)):
                 await manager.update_heartbeat("unknown")
             await in_use.send_command("PING")
             assert await in_use.read_response() == b"PONG"
@@ -902,6 +1000,26 @@ def test_credentials_that_cannot_be_renewed_between_calls_harm_none(own_server: 
                 await asyncio.wait_for(RefusedConnection.is_renewing.wait(), BOUND_SECONDS)
                 assert await manager.update_heartbeat("unknown") is False
                 RefusedConnection.is_renewing.clear()
+
+    run(work())
+
+
+class SlowPool(redis.asyncio.ConnectionPool):
+    """Takes a while to have a connection back, as where it closes it first."""
+
+    async def release(self, connection: Any) -> None:
+        await asyncio.sleep(0.01)
+        await super().release(connection)
+
+
+def test_a_close_has_given_the_connection_back_when_it_ends(own_server: LocalServer) -> None:
+    async def work() -> None:
+        pool = SlowPool.from_url(own_server.url, max_connections=1)
+        async with redis.asyncio.Redis.from_pool(pool) as client:
+            manager = presence.ConnectionManager(client)
+            assert not await manager.update_heartbeat("unknown")
+            await manager.aclose()
+            assert await client.echo("the answer") == b"the answer"
 
     run(work())
 
@@ -1047,6 +1165,23 @@ class TestABrokenConnection:
 
         run(work())
 
+    def test_that_is_mended_makes_no_later_call_one_that_is_sent_again(
+        self, own_server: LocalServer, admin: Any
+    ) -> None:
+        """Such a call keeps its answer even if it has found nothing to do, which costs the server a write."""
+
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    proxy.fates = [Fate.LOSE_REPLY]
+                    assert await manager.update_heartbeat("sid-0")
+                    assert proxy.fates == []
+                    kept = admin.keys("*reply:*")
+                    assert await manager.leave_game("sid-0") is None
+                    assert admin.keys("*reply:*") == kept
+
+        run(work())
+
     def test_by_its_owner_is_not_noticed_by_what_is_asked_for_in_the_same_turn(self, own_server: LocalServer) -> None:
         async def work() -> None:
             unhandled: list[object] = []
@@ -1170,6 +1305,21 @@ class TestABrokenConnection:
                     refuse_next_write(monkeypatch, refusal)
                     with pytest.raises(presence.ServerUnreachableError):
                         await anext(events)
+
+        run(work())
+
+    @every_refusal
+    def test_that_refuses_the_question_of_a_subscription_ends_it(
+        self, own_server: LocalServer, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+    ) -> None:
+        monkeypatch.setattr("presence.subscriptions.ASKING_SECONDS", 0.02)
+
+        async def work() -> None:
+            manager = presence.ConnectionManager.from_url(own_server.url, events="pubsub")
+            async with manager, manager.subscribe() as events:
+                refuse_next_write(monkeypatch, refusal)
+                with pytest.raises(presence.EventsLostError, match="the connection broke"):
+                    await anext(events)
 
         run(work())
 
