@@ -20,7 +20,8 @@ import redis
 import presence
 import presence.background
 import presence.sync
-from presence.operations import CLEANUP_BATCH_SIZE
+from presence.operations import CLEANUP_BATCH_SIZE, Operations
+from presence.replies import CleanupBatch
 from tests.clock import let_time_pass
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
@@ -278,6 +279,41 @@ def test_what_ends_before_a_batch_was_answered_is_logged(
             wait_until(lambda: caplog.records)
     told = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert [message[:55] for message in told] == ["run_cleanup ended before the answer to a batch got thro"] * is_batch
+
+
+@pytest.mark.parametrize(
+    ("threshold_seconds", "not_after_ms"), [(None, b"0"), (90, b"0"), (30.001, b"0"), (30, b""), (1, b"")]
+)
+def test_a_threshold_of_more_than_a_heartbeat_lets_the_heartbeats_come_first(
+    threshold_seconds: float | None, not_after_ms: bytes
+) -> None:
+    """It begins with a look, which comes too late to do anything."""
+    first = presence.background.RepeatedCleanup(Operations(), 60, threshold_seconds).next()
+    assert dict(zip(first.script.arguments, first.arguments, strict=True))["not_after_ms"] == not_after_ms
+
+
+@pytest.mark.parametrize("threshold_seconds", [None, 1])
+def test_each_batch_of_a_cleanup_is_another_call(threshold_seconds: float | None) -> None:
+    """Under the same token, it would be given the answer of the one before for a minute."""
+    cleanup = presence.background.RepeatedCleanup(Operations(), 60, threshold_seconds)
+    reply_keys = set()
+    for second in range(100):
+        reply_keys.add(cleanup.next().keys[-1])
+        cleanup.succeed(CleanupBatch((), is_last=True, now_ms=1000 * second, is_late=second < 50))
+    assert len(reply_keys) == 100
+
+
+def test_a_cleanup_is_sent_again_soon_while_its_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a minute after it was first sent; later a fault is met at leisure."""
+    now = 100.0
+    monkeypatch.setattr("presence.background.monotonic", lambda: now)
+    cleanup = presence.background.RepeatedCleanup(Operations(), 60, None)
+    pauses = []
+    for _ in range(4):
+        cleanup.next()
+        now += 25
+        pauses.append(cleanup.fail(redis.ConnectionError()))
+    assert pauses == [5, 5, 30, 30]
 
 
 @both_managers

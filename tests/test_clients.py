@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count, product
 from typing import TYPE_CHECKING, Any
@@ -408,6 +408,18 @@ class TestClosing:
                 each.result(BOUND_SECONDS)
             assert were_waiting == [True, True]
 
+    def test_ends_a_cleanup_that_another_close_has_told_to_end(self, own_server: LocalServer) -> None:
+        with Proxy(own_server.port) as proxy, ThreadPoolExecutor(3) as threads:
+            manager = presence.sync.ConnectionManager.from_url(proxy.url)
+            proxy.fates = [Fate.HOLD_REPLY]
+            cleaning = threads.submit(manager.run_cleanup)
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            closing = [threads.submit(manager.close) for _ in range(2)]
+            time.sleep(0.05)
+            proxy.release()
+            for each in (cleaning, *closing):
+                each.result(BOUND_SECONDS)
+
     def test_in_a_signal_handler_waits_for_nobody_when_it_has_interrupted_a_call(
         self, own_server: LocalServer, connections: Callable[[], int]
     ) -> None:
@@ -729,6 +741,7 @@ class TestAUrl:
 
     def test_with_a_class_of_connections_of_the_callers_may_have_any_option(self, manager_type: Any) -> None:
         assert manager_type.from_url("redis://one", connection_class=object, colour="red")
+        assert manager_type.from_url("redis+cluster://one", connection_pool_class=object, colour="red")
 
     def test_may_have_the_options_of_a_sentinels_pool(self, manager_type: Any) -> None:
         assert manager_type.from_url("redis+sentinel://one/two", check_connection=True, min_other_sentinels=1)
@@ -868,6 +881,69 @@ class TestTheOptionsOfAClient:
     def limits(client: Any) -> tuple[int, float]:
         pool = client.connection_pool
         return pool.max_connections, pool.connection_kwargs["socket_timeout"]
+
+
+class TestTheLayoutOfACluster:
+    """A blocking client asks for it once for all threads that wait for it."""
+
+    @pytest.mark.parametrize(
+        ("outcome", "told"),
+        [(None, None), (LookupError(), LookupError), (KeyboardInterrupt(), redis.ConnectionError)],
+        ids=["an answer", "an error", "an interruption"],
+    )
+    def test_is_told_to_all_by_who_asks(self, outcome: BaseException | None, told: type[Exception] | None) -> None:
+        asked, is_answered = count(), threading.Event()
+
+        def ask() -> None:
+            next(asked)
+            is_answered.wait(BOUND_SECONDS)
+            if outcome is not None:
+                raise outcome
+
+        def learn() -> None:
+            try:
+                learner()
+            except BaseException as error:
+                met.append(error)
+            else:
+                met.append(None)
+
+        learner = clients._LayoutLearner(ask)
+        met: list[BaseException | None] = []
+        threads = [threading.Thread(target=learn, daemon=True) for _ in range(4)]
+        for each in threads:
+            each.start()
+        time.sleep(0.1)  # Now all wait.
+        assert met == []
+        is_answered.set()
+        for each in threads:
+            each.join(BOUND_SECONDS)
+        assert next(asked) == 1
+        met.remove(outcome)
+        assert [error and type(error) for error in met] == [told] * 3
+
+    def test_is_asked_for_again_by_a_signal_handler_that_interrupts_who_asks(self) -> None:
+        asked = count()
+
+        def ask() -> None:
+            if next(asked) == 0:
+                learner()  # As by a call of the handler.
+
+        learner = clients._LayoutLearner(ask)
+        asking = threading.Thread(target=learner, daemon=True)
+        asking.start()
+        asking.join(BOUND_SECONDS)
+        assert next(asked) == 2
+
+    def test_is_asked_for_again_later(self) -> None:
+        asked: list[None] = []
+        learner = clients._LayoutLearner(lambda: asked.append(None))
+        # As where a signal handler has raised at the end of another thread's.
+        learner._outcome = Future()
+        learner._outcome.set_result(None)
+        for _ in range(3):
+            learner()
+        assert len(asked) == 3
 
 
 def test_an_interruption_before_the_first_attempt_takes_no_time_from_later_calls(

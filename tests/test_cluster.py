@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import signal
@@ -65,6 +66,16 @@ class Migration:
     def __call__(self, keys: list[str]) -> None:
         if keys:
             self._source.migrate("127.0.0.1", self._port, keys, 0, BOUND_SECONDS * 1000)
+
+
+def check_pool_class(url: str) -> None:
+    """Give a blocking client a class for its pools; redis-py would ignore it, unless it had a URL as well."""
+    options: dict[str, Any] = {"connection_pool_class": redis.BlockingConnectionPool}
+    with presence.sync.ConnectionManager.from_url(url, namespace="one", **options) as manager:
+        assert manager.get_connection_count() == 0
+        client: Any = manager._client()
+        pools = [node.redis_connection.connection_pool for node in client.get_nodes()]
+        assert {type(pool) for pool in pools} == {redis.BlockingConnectionPool}
 
 
 class Cluster:
@@ -510,6 +521,10 @@ class TestCluster:
             play(manager)
             assert proxy.accepted > 0
             manager.close()
+            check_pool_class(f"rediss+cluster://127.0.0.1:{proxy.port}?ssl_ca_certs={certificate}")
+
+    def test_takes_connections_out_of_pools_of_the_class_that_is_given(self, cluster: Cluster) -> None:
+        check_pool_class(cluster.url)
 
     def test_serves_more_threads_than_connections(self, cluster: Cluster) -> None:
         """None of them waits for a free connection, but what finds none is sent again."""
@@ -867,6 +882,49 @@ class TestAClusterThatCannotServe:
         manager = make_manager(cluster.url.replace("//", "//user:wrong@", 1))
         with pytest.raises(presence.AuthenticationFailedError, match="correct them in the URL"):
             manager.get_connection_count()
+
+    def test_a_wrong_password_may_be_made_the_right_one(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
+        manager = make_manager(cluster.url.replace("//", "//late:secret@", 1))
+        cluster.clients[0].config_resetstat()
+        with pytest.raises(presence.AuthenticationFailedError):
+            manager.get_connection_count()
+        assert cluster.clients[0].info("errorstats")["errorstat_WRONGPASS"]["count"] <= 2, "not again and again"
+        try:
+            for client in cluster.clients:
+                client.execute_command("ACL", "SETUSER", "late", "on", ">secret", "~*", "&*", "+@all")
+            assert manager.get_connection_count() == 0
+        finally:
+            manager.close()
+            for client in cluster.clients:
+                client.execute_command("ACL", "DELUSER", "late")
+
+    def test_is_waited_for_where_it_is_about_to_start(self, make_manager: ManagerFactory, cluster: Cluster) -> None:
+        with Proxy(free_port()) as proxy:
+            starting = threading.Timer(0.1, setattr, (proxy, "server_port", cluster.nodes[0].port))
+            starting.start()
+            assert make_manager(f"redis+cluster://127.0.0.1:{proxy.port}").get_connection_count() == 0
+            starting.join()
+
+    def test_a_fault_that_nobody_waits_for_any_more_is_not_logged(self) -> None:
+        unhandled: list[object] = []
+
+        async def work() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+            url = f"redis+cluster://127.0.0.1:{free_port()}"
+            async with presence.ConnectionManager.from_url(url, **one_attempt("asyncio")) as manager:
+                call = asyncio.create_task(manager.get_connection_count())
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                call.cancel()
+                await asyncio.wait([call])
+                assert call.cancelled()
+                layout = manager._open_client().layout
+                assert layout is not None
+                await asyncio.wait([layout])
+
+        asyncio.run(work())
+        gc.collect()
+        assert unhandled == []
 
     @pytest.mark.parametrize("to", ["server", "cluster"])
     def test_credentials_that_cannot_be_fetched_are_a_fault_with_that_cause(

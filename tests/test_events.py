@@ -537,6 +537,7 @@ class TestOff:
         ("pubsub", {"after": "0-0/0"}, ValueError, 'after needs events="stream"'),
         ("stream", {"after": "yesterday"}, ValueError, "after must be the position"),
         ("stream", {"after": f"{1 << 64}-0/1"}, ValueError, "after must be the position"),
+        ("stream", {"after": "1-0/0+1"}, ValueError, "after must be the position"),
         ("stream", {"after": 5}, TypeError, "after must be a str"),
         ("stream", {"game_id": ""}, ValueError, "game_id"),
         ("stream", {"user_id": 5}, TypeError, "user_id"),

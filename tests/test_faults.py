@@ -176,7 +176,7 @@ class TestAServerThatKnowsNeitherUserNorPassword:
     ) -> None:
         own_client.config_set("requirepass", "secret")
         manager = make_manager(f"{own_server.url}?protocol={protocol}", **hasty)
-        with pytest.raises(presence.AuthenticationFailedError, match=r"asks for a .*password.* URL") as raised:
+        with pytest.raises(presence.AuthenticationFailedError, match="asks for a password; put it into") as raised:
             manager.get_connection_count()
         assert_cause(raised.value, redis.AuthenticationError)
 
@@ -565,6 +565,31 @@ class TestABrokenConnection:
         with pytest.raises(redis.ConnectionError):
             retry.call_with_retry(send, lambda error: None)
         assert 1 < attempts <= 3
+
+    def test_has_no_more_time_for_the_second_of_two_things_within_an_attempt(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such as to connect, and then to check the connection."""
+        now = 1.0
+        monkeypatch.setattr(retrying, "monotonic", lambda: now)
+        client: Any = clients.connect_blocking(addresses.parse("redis://localhost"), {})
+        retry = client.get_retry()
+        attempts = 0
+
+        def fail() -> None:
+            nonlocal attempts
+            attempts += 1
+            raise redis.ConnectionError
+
+        def connect_and_fail() -> None:
+            nonlocal now
+            retry.call_with_retry(lambda: None, lambda error: None)
+            now += retrying.RETRYING_SECONDS + 1
+            retry.call_with_retry(fail, lambda error: None)
+
+        with pytest.raises(redis.ConnectionError):
+            retry.call_with_retry(connect_and_fail, lambda error: None)
+        assert attempts == 1
 
 
 class TestFailover:

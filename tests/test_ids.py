@@ -13,7 +13,7 @@ import pytest
 
 import presence
 import presence.sync
-from presence import Operations
+from presence import Operations, arguments
 
 if TYPE_CHECKING:
     from presence.sync import ConnectionManager
@@ -162,11 +162,24 @@ def test_a_bad_threshold_is_refused_before_the_network(threshold: Any, error: ty
 
 
 @pytest.mark.parametrize(
-    ("time", "error"), [(-1, ValueError), (1 << 63, ValueError), (1.5, TypeError), ("1", TypeError)]
+    ("time", "error"), [(-1, ValueError), (1 << 63, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)]
 )
 def test_a_bad_time_for_a_batch_is_refused(time: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="not_after_ms"):
         Operations("ns").cleanup_batch(not_after_ms=time)
+
+
+def test_a_batch_of_no_ids_is_refused() -> None:
+    operations = Operations("ns")
+    for describe in (operations.heartbeat_batch, operations.users_online_batch, operations.games_connections_batch):
+        with pytest.raises(ValueError, match=r"must be 1 to 100? ids, not 0"):
+            describe([])
+
+
+def test_the_largest_numbers_are_accepted() -> None:
+    operations = Operations("ns", conn_ttl_seconds=arguments.MAX_SECONDS, connections_per_user=100)
+    operations.cleanup_batch(arguments.MAX_SECONDS, not_after_ms=(1 << 63) - 1)
+    operations.unregister_connection("sid", grace_seconds=arguments.MAX_SECONDS, epoch=(1 << 63) - 1)
 
 
 def test_what_cannot_be_called_back_is_refused_before_anything_is_removed() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import redis
 from redis.backoff import ConstantBackoff, NoBackoff
+from redis.cache import CacheConfig
 from redis.retry import Retry
 
 from presence import HeartbeatStatus, ServerUnreachableError, UnexpectedReplyError, pooling, retrying
@@ -111,6 +112,14 @@ def test_nor_on_a_cluster(
         else:
             manager = stack.enter_context(ConnectionManager.from_url(f"redis+cluster://127.0.0.1:{node.port}"))
         check_that_no_reply_is_left(manager, other, interrupted_call, interruption)
+
+
+def test_nor_where_no_call_has_gone_to_a_node_yet(node: LocalServer) -> None:
+    """As to one that a MOVED has named: redis-py makes its connections when it is first used."""
+    with redis.Redis.from_url(node.url) as other, redis.RedisCluster(host="127.0.0.1", port=node.port) as client:
+        other.flushall()
+        client.nodes_manager.nodes_cache["another"] = redis.cluster.ClusterNode("127.0.0.1", free_port(), "primary")
+        check_that_no_reply_is_left(ConnectionManager(client), other, beat_one, OutOfTimeError)
 
 
 def check_that_no_reply_is_left(
@@ -375,22 +384,51 @@ def test_connections_that_are_closed_as_soon_as_they_are_there_are_retried(
     assert UnluckyConnection.closed_next == 0
 
 
+def test_they_are_named_where_the_pool_has_no_policy(own_server: LocalServer) -> None:
+    pool = redis.ConnectionPool.from_url(own_server.url, connection_class=UnluckyConnection)
+    UnluckyConnection.closed_next = 2  # redis-py itself opens it once more.
+    with redis.Redis.from_pool(pool) as client, pytest.raises(ServerUnreachableError):
+        ConnectionManager(client).get_connection_count()
+    assert UnluckyConnection.closed_next == 0
+
+
 class CountingConnection(redis.Connection):
     """Counts how often it is opened."""
 
     opened: ClassVar[list[None]] = []
+    is_unanswered: ClassVar[bool] = False
 
     def _connect(self) -> Any:
         CountingConnection.opened.append(None)
+        if self.is_unanswered:
+            raise TimeoutError
         return super()._connect()  # type: ignore[no-untyped-call]
 
 
 def test_a_client_that_cannot_connect_tries_as_often_as_its_policy_says() -> None:
     url = f"redis://127.0.0.1:{free_port()}/0"
     pool = redis.ConnectionPool.from_url(url, connection_class=CountingConnection, retry=Retry(NoBackoff(), 3))
+    CountingConnection.opened.clear()
     with redis.Redis.from_pool(pool) as client, pytest.raises(ServerUnreachableError):
         ConnectionManager(client).get_connection_count()
     assert len(CountingConnection.opened) == 4
+
+
+def test_it_connects_once_for_each_attempt_to_send(own_server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """redis-py would try that as often as to send, within each attempt."""
+    with Proxy(own_server.port) as proxy:
+        pool = redis.ConnectionPool.from_url(
+            proxy.url, connection_class=CountingConnection, retry=Retry(NoBackoff(), 3)
+        )
+        with redis.Redis.from_pool(pool) as client:
+            manager = ConnectionManager(client)
+            assert not manager.update_heartbeat("unknown")
+            proxy.fates = [Fate.LOSE_REPLY]
+            CountingConnection.opened.clear()
+            monkeypatch.setattr(CountingConnection, "is_unanswered", True)
+            with pytest.raises(ServerUnreachableError):
+                manager.update_heartbeat("unknown")
+    assert len(CountingConnection.opened) == 3
 
 
 class RefusedConnection(redis.Connection):
@@ -475,6 +513,10 @@ class TestWhatSeesEachCallOfAClient:
             assert manager.register_connection("sid", "alice")
             proxy.fates = [Fate.LOSE_REPLY]
             assert manager.update_heartbeat("sid")
+
+    def test_does_so_where_the_client_has_a_cache(self) -> None:
+        with redis.Redis(protocol=3, cache_config=CacheConfig()) as client:
+            assert pooling.pool_of(client) is None
 
     @staticmethod
     def check(manager: ConnectionManager, seen: list[str]) -> None:

@@ -21,6 +21,7 @@ from presence import (
     ConnectionInfo,
     HeartbeatStatus,
     JoinResult,
+    PipelineError,
     Registration,
     ServerUnreachableError,
     pooling,
@@ -29,7 +30,7 @@ from presence.background import RepeatedCleanup
 from presence.commands import sent_again
 from presence.exchanges import perform, perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
-from presence.retrying import attempts, with_what_follows
+from presence.retrying import attempts, transient_faults, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy, Fate, Proxy
@@ -618,6 +619,7 @@ def test_a_call_that_finds_nothing_to_do_keeps_no_answer(
         manager.register_connection(sid, user_id, metadata="old")
         manager.join_game(sid, game_id)
     manager.unregister_connection("rests", grace_seconds=60)
+    call(manager)  # The server has the script now: the copy after a script was loaded keeps its answer.
     before = keys()
 
     call(manager)
@@ -796,6 +798,16 @@ class TestWhatFollowsACallThatWasRefused:
             exchange.send([*answers, b"next game", 2])
         assert finished.value.value == [None, "game", "game", "next game", 2]
 
+    def test_may_be_nothing(self) -> None:
+        operations = Operations("ns")
+        exchange = perform_all([operations.get_connection_count(), operations.leave_game("refused")])
+        next(exchange)
+        asked = exchange.send([b"sha", b"sha", 7, ReadOnlyError("READONLY")])
+        assert len(asked) == 1
+        with pytest.raises(StopIteration) as finished:
+            exchange.send([b"game"])
+        assert finished.value.value == [7, "game"]
+
     NOW = struct.pack("<d", 1_795_000_000_000_000)
     FOLLOWING: ClassVar[dict[str, tuple[list[tuple[str, tuple[Any, ...], Any]], list[int]]]] = {
         "a register that was refused": (
@@ -836,6 +848,23 @@ class TestWhatFollowsACallThatWasRefused:
         "an unregister before another's register": (
             [("unregister_connection", ("b",), []), ("register_connection", ("c", "user"), NOW)],
             [1],
+        ),
+        "a cleanup before a start": (
+            [("cleanup_batch", (), [b"1795000000000", 0]), ("start_server", (), 1_795_000_000_000_000)],
+            [1],
+        ),
+        "a read before a register that was refused as well": (
+            [("get_connection", ("b",), []), ("register_connection", ("b", "user"), ReadOnlyError("READONLY"))],
+            [1],
+        ),
+        "two reads among changes": (
+            [
+                ("leave_game", ("b",), b"game"),
+                ("get_connection", ("c",), []),
+                *[("leave_game", ("b",), b"game")] * 6,
+                ("get_connection", ("c",), []),
+            ],
+            [2, 9],
         ),
         "a read before the change": (
             [("get_connection", ("b",), []), ("update_metadata", ("b", "metadata"), 1), ("get_connection", ("b",), [])],
@@ -944,8 +973,26 @@ class TestWhatFollowsACallThatWasRefused:
 
         assert carried(exchange, exchange.send([b"sha", b"sha", refusal, 7]), answer) == ["game", 7]
 
-    @pytest.mark.parametrize("met", [redis.ConnectionError("the connection broke"), redis.ResponseError("BUSY")])
+    @pytest.mark.parametrize("refusal", [NoScriptError("NOSCRIPT"), ReadOnlyError("READONLY")])
+    def test_does_not_keep_it_where_that_may_have_changed_something(self, refusal: Exception) -> None:
+        operations = Operations("ns")
+        described = [operations.leave_game("refused"), operations.leave_game("in no game yet")]
+        exchange = perform_all(described)
+        load, refused, _ = next(exchange)
+
+        def answer(request: Sequence[Command]) -> list[Any]:
+            """Let what was refused run now, and lose the reply to what follows it."""
+            return [b"sha" if command == load else b"game" if command == refused else LOST for command in request]
+
+        with pytest.raises(PipelineError) as raised:
+            carried(exchange, exchange.send([b"sha", refusal, b""]), answer)
+        left, error = raised.value.results
+        assert left == "game"
+        assert isinstance(error, ServerUnreachableError)
+
+    @pytest.mark.parametrize("met", [LOST, redis.ResponseError("BUSY"), NoScriptError("NOSCRIPT")])
     def test_so_does_it_on_a_cluster(self, monkeypatch: pytest.MonkeyPatch, met: Exception) -> None:
+        """Unless it has missed its script, and is still to run."""
         monkeypatch.setattr("presence.retrying.cluster_pauses", lambda: iter([0.1, 0.2]))
         operations = Operations("ns")
         request = [operations.leave_game("sid").command(), operations.get_connection_count().command()]
@@ -955,7 +1002,7 @@ class TestWhatFollowsACallThatWasRefused:
             # What may have run keeps its answer in any case.
             assert 0 not in part or part[0][7:] == ((b"", b"", b"1") if pause else ())
             replies |= {index: first[index] for index in part}
-        assert replies == {0: b"game", 1: 7}
+        assert replies == {0: b"game", 1: met if isinstance(met, NoScriptError) else 7}
 
     @pytest.mark.parametrize(
         ("following", "answers", "told"),
@@ -1008,6 +1055,31 @@ class TestWhatFollowsACallThatWasRefused:
 
 
 REJECT: Displacement = "reject_while_alive"
+
+
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        (OSError(), True),
+        (redis.ConnectionError(), True),
+        (redis.TimeoutError(), True),
+        (redis.exceptions.ClusterDownError("CLUSTERDOWN"), True),
+        (redis.exceptions.SlotNotCoveredError(), True),
+        (redis.exceptions.AskError("1 host:2"), True),
+        (redis.exceptions.MovedError("1 host:2"), True),
+        (redis.exceptions.TryAgainError(), True),
+        (redis.exceptions.RedisClusterException(), False),
+        (redis.AuthenticationError(), False),
+        (redis.exceptions.AuthorizationError(), False),
+        (redis.ResponseError("BUSY"), False),
+        (NoScriptError(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_on_a_cluster_a_fault_that_may_pass_is_met_by_trying_again(error: Exception, may_pass: bool) -> None:
+    without_layout = redis.exceptions.RedisClusterException("the layout cannot be read")
+    without_layout.__cause__ = error
+    assert transient_faults([None, error, without_layout]) == ([1, 2] if may_pass else [])
 
 
 class TestAFirstCopyThatComesLate:
