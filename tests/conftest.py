@@ -26,6 +26,8 @@ from tests.server import LocalServer, NoServerError, Server, program, running_se
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from presence.sync import ConnectionManager
+
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
@@ -118,7 +120,7 @@ class Awaited:
 class ManagerFactory(Protocol):
     """Makes managers of the kind that the test runs for; typed as the blocking one, whose methods are the same."""
 
-    def __call__(self, url: str | None = None, **options: Any) -> presence.sync.ConnectionManager: ...
+    def __call__(self, url: str | None = None, **options: Any) -> ConnectionManager: ...
 
 
 @pytest.fixture(params=["asyncio", "blocking"])
@@ -138,7 +140,7 @@ def make_manager(request: pytest.FixtureRequest, server_url: str, namespace: str
 
 
 @pytest.fixture
-def manager(make_manager: ManagerFactory) -> presence.sync.ConnectionManager:
+def manager(make_manager: ManagerFactory) -> ConnectionManager:
     return make_manager()
 
 
@@ -175,3 +177,15 @@ def admin(own_server: LocalServer) -> Iterator[Any]:
     """The same, which decodes replies."""
     with watching.admin(own_server) as client:
         yield client
+
+
+@pytest.fixture
+def own_manager(make_manager: ManagerFactory, own_server: LocalServer) -> ConnectionManager:
+    """A manager, on the test's own server, that tries again as managers do."""
+    return make_manager(own_server.url)
+
+
+@pytest.fixture
+def hasty_manager(make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]) -> ConnectionManager:
+    """A manager, on the test's own server, that does not try again."""
+    return make_manager(own_server.url, **hasty)

@@ -9,9 +9,12 @@ import redis.asyncio.retry
 import redis.retry
 from redis.backoff import NoBackoff
 
+from presence import PresenceError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from presence import Operation
     from presence.sync import ConnectionManager
 
 
@@ -83,3 +86,14 @@ def one_attempt(kind: str) -> dict[str, Any]:
     """Give the client options under which a fault is met at once, for tests of the error alone."""
     retry = redis.asyncio.retry.Retry if kind == "asyncio" else redis.retry.Retry
     return {"retry": retry(NoBackoff(), 0)}
+
+
+def assert_cause(error: BaseException, cause: type[Exception]) -> None:
+    """Check that an error is one of presence's, made of one of redis-py's."""
+    assert isinstance(error, PresenceError)
+    assert isinstance(error.__cause__, cause)
+
+
+def pipeline(manager: ConnectionManager, *operations: Operation[Any]) -> list[Any]:
+    """Run operations of any types together."""
+    return manager.pipeline(operations)

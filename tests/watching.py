@@ -105,3 +105,16 @@ def scripts_run(client: redis.Redis) -> int:
     stats: Any = client.info("commandstats")
     evalsha = stats.get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
     return int(evalsha["calls"]) - int(evalsha["failed_calls"])
+
+
+@contextmanager
+def counted(client: redis.Redis) -> Iterator[dict[str, int]]:
+    """Count the scripts that are run and loaded meanwhile, as the server counts them."""
+    client.config_resetstat()
+    counts: dict[str, int] = {}
+    yield counts
+    stats: Any = client.info("commandstats")
+    evalsha = stats["cmdstat_evalsha"]
+    counts["evalsha"] = evalsha["calls"]
+    counts["evalsha that failed"] = evalsha["failed_calls"] + evalsha["rejected_calls"]
+    counts["script|load"] = stats.get("cmdstat_script|load", {"calls": 0})["calls"]
