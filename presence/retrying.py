@@ -117,10 +117,15 @@ def redirected(request: Sequence[Command], replies: Sequence[Any]) -> dict[int, 
     """Give the calls of a cluster's pipeline to send again, one by one, by their indexes: those that were redirected.
 
     With them goes what follows. redis-py would send only them again, and what has read would tell of the time before.
+    They keep their tokens: if the reply to one is lost now, the next attempt asks for the answer that it has kept.
     """
     refused = [index for index, reply in enumerate(replies) if isinstance(reply, _REDIRECTIONS)]
-    again = with_what_follows(refused, request, replies) if refused else []
-    return {index: request[index] if index in refused else renewed(request[index]) for index in again}
+    again = {index: request[index] for index in (with_what_follows(refused, request, replies) if refused else [])}
+    for index in again.keys() - set(refused):
+        if BY_SHA[request[index][1]].has_acted(replies[index]):
+            # A join, see there: under its token it would only be told that it has joined, and that is all it tells.
+            again[index] = renewed(request[index])
+    return again
 
 
 _REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError)

@@ -30,7 +30,7 @@ from presence.background import RepeatedCleanup
 from presence.commands import sent_again
 from presence.exchanges import perform, perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
-from presence.retrying import attempts, transient_faults, with_what_follows
+from presence.retrying import attempts, redirected, transient_faults, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy, Fate, Proxy
@@ -1080,6 +1080,28 @@ def test_on_a_cluster_a_fault_that_may_pass_is_met_by_trying_again(error: Except
     without_layout = redis.exceptions.RedisClusterException("the layout cannot be read")
     without_layout.__cause__ = error
     assert transient_faults([None, error, without_layout]) == ([1, 2] if may_pass else [])
+
+
+def test_on_a_cluster_what_follows_a_redirected_call_has_its_token_unless_it_has_joined() -> None:
+    """If its reply were lost then, the next attempt, with the first token, would not find the answer."""
+    operations = Operations("ns")
+    described: list[Operation[Any]] = [
+        operations.leave_game("left before"),
+        operations.leave_game("sid"),
+        operations.leave_game("in no game yet"),
+        operations.join_game("sid", "game"),
+        operations.join_game("another", "game"),
+        operations.get_connection("sid"),
+    ]
+    request = [operation.command() for operation in described]
+    again = redirected(request, [b"", redis.exceptions.TryAgainError(), b"", b"", b"", []])
+    assert list(again) == [1, 2, 3, 5]
+    join = again.pop(3)
+    assert again == {index: request[index] for index in again}
+    assert join[:5] == request[3][:5]
+    assert [len(part) for part in join] == [len(part) for part in request[3]]
+    assert join[6] != request[3][6]
+    assert redirected(request, [b"", b"game", b"", b"", b"", []]) == {}
 
 
 class TestAFirstCopyThatComesLate:
