@@ -1046,14 +1046,14 @@ class ConnectionManager:
 
     async def _send(self, open_client: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        if not open_client.tries_again:
+        if not open_client.is_cluster:
             return await self._send_once(open_client, request)
         replies: dict[int, Any] = {}
         end = monotonic() + retrying.RETRYING_SECONDS
-        for pause, part in retrying.attempts(request, replies):
+        for pause, part in retrying.attempts(request, replies, tries_again=open_client.tries_again):
             if pause:
                 await asyncio.sleep(pause)
-            answers = await self._send_once(open_client, [*part.values()], end if pause else inf)
+            answers = await self._send_once(open_client, [*part.values()], end if replies else inf)
             replies |= zip(part, answers, strict=True)
         return [*replies.values()]
 
@@ -1086,12 +1086,8 @@ class ConnectionManager:
                 pipeline: Any = client.pipeline(transaction=False)
                 for command in request:
                     pipeline.execute_command(*command, **AS_BYTES)
-                if isinstance(client, RedisCluster):
-                    replies = await pipeline.execute(raise_on_error=False, allow_redirections=False)
-                    for index, command in retrying.redirected(request, replies).items():
-                        (replies[index],) = await self._send_unheeding(open_client, [command], end)
-                else:
-                    replies = await pipeline.execute(raise_on_error=False)
+                options = {"allow_redirections": False} if open_client.is_cluster else {}  # See retrying.attempts.
+                replies = await pipeline.execute(raise_on_error=False, **options)
         except Exception as met:
             error = as_cluster_fault(met) if open_client.is_cluster else as_fault(met)
             if not isinstance(error, FAULTS):

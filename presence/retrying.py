@@ -59,27 +59,39 @@ def cluster_pauses() -> Iterator[float]:
     return map(pauses.compute, failures)
 
 
-def attempts(request: Sequence[Command], replies: dict[int, Any]) -> Iterator[tuple[float, dict[int, Command]]]:
+def attempts(
+    request: Sequence[Command], replies: dict[int, Any], *, tries_again: bool
+) -> Iterator[tuple[float, dict[int, Command]]]:
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
     At first these are all of a request, then those which met a fault that may pass, with what follows them. The caller
-    notes each reply, by its index, before it asks for the next attempt.
+    notes each reply, by its index, before it asks for the next attempt. What a pipeline has met is a fault, too, if it
+    was redirected while the slot moves: that goes again at once, one by one, as redis-py would do by itself, but
+    without what follows. For a client that tries again itself, this is all that is sent again.
     """
-    pauses = cluster_pauses()
+    pauses = cluster_pauses() if tries_again else iter(())
     yield 0, dict(enumerate(request))
     answers: dict[int, Any] = {}
     latest = dict(enumerate(request))
-    for pause in pauses:
-        failed = transient_faults([*replies.values()])
-        if not failed:
+    were_together = len(request) > 1
+    while failed := transient_faults([*replies.values()]):
+        redirected = [index for index in failed if were_together and isinstance(replies[index], _REDIRECTIONS)]
+        pause = 0 if redirected else next(pauses, None)
+        if pause is None:
             break
+        failed = redirected or failed
         again = with_what_follows(failed, request, replies)
         answers |= {
             index: replies[index] for index in again if index not in failed and BY_SHA[request[index][1]].is_repeatable
         }
         # What is renewed stays so, if it fails in its turn.
         latest |= {index: sent_again(latest[index]) if index in failed else renewed(latest[index]) for index in again}
-        yield pause, {index: latest[index] for index in again}
+        part = {index: latest[index] for index in again}
+        were_together = not redirected and len(part) > 1
+        if redirected:
+            yield from ((pause, {index: command}) for index, command in part.items())
+        else:
+            yield pause, part
     # What was read once has an answer, though its repetition met a fault. (What has missed its script is still to run.)
     for index, answer in answers.items():
         met = replies[index]
@@ -111,21 +123,6 @@ def with_what_follows(
         if has_acted and (conn_key or script.reaches_others):
             acted_on.add(conn_key or script.name)
     return sorted(repeated)
-
-
-def redirected(request: Sequence[Command], replies: Sequence[Any]) -> dict[int, Command]:
-    """Give the calls of a cluster's pipeline to send again, one by one, by their indexes: those that were redirected.
-
-    With them goes what follows. redis-py would send only them again, and what has read would tell of the time before.
-    They keep their tokens: if the reply to one is lost now, the next attempt asks for the answer that it has kept.
-    """
-    refused = [index for index, reply in enumerate(replies) if isinstance(reply, _REDIRECTIONS)]
-    again = {index: request[index] for index in (with_what_follows(refused, request, replies) if refused else [])}
-    for index in again.keys() - set(refused):
-        if BY_SHA[request[index][1]].has_acted(replies[index]):
-            # A join, see there: under its token it would only be told that it has joined, and that is all it tells.
-            again[index] = renewed(request[index])
-    return again
 
 
 _REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError)

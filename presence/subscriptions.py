@@ -52,6 +52,10 @@ silent after that."""
 OVERDUE_SECONDS = 1
 """How much longer an answer is looked for that seems to be missing."""
 
+LEAVING_TURNS = 10
+"""Turns of the loop that a task which was cancelled just now may take to leave a subscription to the next one: one, or
+three where it waits in Python 3.11's asyncio.wait_for."""
+
 LEAST_WAIT_SECONDS = 0.001
 """The shortest wait, to see what has come meanwhile."""
 
@@ -324,10 +328,11 @@ class AsyncSubscription(_Subscription):
 
     async def __anext__(self) -> Event:
         task = asyncio.current_task()
-        if self._waiting not in (None, task):
-            await asyncio.sleep(0)  # One that was cancelled just now leaves in this turn of the loop.
-        waiting = self._waiting
-        if waiting is not None and waiting is not task and not waiting.done():
+        for _ in range(LEAVING_TURNS):
+            if self._waiting in (None, task):
+                break
+            await asyncio.sleep(0)
+        else:
             raise RuntimeError("another task waits for this subscription's next event: subscribe once for each task")
         try:
             self._waiting = task

@@ -1024,10 +1024,10 @@ class ConnectionManager:
 
     def _send(self, open_client: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
-        if not open_client.tries_again:
+        if not isinstance(open_client.client, RedisCluster):
             return self._send_once(open_client.client, request)
         replies: dict[int, Any] = {}
-        for pause, part in retrying.attempts(request, replies):
+        for pause, part in retrying.attempts(request, replies, tries_again=open_client.tries_again):
             if pause:
                 time.sleep(pause)
             replies |= zip(part, self._send_once(open_client.client, [*part.values()]), strict=True)
@@ -1052,13 +1052,11 @@ class ConnectionManager:
             if len(request) == 1:
                 return [client.execute_command(*request[0], **AS_BYTES)]  # type: ignore[no-untyped-call]
             pipeline: Any = client.pipeline(transaction=False)
-            # Of a cluster's client: it sends again by this only what was redirected, and not what follows.
+            # Of a cluster's client: by this it sends again what was redirected. See retrying.attempts.
             pipeline.parent_execute_command = retrying.leave_to_caller
             for command in request:
                 pipeline.execute_command(*command, **AS_BYTES)
             replies = pipeline.execute(raise_on_error=False)
-            for index, command in retrying.redirected(request, replies).items():
-                (replies[index],) = self._send_once(client, [command])
         except (*FAULTS, AttributeError) as met:
             error = as_cluster_fault(met) if isinstance(client, RedisCluster) else met
             if not isinstance(error, FAULTS):

@@ -30,7 +30,7 @@ from presence.background import RepeatedCleanup
 from presence.commands import sent_again
 from presence.exchanges import perform, perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
-from presence.retrying import attempts, redirected, transient_faults, with_what_follows
+from presence.retrying import attempts, transient_faults, with_what_follows
 from presence.sync import ConnectionManager
 from tests.clock import let_time_pass
 from tests.fault_proxy import CuttingProxy, Fate, Proxy
@@ -997,7 +997,7 @@ class TestWhatFollowsACallThatWasRefused:
         operations = Operations("ns")
         request = [operations.leave_game("sid").command(), operations.get_connection_count().command()]
         fault, replies = redis.ConnectionError("the connection broke"), dict[int, Any]()
-        for pause, part in attempts(request, replies):
+        for pause, part in attempts(request, replies, tries_again=True):
             first = {0: fault, 1: 7} if not pause else {0: b"game", 1: met}
             # What may have run keeps its answer in any case.
             assert 0 not in part or part[0][7:] == ((b"", b"", b"1") if pause else ())
@@ -1024,7 +1024,7 @@ class TestWhatFollowsACallThatWasRefused:
         operations = Operations("ns")
         request = [operations.leave_game("a").command(), following(operations).command()]
         replies: dict[int, Any] = {}
-        for pause, part in attempts(request, replies):
+        for pause, part in attempts(request, replies, tries_again=True):
             assert list(part) == [0, 1]
             replies |= {0: b"game" if pause else LOST, 1: answers[bool(pause)]}
         assert replies == {0: b"game", 1: told}
@@ -1034,7 +1034,7 @@ class TestWhatFollowsACallThatWasRefused:
         operations = Operations("ns")
         request = [operations.leave_game("a").command(), operations.leave_game("b").command()]
         fault, replies, tokens = redis.ConnectionError("the connection broke"), dict[int, Any](), []
-        for _, part in islice(attempts(request, replies), 3):
+        for _, part in islice(attempts(request, replies, tries_again=True), 3):
             tokens.append([command[5] for command in part.values()])
             replies |= {0: fault, 1: fault} if len(tokens) > 1 else {0: fault, 1: b""}
         (of_a, of_b), (again_of_a, new_of_b), last = tokens
@@ -1047,11 +1047,58 @@ class TestWhatFollowsACallThatWasRefused:
         read = Operations("ns").get_connection_count().command()
         request: list[Any] = [("EVALSHA", b"changed nothing"), ("EVALSHA", b"refused"), ("EVALSHA", b"changed"), read]
         replies: dict[int, Any] = {}
-        attempt = attempts(request, replies)
+        attempt = attempts(request, replies, tries_again=True)
         assert next(attempt) == (0, dict(enumerate(request)))
         replies |= {0: b"", 1: fault, 2: b"game", 3: 1}
         _, part = next(attempt)
         assert part == {1: request[1], 3: read}
+
+    @pytest.mark.parametrize("tries_again", [True, False])
+    @pytest.mark.parametrize(
+        "redirection",
+        [
+            redis.exceptions.TryAgainError("TRYAGAIN"),
+            redis.exceptions.AskError("1 host:2"),
+            redis.exceptions.MovedError("1 host:2"),
+        ],
+    )
+    def test_goes_again_one_by_one_and_at_once_where_the_slot_moves(
+        self, redirection: Exception, tries_again: bool
+    ) -> None:
+        """Only a call that is sent alone is redirected by the client."""
+        operations = Operations("ns")
+        described: list[Operation[Any]] = [
+            operations.leave_game("a"),
+            operations.join_game("b", "game"),
+            operations.leave_game("b"),
+            operations.get_connection("b"),
+        ]
+        request = [operation.command() for operation in described]
+        replies: dict[int, Any] = {}
+        attempt = attempts(request, replies, tries_again=tries_again)
+        assert next(attempt) == (0, dict(enumerate(request)))
+        replies |= {0: b"game", 1: redirection, 2: b"", 3: []}
+        assert next(attempt) == (0, {1: sent_again(request[1])})
+        replies[1] = b""
+        pause, part = next(attempt)
+        assert (pause, list(part), part[2][:5]) == (0, [2], request[2][:5])
+        assert part[2][5] != request[2][5]
+        replies[2] = LOST
+        assert next(attempt) == (0, {3: request[3]})
+        replies[3] = [b"told"]
+        again = next(attempt, None)
+        if tries_again:
+            # Under the token that it has got: under the first it has found nothing.
+            assert again is not None
+            assert again[0] > 0
+            assert again[1] == {2: sent_again(part[2]), 3: request[3]}
+            replies |= {2: redirection, 3: redirection}
+            for _ in again[1]:
+                _, part = next(attempt)
+                replies |= dict.fromkeys(part, redirection)
+            assert next(attempt)[0] > 0, "it does not go at once for ever"
+        else:
+            assert again is None
 
 
 REJECT: Displacement = "reject_while_alive"
@@ -1080,28 +1127,6 @@ def test_on_a_cluster_a_fault_that_may_pass_is_met_by_trying_again(error: Except
     without_layout = redis.exceptions.RedisClusterException("the layout cannot be read")
     without_layout.__cause__ = error
     assert transient_faults([None, error, without_layout]) == ([1, 2] if may_pass else [])
-
-
-def test_on_a_cluster_what_follows_a_redirected_call_has_its_token_unless_it_has_joined() -> None:
-    """If its reply were lost then, the next attempt, with the first token, would not find the answer."""
-    operations = Operations("ns")
-    described: list[Operation[Any]] = [
-        operations.leave_game("left before"),
-        operations.leave_game("sid"),
-        operations.leave_game("in no game yet"),
-        operations.join_game("sid", "game"),
-        operations.join_game("another", "game"),
-        operations.get_connection("sid"),
-    ]
-    request = [operation.command() for operation in described]
-    again = redirected(request, [b"", redis.exceptions.TryAgainError(), b"", b"", b"", []])
-    assert list(again) == [1, 2, 3, 5]
-    join = again.pop(3)
-    assert again == {index: request[index] for index in again}
-    assert join[:5] == request[3][:5]
-    assert [len(part) for part in join] == [len(part) for part in request[3]]
-    assert join[6] != request[3][6]
-    assert redirected(request, [b"", b"game", b"", b"", b"", []]) == {}
 
 
 class TestAFirstCopyThatComesLate:
