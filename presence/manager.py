@@ -324,8 +324,14 @@ class ConnectionManager:
             open_client.layout.cancel()
             await asyncio.wait([open_client.layout])
         if self._given_client is None:
-            with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come. It is closed all the same.
-                await open_client.client.aclose()
+            client = open_client.client
+            closing = [client.aclose]
+            if isinstance(client, RedisCluster):
+                # From a fault until it has asked for the layout again, it takes itself for closed and does nothing.
+                closing += [client.nodes_manager.aclose, partial(client.nodes_manager.aclose, "startup_nodes")]
+            for close in closing:
+                with suppress(*FAULTS):  # Over TLS, the other end's farewell may not come. It is closed all the same.
+                    await close()
 
     def _forget(self, loop: asyncio.AbstractEventLoop, open_client: _OpenClient, closing: asyncio.Future[None]) -> None:
         if closing.cancelled():

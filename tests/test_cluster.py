@@ -635,6 +635,22 @@ class TestCluster:
         asyncio.run(run())
         assert [connection and connection.sid for connection in removed] == ["sid"]
 
+    def test_a_close_after_a_fault_leaves_no_connection_open(self, cluster: Cluster) -> None:
+        async def meet_a_fault_and_close() -> Any:
+            options: dict[str, Any] = {"client_name": "leaving", "socket_timeout": 0.1, **one_attempt("asyncio")}
+            async with presence.ConnectionManager.from_url(cluster.url, namespace="one", **options) as manager:
+                await asyncio.gather(*(manager.get_connection_count() for _ in range(5)))
+                with cluster.frozen(), pytest.raises(presence.ServerUnreachableError):
+                    await manager.get_connection_count()
+                return manager._open_client().client
+
+        def left() -> int:
+            return [one["name"] for client in cluster.clients for one in client.client_list()].count("leaving")
+
+        client = asyncio.run(meet_a_fault_and_close())
+        wait_until(lambda: left() == 0)
+        assert client is not None, "it was not the garbage collector"
+
     def test_waits_for_a_node_that_restarts(self, make_manager: ManagerFactory) -> None:
         node = LocalServer(program(), "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         with node, admin(node) as client:
