@@ -65,9 +65,11 @@ def attempts(
     """Give the seconds to wait before each attempt on a cluster, and the commands to send then, by their indexes.
 
     At first these are all of a request, then those which met a fault that may pass, with what follows them. The caller
-    notes each reply, by its index, before it asks for the next attempt. What a pipeline has met is a fault, too, if it
-    was redirected while the slot moves: that goes again at once, one by one, as redis-py would do by itself, but
-    without what follows. For a client that tries again itself, this is all that is sent again.
+    notes each reply, by its index, before it asks for the next attempt.
+
+    What was redirected in a pipeline, as the slot moves, goes again at once, one by one: redis-py follows redirections
+    for single calls. (It would do so by itself, but without what follows.) Its policy, if a client tries again itself,
+    is for single calls, too: there all that met a fault goes again like this, once. The first fault ends it.
     """
     pauses = cluster_pauses() if tries_again else iter(())
     yield 0, dict(enumerate(request))
@@ -75,11 +77,12 @@ def attempts(
     latest = dict(enumerate(request))
     were_together = len(request) > 1
     while failed := transient_faults([*replies.values()]):
-        redirected = [index for index in failed if were_together and isinstance(replies[index], _REDIRECTIONS)]
-        pause = 0 if redirected else next(pauses, None)
+        alone = [index for index in failed if not tries_again or isinstance(replies[index], _REDIRECTIONS)]
+        alone = alone if were_together else []
+        pause = 0 if alone else next(pauses, None)
         if pause is None:
             break
-        failed = redirected or failed
+        failed = alone or failed
         again = with_what_follows(failed, request, replies)
         answers |= {
             index: replies[index] for index in again if index not in failed and BY_SHA[request[index][1]].is_repeatable
@@ -87,11 +90,16 @@ def attempts(
         # What is renewed stays so, if it fails in its turn.
         latest |= {index: sent_again(latest[index]) if index in failed else renewed(latest[index]) for index in again}
         part = {index: latest[index] for index in again}
-        were_together = not redirected and len(part) > 1
-        if redirected:
-            yield from ((pause, {index: command}) for index, command in part.items())
-        else:
+        were_together = not alone and len(part) > 1
+        if not alone:
             yield pause, part
+            continue
+        for index, command in part.items():
+            yield 0, {index: command}
+            if transient_faults([replies[index]]):
+                # What was not sent again has met the same: a redirection would tell the caller nothing.
+                replies |= dict.fromkeys([later for later in alone if later > index], replies[index])
+                break
     # What was read once has an answer, though its repetition met a fault. (What has missed its script is still to run.)
     for index, answer in answers.items():
         met = replies[index]
@@ -127,11 +135,6 @@ def with_what_follows(
 
 _REDIRECTIONS = (redis.exceptions.AskError, redis.exceptions.TryAgainError)
 """MOVED is one of the first kind."""
-
-
-def leave_to_caller(*_: Any, **__: Any) -> None:
-    """Send no call again; in place of what a blocking cluster client's pipeline would send again with."""
-    raise redis.exceptions.TryAgainError("TRYAGAIN")
 
 
 def transient_faults(replies: Sequence[Any]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import redis
 from redis import Redis, RedisCluster
+from redis.cluster import PipelineCommand
 
 from presence import addresses, arguments, clients, pooling, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
@@ -1052,11 +1053,16 @@ class ConnectionManager:
             if len(request) == 1:
                 return [client.execute_command(*request[0], **AS_BYTES)]  # type: ignore[no-untyped-call]
             pipeline: Any = client.pipeline(transaction=False)
-            # Of a cluster's client: by this it sends again what was redirected. See retrying.attempts.
-            pipeline.parent_execute_command = retrying.leave_to_caller
-            for command in request:
-                pipeline.execute_command(*command, **AS_BYTES)
-            replies = pipeline.execute(raise_on_error=False)
+            if isinstance(client, RedisCluster):
+                # If the node is not named, it asks the default one, which may be down, for the keys of each call.
+                options = {**AS_BYTES, "target_nodes": client.get_node_from_key(self.operations.last_seen_key)}
+                commands = [PipelineCommand(command, {**options}, number) for number, command in enumerate(request)]
+                # For redirections, see retrying.attempts.
+                replies = pipeline.send_cluster_commands(commands, raise_on_error=False, allow_redirections=False)
+            else:
+                for command in request:
+                    pipeline.execute_command(*command, **AS_BYTES)
+                replies = pipeline.execute(raise_on_error=False)
         except (*FAULTS, AttributeError) as met:
             error = as_cluster_fault(met) if isinstance(client, RedisCluster) else met
             if not isinstance(error, FAULTS):
