@@ -8,6 +8,7 @@ the client like any other operation, and a fault there loses nothing.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,9 +53,9 @@ silent after that."""
 OVERDUE_SECONDS = 1
 """How much longer an answer is looked for that seems to be missing."""
 
-LEAVING_TURNS = 10
-"""Turns of the loop that a task which was cancelled just now may take to leave a subscription to the next one: one, or
-three where it waits in Python 3.11's asyncio.wait_for."""
+LEAVING_SECONDS = 1
+"""How long a task that was cancelled may take to leave a subscription to the next one: a turn of the loop, or, where
+Python 3.11's asyncio.wait_for has swallowed the cancellation, until the reply that it waits for is there."""
 
 LEAST_WAIT_SECONDS = 0.001
 """The shortest wait, to see what has come meanwhile."""
@@ -282,6 +283,7 @@ class AsyncSubscription(_Subscription):
         self._client = client
         self._waiting: asyncio.Task[Any] | None = None
         """The task that waits for the next event."""
+        self._is_free = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         feed = self._feed
@@ -328,14 +330,16 @@ class AsyncSubscription(_Subscription):
 
     async def __anext__(self) -> Event:
         task = asyncio.current_task()
-        for _ in range(LEAVING_TURNS):
-            if self._waiting in (None, task):
-                break
-            await asyncio.sleep(0)
-        else:
+        waiting = self._waiting
+        if waiting is not None and waiting is not task and waiting.cancelling():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEAVING_SECONDS):
+                    await self._is_free.wait()
+        if self._waiting not in (None, task):
             raise RuntimeError("another task waits for this subscription's next event: subscribe once for each task")
         try:
             self._waiting = task
+            self._is_free.clear()
             while self._is_open:
                 if self._feed.has_events:
                     return self._feed.give()
@@ -350,6 +354,7 @@ class AsyncSubscription(_Subscription):
                     await self._receive()
         finally:
             self._waiting = None
+            self._is_free.set()
         self._check_that_it_was_entered("async with")
         raise StopAsyncIteration
 

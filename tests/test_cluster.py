@@ -263,6 +263,35 @@ class TestCluster:
             assert manager.get_game_user_sids(odd) == {odd: odd}
         assert [client.dbsize() > 0 for client in cluster.clients] == [True, False]
 
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    def test_asks_no_node_for_the_keys_of_a_pipelines_calls(self, cluster: Cluster, kind: str) -> None:
+        """redis-py would ask the default node, for each call; that may be another shard's, and down."""
+        with given_cluster_client(kind, "one", port=cluster.nodes[0].port) as manager:
+            play(manager)
+            for client in cluster.clients:
+                client.config_resetstat()
+            manager.pipeline([manager.operations.update_heartbeat("sid") for _ in range(10)])
+            for client in cluster.clients:
+                assert "cmdstat_command|getkeys" not in client.info("commandstats")
+
+    def test_sends_a_pipeline_that_is_not_answered_no_longer_than_a_call(
+        self, make_manager: ManagerFactory, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many calls it has: the answers are forgotten after a minute."""
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 1)
+        manager = make_manager(cluster.url, namespace="one", socket_timeout=0.2, socket_connect_timeout=0.2)
+        manager.register_connection("sid", "user")
+        joins = [manager.operations.join_game("sid", f"game-{number}") for number in range(41)]
+        manager.pipeline(joins[:1])
+        start = time.monotonic()
+        cluster.clients[0].execute_command("CLIENT", "PAUSE", 1000 * BOUND_SECONDS, "WRITE")
+        try:
+            with pytest.raises(presence.PipelineError):
+                manager.pipeline(joins[1:])
+        finally:
+            cluster.clients[0].execute_command("CLIENT", "UNPAUSE")
+        assert time.monotonic() - start < 6, "40 calls that wait for a timeout each take 8 seconds"
+
     def test_serves_a_pipeline_and_loads_the_scripts_that_a_node_lost(
         self, make_manager: ManagerFactory, cluster: Cluster
     ) -> None:
@@ -859,6 +888,23 @@ class TestEventsOfASlotThatMovesWithItsKeys:
             sids = ["before"] * 3 + ["sid-1"] * 3 + ["sid-2"] * 3
             assert [event.connection.sid for event in events.take(9)] == sids
             assert [event.connection.sid for event in of_game.take(3)] == ["before", "sid-1", "sid-2"]
+
+    def test_a_task_goes_on_where_another_was_cancelled_in_any_turn(self, cluster: Cluster) -> None:
+        async def read_on() -> None:
+            async with (
+                presence.ConnectionManager.from_url(cluster.url, namespace="one", events="stream") as manager,
+                manager.subscribe() as events,
+            ):
+                for turns in range(20):
+                    cancelled = asyncio.create_task(anext(events))
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    cancelled.cancel()
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(anext(events), 0.02)
+                    await asyncio.wait([cancelled])
+
+        asyncio.run(read_on())
 
     @contextmanager
     def subscribed_while_the_slot_moves(

@@ -1073,7 +1073,7 @@ def test_none_may_where_it_has_not_heeded_that(server_url: str, namespace: str, 
             reading.cancel()
             await asyncio.sleep(0.05)
             with pytest.raises(RuntimeError, match="another task waits for this subscription's next event"):
-                await asyncio.wait_for(anext(events), 0.05)
+                await asyncio.wait_for(anext(events), BOUND_SECONDS)
             await manager.register_connection("sid", "user")
             assert (await reading).type == EventType.REGISTERED
 
