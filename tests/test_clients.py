@@ -913,7 +913,7 @@ class TestTheLayoutOfACluster:
         threads = [threading.Thread(target=learn, daemon=True) for _ in range(4)]
         for each in threads:
             each.start()
-        time.sleep(0.1)  # Now all wait.
+        time.sleep(0.3)  # Now all wait.
         assert met == []
         is_answered.set()
         for each in threads:
