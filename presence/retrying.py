@@ -67,9 +67,9 @@ def attempts(
     At first these are all of a request, then those which met a fault that may pass, with what follows them. The caller
     notes each reply, by its index, before it asks for the next attempt.
 
-    What was redirected in a pipeline, as the slot moves, goes again at once, one by one: redis-py follows redirections
-    for single calls. (It would do so by itself, but without what follows.) Its policy, if a client tries again itself,
-    is for single calls, too: there all that met a fault goes again like this, once. The first fault ends it.
+    What was redirected in a pipeline, as the slot moves, goes again at once, one by one, up to the first fault:
+    redis-py follows the redirections of single calls. (It would do so by itself, but without what follows.) Of a client
+    that tries again itself, nothing else is sent again here.
     """
     pauses = cluster_pauses() if tries_again else iter(())
     yield 0, dict(enumerate(request))
@@ -77,8 +77,7 @@ def attempts(
     latest = dict(enumerate(request))
     were_together = len(request) > 1
     while failed := transient_faults([*replies.values()]):
-        alone = [index for index in failed if not tries_again or isinstance(replies[index], _REDIRECTIONS)]
-        alone = alone if were_together else []
+        alone = [index for index in failed if were_together and isinstance(replies[index], _REDIRECTIONS)]
         pause = 0 if alone else next(pauses, None)
         if pause is None:
             break
