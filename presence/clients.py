@@ -168,7 +168,7 @@ class _InUse(set[Any]):
 
     def remove(self, connection: Any) -> None:
         own_thread = get_ident()
-        if connection in self and self._takers.get(connection, own_thread) != own_thread:
+        if self._takers.get(connection, own_thread) != own_thread:
             raise KeyError(connection)  # As of one that is not in use, which the pool does not take.
         super().remove(connection)
         self._takers.pop(connection, None)

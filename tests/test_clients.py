@@ -883,6 +883,23 @@ class TestTheOptionsOfAClient:
         return pool.max_connections, pool.connection_kwargs["socket_timeout"]
 
 
+def test_a_connection_of_a_clusters_pool_comes_back_once_and_from_the_thread_that_took_it() -> None:
+    in_use = clients._InUse({"taken before"})
+    with ThreadPoolExecutor(1) as other_thread:
+        for _ in range(2):  # In turns: first the other thread has it, then this one.
+            other_thread.submit(in_use.add, "taken").result()
+            with pytest.raises(KeyError):
+                in_use.remove("taken")
+            other_thread.submit(in_use.remove, "taken").result()
+            with pytest.raises(KeyError):
+                in_use.remove("taken")
+            in_use.add("taken")
+            in_use.remove("taken")
+        other_thread.submit(in_use.remove, "taken before").result()
+    assert in_use == set()
+    assert in_use._takers == {}
+
+
 class TestTheLayoutOfACluster:
     """A blocking client asks for it once for all threads that wait for it."""
 
