@@ -1058,7 +1058,11 @@ def test_one_task_may_go_on_where_another_was_cancelled_just_now(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_none_may_where_it_has_not_heeded_that(server_url: str, namespace: str, mode: EventsMode) -> None:
+def test_none_may_where_it_has_not_heeded_that(
+    server_url: str, namespace: str, mode: EventsMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("presence.subscriptions.LEAVING_SECONDS", 0.1)
+
     async def work() -> None:
         manager = presence.ConnectionManager.from_url(server_url, namespace=namespace, events=mode)
         async with manager, manager.subscribe() as events:
