@@ -838,8 +838,9 @@ class ConnectionManager:
         If one cannot run, because the server lost its script or is a replica, or (on a cluster) a node is away or the
         slot moves, it is sent again, together with those behind it that have only read or found nothing to do (unless
         one behind those has acted on the same connection). But those that have already changed something have then run
-        before it (and a join that found its game full may get a seat that one behind it has freed): if that would do
-        harm, call the operations one by one.
+        before it (only a join that left no game is repeated, behind a call on the same connection; and one that found
+        its game full may get a seat that one behind it has freed): if that would do harm, call the operations one by
+        one.
 
         Args:
             operations: descriptions, from :attr:`operations`.

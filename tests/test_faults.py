@@ -396,6 +396,12 @@ class TestRestart:
             assert manager.get_connection_count() == 20
 
 
+def blocking_retry() -> Any:
+    """Give the policy of the clients that blocking managers make."""
+    client: Any = clients.connect_blocking(addresses.parse("redis://localhost"), {})
+    return client.get_retry()
+
+
 class TestABrokenConnection:
     """A request that is lost is sent again; so is one whose reply is lost, for every script may run twice."""
 
@@ -510,8 +516,7 @@ class TestABrokenConnection:
     def test_is_not_tried_again_and_again_within_each_attempt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """redis-py connects within the attempt to send a command, and tries that as often."""
         monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.1)
-        client: Any = clients.connect_blocking(addresses.parse("redis://localhost"), {})
-        retry = client.get_retry()
+        retry = blocking_retry()
         attempts = 0
 
         def connect() -> None:
@@ -532,8 +537,7 @@ class TestABrokenConnection:
         """Such as to connect, and then to check the connection."""
         now = 1.0
         monkeypatch.setattr(retrying, "monotonic", lambda: now)
-        client: Any = clients.connect_blocking(addresses.parse("redis://localhost"), {})
-        retry = client.get_retry()
+        retry = blocking_retry()
         attempts = 0
 
         def fail() -> None:
