@@ -19,7 +19,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients, retrying
-from presence.commands import pack, sent_again
+from presence.commands import SCRIPT_LOAD, pack, sent_again
 from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
 
 if TYPE_CHECKING:
@@ -103,7 +103,11 @@ class SharedConnection:
         If it is cancelled before they are sent, they are not; after that they take effect and nobody gets the replies.
         """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
-        self._waiting.append(_Request(commands, answer, self._loop.time()))
+        request = _Request(commands, answer, self._loop.time())
+        if len(commands) == 1 and commands[0][0] == SCRIPT_LOAD:
+            self._waiting.appendleft(request)  # Much of what waits would miss that script as well.
+        else:
+            self._waiting.append(request)
         # Both run after everything that is ready now, so they find all requests of this turn.
         if self._runner is None or self._runner.done():
             self._start()
@@ -229,9 +233,9 @@ class SharedConnection:
         self._give_up(error, math.inf)
         if self._sent:  # Otherwise the error is only the answer to the refused ones.
             # Requests that found no room have waited for as many attempts; the queue must not grow in an outage.
-            while self._waiting and self._waiting[0].asked_at <= self._session_start:
-                request = self._waiting.popleft()
-                _answer(request, [error] * request.count)
+            for request in tuple(self._waiting):
+                if request.asked_at <= self._session_start:
+                    _answer(request, [error] * request.count)
         self._refused.clear()
         self._sent.clear()
         self._commands_sent = self._bytes_sent = 0

@@ -34,14 +34,15 @@ class Fate(enum.Enum):
 class Proxy:
     """Passes bytes between its clients and the server on a port of the loopback; its clients' side may be TLS.
 
-    The EVALSHA requests meet the ``fates`` in their order; when these are used up, they pass. (What the tests send at
-    once is small enough to arrive at once.) ``server_port`` may change: connections that are opened later lead there.
-    ``accepted`` counts the connections, and each waits for ``delay`` seconds before it leads to the server. While it
-    ``is_silent``, what comes from either side goes nowhere.
+    The requests with the ``command``, EVALSHA, meet the ``fates`` in their order; when these are used up, they pass.
+    (What the tests send at once is small enough to arrive at once.) ``server_port`` may change: connections that are
+    opened later lead there. ``accepted`` counts the connections, and each waits for ``delay`` seconds before it leads
+    to the server. While it ``is_silent``, what comes from either side goes nowhere.
     """
 
     def __init__(self, server_port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.server_port = server_port
+        self.command = b"EVALSHA"
         self.fates: list[Fate] = []
         self.port = 0
         self.accepted = 0
@@ -129,7 +130,7 @@ class _Connection:
         while chunk := await from_client.read(CHUNK):
             if self._proxy.is_silent:
                 continue
-            if b"EVALSHA" in chunk:
+            if self._proxy.command in chunk:
                 self._fate = self._proxy.fates.pop(0) if self._proxy.fates else Fate.PASS
             if self._fate is Fate.LOSE_REQUEST:
                 return

@@ -23,7 +23,7 @@ from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.one_loop import SlowConnection, run, until, warm_manager
 from tests.server import LocalServer, free_port
-from tests.watching import every_refusal, is_held, refuse_next_write, scripts_run
+from tests.watching import counted, every_refusal, is_held, refuse_next_write, scripts_run
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -319,6 +319,60 @@ class TestAnErrorOfOne:
                 )
                 assert answers[0] is True
                 assert isinstance(answers[1], ValueError)
+
+        run(work())
+
+
+class TestALostScript:
+    """It is loaded once for all calls that miss it at the same time."""
+
+    def test_is_loaded_before_what_still_waits(self, own_server: LocalServer, admin: Any) -> None:
+        """Which would miss it as well: after a failover all players of a game server come back at once."""
+        calls = 8 * pipelining.MAX_COMMANDS
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+                admin.script_flush()
+                with counted(admin) as counts:
+                    assert await asyncio.gather(*(manager.update_heartbeat("sid-0") for _ in range(calls)))
+                assert counts["script|load"] == 1
+                assert counts["evalsha that failed"] < 2 * pipelining.MAX_COMMANDS
+                assert scripts_run(admin) == calls
+
+        run(work())
+
+    def test_is_loaded_for_the_others_if_the_first_is_cancelled(self, own_server: LocalServer, admin: Any) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    admin.script_flush()
+                    proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
+                    with counted(admin) as counts:
+                        first, *others = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(3)]
+                        await is_held(proxy)
+                        first.cancel()
+                        await asyncio.wait([first])
+                        proxy.release()
+                        assert await asyncio.gather(*others) == [True] * 2
+                    assert first.cancelled()
+                    assert counts["script|load"] == 1
+
+        run(work())
+
+    def test_that_nobody_waits_for_any_more_does_not_keep_a_manager_open(
+        self, own_server: LocalServer, admin: Any
+    ) -> None:
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1) as manager:
+                    admin.script_flush()
+                    proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
+                    call = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await is_held(proxy)
+                    call.cancel()
+                    await asyncio.wait([call])
+                await asyncio.sleep(0.1)
+                assert proxy.accepted == 1, "it is not sent again"
 
         run(work())
 
@@ -850,6 +904,24 @@ class TestABrokenConnection:
                     errors = await asyncio.gather(*calls, return_exceptions=True)
                     assert {type(error) for error in errors} == {presence.ServerUnreachableError}
                     assert await later
+
+        run(work())
+
+    def test_ends_what_there_was_no_room_for_behind_the_load_of_a_script_too(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipelining, "MAX_COMMANDS", 2)
+        monkeypatch.setattr(pipelining, "SESSION_SECONDS", 0)  # So that the load waits for another connection.
+
+        async def work() -> None:
+            with CuttingProxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 1, **one_attempt("asyncio")) as manager:
+                    admin.script_flush()
+                    proxy.cuts = [60]  # Within the second reply.
+                    calls = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(10)]
+                    seen, *errors = await asyncio.gather(*calls, return_exceptions=True)
+                    assert seen is True
+                    assert {type(error) for error in errors} == {presence.ServerUnreachableError}
 
         run(work())
 
