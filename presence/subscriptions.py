@@ -229,6 +229,8 @@ class _Subscription:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         self._is_open: bool | None = None
+        self._closes = 0
+        """How often it was closed: perhaps elsewhere, while it began."""
         self._lost: EventsLostError | None = None
         self._connection: Any = None
         """Through pub/sub, its own."""
@@ -286,7 +288,7 @@ class AsyncSubscription(_Subscription):
         self._is_free = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        feed = self._feed
+        feed, closes = self._feed, self._closes
         await self._run(feed.start())
         self._lost = None
         client = self._client()
@@ -297,20 +299,24 @@ class AsyncSubscription(_Subscription):
         )
         self._socket_timeout = source.connection_kwargs.get("socket_timeout")
         if not feed.is_stream:
-            self._connection = _own_connection(source)
+            connection = _own_connection(source)
             try:
                 with heeding_cancellation():
-                    await self._connection.connect()
-                    await self._connection.send_command("SSUBSCRIBE", feed.channel)
-                    await self._connection.read_response(disable_decoding=True, push_request=True)
+                    await connection.connect()
+                    await connection.send_command("SSUBSCRIBE", feed.channel)
+                    await connection.read_response(disable_decoding=True, push_request=True)
                     feed.begin()
+                    self._connection = connection
             except BaseException as met:
+                self._connection = connection
                 await self.aclose()
                 error = as_fault(met)
                 if isinstance(error, FAULTS):
                     raise explain(error) from error
                 raise
         self._is_open = True
+        if self._closes != closes:
+            await self.aclose()
         return self
 
     async def __aexit__(
@@ -319,7 +325,11 @@ class AsyncSubscription(_Subscription):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End the subscription; an ``async for`` that waits in another task ends."""
+        """End the subscription; an ``async for`` that waits in another task ends.
+
+        Where another task is just entering the block, it ends as soon as that has succeeded.
+        """
+        self._closes += 1
         self._is_open = False
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -404,7 +414,7 @@ class Subscription(_Subscription):
         """Whether a read of what comes through pub/sub has begun and not ended in good order."""
 
     def __enter__(self) -> Self:
-        feed = self._feed
+        feed, closes = self._feed, self._closes
         self._run(feed.start())
         self._lost = None
         client: Any = self._client()
@@ -413,19 +423,23 @@ class Subscription(_Subscription):
         source = client.connection_pool
         self._socket_timeout = source.connection_kwargs.get("socket_timeout")
         if not feed.is_stream:
-            self._connection = _own_connection(source)
+            connection = _own_connection(source)
             self._is_receiving = False
             try:
-                self._connection.connect()
-                self._connection.send_command("SSUBSCRIBE", feed.channel)
-                self._connection.read_response(disable_decoding=True, push_request=True)
+                connection.connect()
+                connection.send_command("SSUBSCRIBE", feed.channel)
+                connection.read_response(disable_decoding=True, push_request=True)
                 feed.begin()
+                self._connection = connection
             except BaseException as error:
+                self._connection = connection
                 self.close()
                 if isinstance(error, FAULTS):
                     raise explain(error) from error
                 raise
         self._is_open = True
+        if self._closes != closes:
+            self.close()
         return self
 
     def __exit__(
@@ -434,7 +448,11 @@ class Subscription(_Subscription):
         self.close()
 
     def close(self) -> None:
-        """End the subscription; a ``for`` that waits in another thread ends."""
+        """End the subscription; a ``for`` that waits in another thread ends.
+
+        Where another thread is just entering the block, it ends as soon as that has succeeded.
+        """
+        self._closes += 1
         self._is_open = False
         connection, self._connection = self._connection, None
         if connection is not None:

@@ -27,10 +27,11 @@ from presence.operations import EVENTS_BATCH_SIZE, Operations
 from presence.replies import Position
 from presence.subscriptions import Feed
 from tests.conftest import Awaited
+from tests.fault_proxy import Fate, Proxy
 from tests.processes import spawn
 from tests.server import free_port
 from tests.subscribed import BOUND_SECONDS, END, MODES, Subscribed, subscribed, told, until_the_end
-from tests.watching import admin, raising_after, traced, wait_until
+from tests.watching import admin, is_held, raising_after, traced, wait_until
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event as Flag
@@ -858,6 +859,50 @@ def test_a_subscription_may_be_entered_again_after_another_thread_has_closed_it(
                 later.start()
                 list(events)
                 later.join()
+
+
+@pytest.mark.parametrize(("mode", "held"), [("stream", b"EVALSHA"), ("pubsub", b"EVALSHA"), ("pubsub", b"SSUBSCRIBE")])
+def test_a_subscription_that_is_closed_elsewhere_while_it_begins_is_over(
+    make_manager: ManagerFactory, own_server: LocalServer, mode: EventsMode, held: bytes
+) -> None:
+    with Proxy(own_server.port) as proxy:
+        manager = make_manager(proxy.url, events=mode)
+        manager.register_connection("sid", "user")
+        proxy.command, proxy.fates = held, [Fate.HOLD_REPLY]
+        if isinstance(manager, Awaited):
+
+            async def run() -> list[Event]:
+                subscription = manager._manager.subscribe()
+
+                async def read() -> list[Event]:
+                    async with subscription as events:
+                        return [event async for event in events]
+
+                reading = asyncio.ensure_future(read())
+                await is_held(proxy)
+                await subscription.aclose()
+                proxy.release()
+                async with asyncio.timeout(BOUND_SECONDS):
+                    return await reading
+
+            assert manager._runner.run(run()) == []
+        else:
+            subscription = manager.subscribe()
+
+            def read() -> list[Event]:
+                with subscription as events:
+                    return list(events)
+
+            with ThreadPoolExecutor(1) as threads:
+                reading = threads.submit(read)
+                assert proxy.is_holding.wait(BOUND_SECONDS)
+                subscription.close()
+                proxy.release()
+                try:
+                    assert reading.result(BOUND_SECONDS) == []
+                finally:
+                    subscription.close()
+        manager.close()
 
 
 def test_a_subscription_may_be_entered_again_after_a_loss(
