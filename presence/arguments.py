@@ -112,7 +112,7 @@ def encode_metadata(metadata: object) -> bytes:
     return metadata
 
 
-def encode_several(name: str, values: object, encode_one: Encoder) -> list[bytes]:
+def encode_several(name: str, values: object, encode_one: Encoder = encode) -> list[bytes]:
     """Check that several ids were given, not one, and encode each."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be several ids, as a list, not {type(values).__name__}: {shown(values)}")
@@ -126,11 +126,6 @@ def encode_batch(name: str, values: object, maximum: int, encode_one: Encoder = 
     if not 1 <= len(encoded) <= maximum:
         raise ValueError(f"{name} must be 1 to {maximum} ids, not {len(encoded)}")
     return encoded
-
-
-def unique_ids(name: str, values: object, encode_one: Encoder = encode) -> list[str]:
-    """Check several ids, and give each once, as text: ``str()`` of a str that is an Enum differs."""
-    return [encoded.decode() for encoded in dict.fromkeys(encode_several(name, values, encode_one))]
 
 
 def check_callback(name: str, callback: object, *, is_awaited: bool) -> None:

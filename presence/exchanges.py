@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from presence.results import ConnectionInfo
 
 Result = TypeVar("Result")
-Key = TypeVar("Key")
 
 Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
@@ -172,7 +171,7 @@ def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:
     return result  # type: ignore[no-any-return]
 
 
-def perform_batches(batches: Batches[Key, Result]) -> Exchange[dict[Key, Result]]:
+def perform_batches(batches: Batches[Result]) -> Exchange[dict[str, Result]]:
     """Converse with the server to run the scripts together, and give what was answered for each id.
 
     Raises ``PipelineError`` when some failed, its ``results`` by ids. A fault that all of them met is raised as it is:

@@ -32,6 +32,7 @@ from presence.replies import (
     parse_listed,
     parse_registration,
     parse_users,
+    parse_users_online,
     text_or_none,
 )
 from presence.results import (
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
-Key = TypeVar("Key")
 
 Displacement: TypeAlias = Literal["newest_wins", "newest_resumes", "reject_while_alive"]
 """Which connection gives way when a user has as many as are allowed."""
@@ -168,7 +168,9 @@ START_SERVER = scripts.load(
     keys=("last_seen", "servers", "reply"),
     arguments=("server_id", "key_lifetime_ms"),
 )
-SERVER_HEARTBEAT = scripts.load("server_heartbeat", keys=("servers",), arguments=("server", "key_lifetime_ms"))
+SERVER_HEARTBEAT = scripts.load(
+    "server_heartbeat", keys=("servers",), arguments=("server", "key_lifetime_ms"), tells_of_change=None
+)
 GET_CONNECTION = scripts.load("get_connection", keys=("conn", "last_seen"), arguments=("conn_ttl_ms",))
 GET_USERS_CONNECTIONS = scripts.load(
     "get_users_connections", keys=("last_seen", "absent"), arguments=("conn_ttl_ms", "user_ids")
@@ -494,18 +496,17 @@ class Operations:
             The operation, whose result is what became of each, in their order.
 
         """
-        sids_bytes = arguments.encode_batch("sids", sids, self._heartbeat_batch_size)
+        return self._heartbeats(arguments.encode_batch("sids", sids, self._heartbeat_batch_size))
+
+    def heartbeat_batches(self, sids: Iterable[str]) -> Batches[HeartbeatStatus]:
+        """Describe any number of heartbeats, in scripts of bounded size."""
+        return Batches(arguments.encode_several("sids", sids), self._heartbeat_batch_size, self._heartbeats)
+
+    def _heartbeats(self, sids: list[bytes]) -> Operation[list[HeartbeatStatus]]:
         self._warn_if_silent()
         return Operation(
-            HEARTBEATS,
-            self._guarded_keys,
-            (self._key_lifetime, *sids_bytes),
-            partial(parse_heartbeats, len(sids_bytes)),
+            HEARTBEATS, self._guarded_keys, (self._key_lifetime, *sids), partial(parse_heartbeats, len(sids))
         )
-
-    def heartbeat_batches(self, sids: Iterable[str]) -> Batches[str, HeartbeatStatus]:
-        """Describe any number of heartbeats, in scripts of bounded size."""
-        return Batches(arguments.unique_ids("sids", sids), self._heartbeat_batch_size, self.heartbeat_batch)
 
     def get_connection(self, sid: str) -> Operation[ConnectionInfo | None]:
         """Describe the read of a connection."""
@@ -540,10 +541,10 @@ class Operations:
         """
         return self._get_users(self._users_of_one_script(user_ids), parse_users)
 
-    def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, ConnectionInfo | None]:
+    def users_connections_batches(self, user_ids: Iterable[str | UUID]) -> Batches[ConnectionInfo | None]:
         """Describe the read of the active connections of any number of users, in scripts of bounded size."""
-        users = arguments.unique_ids("user_ids", user_ids, arguments.encode_user_id)
-        return Batches(users, self._users_batch_size, self.users_connections_batch)
+        users = arguments.encode_several("user_ids", user_ids, arguments.encode_user_id)
+        return Batches(users, self._users_batch_size, partial(self._get_users, parse=parse_users))
 
     def _get_users(self, users: list[bytes], parse: Callable[[list[Any]], Result]) -> Operation[Result]:
         return Operation(GET_USERS_CONNECTIONS, self._guarded_keys, (self._conn_ttl, *users), parse)
@@ -566,13 +567,12 @@ class Operations:
             The operation, whose result is whether each is online, in their order.
 
         """
-        users = self._users_of_one_script(user_ids)
-        return self._ask_users(users, lambda reply: [bool(is_online) for is_online in reply])
+        return self._ask_users(self._users_of_one_script(user_ids), parse_users_online)
 
-    def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[str, bool]:
+    def users_online_batches(self, user_ids: Iterable[str | UUID]) -> Batches[bool]:
         """Describe the question which of any number of users are online, in scripts of bounded size."""
-        users = arguments.unique_ids("user_ids", user_ids, arguments.encode_user_id)
-        return Batches(users, self._users_batch_size, self.users_online_batch)
+        users = arguments.encode_several("user_ids", user_ids, arguments.encode_user_id)
+        return Batches(users, self._users_batch_size, partial(self._ask_users, parse=parse_users_online))
 
     def _ask_users(self, users: list[bytes], parse: Callable[[list[int]], Result]) -> Operation[Result]:
         return Operation(
@@ -596,8 +596,13 @@ class Operations:
             The operation, whose result is the list of connections of each, in their order.
 
         """
-        games = arguments.encode_batch("game_ids", game_ids, GAMES_BATCH_SIZE)
+        return self._get_games(arguments.encode_batch("game_ids", game_ids, GAMES_BATCH_SIZE))
 
+    def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[list[ConnectionInfo]]:
+        """Describe the snapshot of any number of games, in scripts of bounded size."""
+        return Batches(arguments.encode_several("game_ids", game_ids), GAMES_BATCH_SIZE, self._get_games)
+
+    def _get_games(self, games: list[bytes]) -> Operation[list[list[ConnectionInfo]]]:
         def parse(reply: list[Any]) -> list[list[ConnectionInfo]]:
             now, *members = reply
             return [
@@ -606,10 +611,6 @@ class Operations:
             ]
 
         return Operation(GET_GAMES, self._guarded_keys, tuple(games), parse)
-
-    def games_connections_batches(self, game_ids: Iterable[str]) -> Batches[str, list[ConnectionInfo]]:
-        """Describe the snapshot of any number of games, in scripts of bounded size."""
-        return Batches(arguments.unique_ids("game_ids", game_ids), GAMES_BATCH_SIZE, self.games_connections_batch)
 
     def get_game_snapshot(self, game_id: str) -> Operation[GameSnapshot]:
         """Describe the snapshot of a game with its position in the stream of events."""
@@ -754,13 +755,14 @@ class Operations:
         return bool(reply)
 
 
-class Batches(Generic[Key, Result_co]):
+class Batches(Generic[Result_co]):
     """A call for any number of ids: the different ones, and the scripts of bounded size that together serve them."""
 
     def __init__(
-        self, different: list[Key], size: int, describe: Callable[[list[Key]], Operation[list[Result_co]]]
+        self, ids: list[bytes], size: int, describe: Callable[[list[bytes]], Operation[list[Result_co]]]
     ) -> None:
-        self.ids = different
+        different = list(dict.fromkeys(ids))
+        self.ids: list[str] = [each.decode() for each in different]
         self._parts = [different[start : start + size] for start in range(0, len(different), size)]
         self.operations: list[Operation[list[Result_co]]] = [describe(part) for part in self._parts]
 

@@ -136,6 +136,11 @@ def parse_users(reply: list[Any]) -> list[ConnectionInfo | None]:
     ]
 
 
+def parse_users_online(reply: list[int]) -> list[bool]:
+    """Parse which of several users are online."""
+    return [bool(is_online) for is_online in reply]
+
+
 def parse_listed(reply: list[Any]) -> list[ConnectionInfo]:
     """Parse all connections of one user."""
     now, *fields = reply

@@ -825,6 +825,8 @@ class TestWhatFollowsACallThatWasRefused:
         "a join that left one": ([("join_game", ("b", "game"), b"another")], []),
         "heartbeats of which one was unknown": ([("heartbeat_batch", (["a", "b"],), [1, 0])], [1]),
         "heartbeats that were all seen": ([("heartbeat_batch", (["a", "b"],), [])], [1]),
+        "a heartbeat": ([("update_heartbeat", ("b",), 1)], [1]),
+        "a heartbeat of the game server": ([("update_server_heartbeat", (), 1)], [1]),
         "a cleanup that found nobody": ([("cleanup_batch", (), [b"1795000000000", 0])], [1]),
         "a cleanup before a register": (
             [("cleanup_server_batch", ("server",), [b"1795000000000", 0]), ("register_connection", ("b", "user"), NOW)],
