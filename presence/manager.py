@@ -30,7 +30,7 @@ from presence.exchanges import (
     recover,
 )
 from presence.operations import Operation, Operations, shown_with
-from presence.pipelining import SharedConnection
+from presence.pipelining import OF_ANOTHER_LOOP, SharedConnection
 from presence.results import CleanupResult
 from presence.subscriptions import AsyncSubscription, Feed
 
@@ -94,8 +94,8 @@ class _OpenClient:
         self.knows_layout = True
 
 
-_OTHER_LOOP = ("Event loop is closed", "attached to a different loop")
-"""What asyncio says of a connection that another event loop opened."""
+_OTHER_LOOP = ("Event loop is closed", OF_ANOTHER_LOOP)
+"""What asyncio says of a connection that another event loop opened; the first, if it is closed by now."""
 CLIENT_OF_ANOTHER_LOOP = (
     "the client that was passed in has connections of another event loop: make it, and the manager, inside the loop "
     "that uses them, or use ConnectionManager.from_url, which serves any number of loops"
@@ -374,8 +374,8 @@ class ConnectionManager:
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
 
-        Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server for itself and for
-        each connection that it displaces.
+        Cost: one round trip, with a ``server_id`` one more until its start is answered; O(log N) in the server for
+        itself and for each connection that it displaces.
 
         """
         return await self._run(
@@ -773,8 +773,8 @@ class ConnectionManager:
             ValueError: the manager has no ``server_id``.
             OutOfMemoryError: the server's memory is full, and this first heartbeat could not start the game server.
 
-        Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = game servers, and
-        O(S log S) if it is not known any more.
+        Cost: one round trip, one more until the start, which gives the boot epoch, is answered; O(log S), S = game
+        servers, and O(S log S) if it is not known any more.
 
         """
         return await self._run(for_server(self.operations, self.operations.update_server_heartbeat))

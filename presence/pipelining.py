@@ -42,6 +42,8 @@ SESSION_SECONDS = 1.0
 """How long a connection is kept under load. Then the pool has it for a moment: others may wait for one, and the pool
 may have things to do with it, such as renewing credentials."""
 
+OF_ANOTHER_LOOP = "attached to a different loop"
+"""What asyncio says of a connection that another event loop opened."""
 
 _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelConnection.send_packed_command)
 """The methods that send to an open connection and do nothing else."""
@@ -194,6 +196,9 @@ class SharedConnection:
 
     async def _use(self, connection: AbstractConnection) -> None:
         """Converse over a connection until there is nothing left to send, or it was kept for long enough."""
+        if getattr(connection._reader, "_loop", self._loop) is not self._loop:
+            # Otherwise the requests would reach the server, and then asyncio would refuse to read the replies.
+            raise RuntimeError(OF_ANOTHER_LOOP)
         self._session_end = self._loop.time() + SESSION_SECONDS
         self._fault = None
         self._write_is_due = False  # Even if a signal handler has kept one from being made.

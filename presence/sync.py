@@ -317,8 +317,8 @@ class ConnectionManager:
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
 
-        Cost: one round trip, with a ``server_id`` one more for the first; O(log N) in the server for itself and for
-        each connection that it displaces.
+        Cost: one round trip, with a ``server_id`` one more until its start is answered; O(log N) in the server for
+        itself and for each connection that it displaces.
 
         """
         return self._run(
@@ -714,8 +714,8 @@ class ConnectionManager:
             ValueError: the manager has no ``server_id``.
             OutOfMemoryError: the server's memory is full, and this first heartbeat could not start the game server.
 
-        Cost: one round trip, one more for the first, which asks for the boot epoch; O(log S), S = game servers, and
-        O(S log S) if it is not known any more.
+        Cost: one round trip, one more until the start, which gives the boot epoch, is answered; O(log S), S = game
+        servers, and O(S log S) if it is not known any more.
 
         """
         return self._run(for_server(self.operations, self.operations.update_server_heartbeat))
@@ -1074,3 +1074,7 @@ class ConnectionManager:
                 pooling.close_unread(client)
             raise
         return [as_cluster_fault(reply) for reply in replies] if isinstance(client, RedisCluster) else replies
+
+
+connection_manager: ConnectionManager = ConnectionManager()
+"""A ready-made manager, as :data:`presence.connection_manager` is for asyncio."""

@@ -240,16 +240,31 @@ class TestEventLoops:
         assert removed is not None
         assert (removed.sid, removed.user_id) == (sid, str(user_id))
 
+    def test_the_ready_blocking_one_is_used_again_and_again(
+        self, server_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PRESENCE_REDIS_URL", server_url)
+        sid, user_id = f"sid-{uuid4()}", uuid4()
+        with presence.sync.connection_manager as manager:
+            manager.register_connection(sid, user_id)
+        with presence.sync.connection_manager as manager:
+            removed = manager.unregister_connection(sid)
+        assert removed is not None
+        assert (removed.sid, removed.user_id) == (sid, str(user_id))
+
     @pytest.mark.parametrize("is_closed", [True, False])
     @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Nobody can close what belongs to a loop that is closed.
-    def test_a_client_of_another_one_is_named(self, server_url: str, namespace: str, is_closed: bool) -> None:
+    def test_a_client_of_another_one_is_named_and_nothing_is_sent(
+        self, server_url: str, namespace: str, is_closed: bool, client: redis.Redis
+    ) -> None:
         manager = presence.ConnectionManager(redis.asyncio.Redis.from_url(server_url), namespace=namespace)
         with asyncio.Runner() as one, asyncio.Runner() as other:
             assert one.run(manager.get_connection_count()) == 0
             if is_closed:
                 one.close()
             with pytest.raises(RuntimeError, match="connections of another event loop: make it, and the manager"):
-                other.run(manager.get_connection_count())
+                other.run(manager.register_connection("sid", "user"))
+        assert client.keys(f"{{{namespace}}}*") == []
         del manager
         gc.collect()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import resource
 import socket
@@ -74,6 +75,7 @@ class TestAServerThatCannotBeReached:
         self, make_manager: ManagerFactory, own_server: LocalServer, hasty: dict[str, Any]
     ) -> None:
         manager = make_manager(own_server.url, **hasty)
+        gc.collect()  # What other tests have left, and would be closed in the midst of this.
         most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         opened: list[socket.socket] = []
         try:
