@@ -1061,10 +1061,10 @@ class ConnectionManager:
         try:
             request = next(exchange)
             while True:
-                if len(request) == 1 and request[0][0] == SCRIPT_LOAD:
-                    # When a server has lost its scripts, many calls miss one at the same time.
-                    what = (type(request[0]), request[0])
-                    replies = await open_client.once(what, partial(send, request))
+                if len(request) == 1 and request[0][0] == SCRIPT_LOAD and not isinstance(request[0], SecondLoad):
+                    # When a server has lost its scripts, many calls miss one at the same time. (A second load is that
+                    # of a call which this did not help, such as where it came before another loss.)
+                    replies = await open_client.once(request[0], partial(send, request))
                 else:
                     replies = await send(request)
                 request = exchange.send(replies)

@@ -18,6 +18,7 @@ from redis.backoff import ConstantBackoff, NoBackoff
 
 import presence
 from presence import pipelining, retrying
+from presence.commands import SCRIPT_LOAD, SecondLoad
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
@@ -356,6 +357,31 @@ class TestALostScript:
                         assert await asyncio.gather(*others) == [True] * 2
                     assert first.cancelled()
                     assert counts["script|load"] == 1
+
+        run(work())
+
+    def test_that_is_lost_again_is_loaded_by_each_for_itself(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another load may have come before that loss as well."""
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+                shared = manager._open_client().shared
+                assert shared is not None
+                send = shared.send
+
+                def load_and_flush(commands: Any) -> Any:
+                    answer = send(commands)
+                    if commands[0][0] == SCRIPT_LOAD and not isinstance(commands[0], SecondLoad):
+                        send([("SCRIPT", b"FLUSH")])
+                    return answer
+
+                monkeypatch.setattr(shared, "send", load_and_flush)
+                admin.script_flush()
+                with counted(admin) as counts:
+                    assert await asyncio.gather(*(manager.update_heartbeat("sid-0") for _ in range(5))) == [True] * 5
+                assert counts["script|load"] == 1 + 5
 
         run(work())
 
