@@ -27,7 +27,7 @@ from presence import retrying
 from presence.errors import FAULTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from presence.addresses import Address
 
@@ -89,6 +89,21 @@ def _options(address: Address, given: dict[str, Any], retry: object) -> dict[str
             # redis-py 7.4 cannot speak RESP3 here: the notifications that it then wants need a host. 8 can, and does.
             del options["protocol"]
     return options
+
+
+class _Sentinels(list[Any]):
+    """The clients of the sentinels, the one that answered last in front. None is lost.
+
+    redis-py exchanges that one with the first by the index at which it found it, ``s[0], s[index] = sentinel, s[0]``.
+    Where several threads or tasks do so at once, another sentinel would be overwritten, and never be asked again.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[:])
+
+    def __setitem__(self, index: Any, sentinel: Any) -> None:
+        if index == 0:
+            super().__setitem__(slice(None), sorted(self, key=lambda each: each is not sentinel))
 
 
 class _SentinelConnection(redis.sentinel.SentinelManagedConnection):
@@ -257,6 +272,7 @@ def connect_blocking(address: Address, given: dict[str, Any]) -> redis.Redis | r
             asking = _sentinel_options(address, options, once)
             options["connection_class"] = _SentinelTLSConnection if options.pop("ssl", False) else _SentinelConnection
             sentinel = redis.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=asking, **options)
+            sentinel.sentinels = _Sentinels(sentinel.sentinels)
             client: redis.Redis = sentinel.master_for(address.service_name, connection_pool_class=_SentinelPool)
             return client
         case "cluster":
@@ -288,6 +304,7 @@ def connect_asyncio(address: Address, given: dict[str, Any]) -> redis.asyncio.Re
                 _AsyncSentinelTLSConnection if options.pop("ssl", False) else AsyncSentinelConnection
             )
             sentinel = redis.asyncio.sentinel.Sentinel(list(address.hosts), sentinel_kwargs=asking, **options)
+            sentinel.sentinels = _Sentinels(sentinel.sentinels)
             client: redis.asyncio.Redis = sentinel.master_for(
                 address.service_name, connection_pool_class=_AsyncSentinelPool
             )

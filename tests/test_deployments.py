@@ -7,7 +7,7 @@ import re
 import socket
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from threading import Timer
@@ -22,7 +22,7 @@ import presence.sync
 from presence import addresses, clients
 from presence.scripts import lua_folder
 from tests.fault_calls import CALLS, READS, call, check, play, set_the_scene
-from tests.fault_proxy import Proxy
+from tests.fault_proxy import Fate, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.rights import LEAST_RIGHTS, MORE_FOR_ANOTHER_DATABASE, MORE_TO_SUBSCRIBE, RIGHTS_ON_SENTINELS
 from tests.server import LocalServer, free_port, program
@@ -314,6 +314,53 @@ class TestSentinel:
             manager = make_manager(f"redis+sentinel://127.0.0.1:{broken.port},127.0.0.1:{steady.sentinel.port}/game")
             assert manager.get_connection_count() == 0
             assert broken.accepted == 1, "it is asked once, not again and again"
+
+    @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
+    def test_that_was_down_is_asked_again_when_the_others_are(
+        self, steady: Sentinels, namespace: str, kind: str
+    ) -> None:
+        """However many have looked for the primary meanwhile: redis-py would forget it."""
+        with ExitStack() as stack:
+            first, *others = proxies = [stack.enter_context(Proxy(steady.sentinel.port)) for _ in range(3)]
+            url = "redis+sentinel://" + ",".join(f"127.0.0.1:{proxy.port}" for proxy in proxies) + "/game"
+            options: dict[str, Any] = {"namespace": namespace, "client_name": "manager"}
+            others[0].delay = 0.1  # So that many ask it at once.
+            for proxy in proxies:
+                proxy.command = b"MASTERS"
+
+            def change() -> None:
+                """Let the others be down, and the primary be looked for again."""
+                first.fates = []
+                for other in others:
+                    other.fates = [Fate.LOSE_REQUEST] * 1_000
+                with admin(steady.primary) as primary:
+                    for each in primary.client_list():
+                        if each["name"] == "manager":
+                            primary.client_kill_filter(each["id"])
+
+            async def work() -> None:
+                async with presence.ConnectionManager.from_url(url, events="pubsub", **options) as manager:
+                    assert await manager.get_connection_count() == 0
+                    first.fates = [Fate.LOSE_REQUEST] * 1_000
+                    subscriptions = [manager.subscribe() for _ in range(8)]
+                    await asyncio.gather(*(subscription.__aenter__() for subscription in subscriptions))
+                    await asyncio.gather(*(subscription.aclose() for subscription in subscriptions))
+                    change()
+                    assert await manager.get_connection_count() == 0
+
+            if kind == "asyncio":
+                asyncio.run(work())
+                return
+            for _ in range(3):  # How many threads are late enough is up to chance.
+                for other in others:
+                    other.fates = []
+                with presence.sync.ConnectionManager.from_url(url, **options) as manager:
+                    first.fates = [Fate.LOSE_REQUEST] * 1_000
+                    with ThreadPoolExecutor(16) as threads:
+                        calls = [threads.submit(manager.get_connection_count) for _ in range(16)]
+                    assert [call.result() for call in calls] == [0] * 16
+                    change()
+                    assert manager.get_connection_count() == 0
 
     def test_that_does_not_know_the_service_says_so(
         self, make_manager: ManagerFactory, steady: Sentinels, hasty: dict[str, Any]
