@@ -169,18 +169,23 @@ class SharedConnection:
 
     async def _take_connection(self) -> AbstractConnection | None:
         """Take a connection out of the pool; None after a fault, of which all who wait are told."""
-        try:
-            connection: AbstractConnection = await self._pool.get_connection()
-        except BaseException as met:
-            error = as_fault(met)
-            if not isinstance(error, RedisError):
-                # Perhaps while a connection was greeted: then redis-py has put it back as if it were ready.
-                await _close_free(self._pool)
-            if not isinstance(error, FAULTS):
-                raise
-            self._fail(error)
-            return None
-        return connection
+        failures = 0
+        while True:
+            try:
+                connection: AbstractConnection = await self._pool.get_connection()
+            except BaseException as met:
+                error = as_fault(met)
+                if not isinstance(error, RedisError):
+                    # Perhaps while a connection was greeted: then redis-py has put it back as if it were ready.
+                    await _close_free(self._pool)
+                if not isinstance(error, FAULTS):
+                    raise
+                failures += 1
+                if retrying.opens_again(error, self._pool, failures):
+                    continue
+                self._fail(error)
+                return None
+            return connection
 
     def _take_unanswered(self) -> list[_Request]:
         """Take all that is not answered off the wire, as if nothing of it had been sent."""

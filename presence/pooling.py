@@ -151,23 +151,14 @@ def _in_pieces(request: Sequence[Command]) -> list[bytes]:
 
 
 def _take(pool: ConnectionPool) -> Any:
-    """Take a connection out of the pool, opening one if need be.
-
-    Where the server closes each connection as soon as it has greeted it, redis-py gives up at once: so this tries
-    again, as often as the pool's retry policy says. (Where it cannot connect at all, redis-py has done so already.)
-    """
+    """Take a connection out of the pool, opening one if need be."""
     failures = 0
     while True:
         try:
             return pool.get_connection()
         except RedisConnectionError as error:
-            # It checks that a connection is there, opens it once more, and checks again: this error follows another.
-            is_closed_when_greeted = type(error) is RedisConnectionError and isinstance(
-                error.__context__, RedisConnectionError
-            )
-            retry = pool.connection_kwargs.get("retry")
             failures += 1
-            if not is_closed_when_greeted or not retry or failures > retry.get_retries():
+            if not retrying.opens_again(error, pool, failures):
                 raise
 
 

@@ -170,6 +170,20 @@ def connect_once(connection: Any) -> Any:
     return connection.connect_check_health(retry_socket_connect=False)
 
 
+def opens_again(error: BaseException, pool: Any, failures: int) -> bool:
+    """Tell whether to take a connection out of a pool again after so many failures, as often as its policy says.
+
+    Where the server closes each connection as soon as it has greeted it, redis-py's pools give up at once. (Where one
+    cannot connect at all, redis-py has tried again already.)
+    """
+    # A pool checks that a connection is there, opens it once more, and checks again: this error follows another.
+    is_closed_when_greeted = type(error) is redis.exceptions.ConnectionError and isinstance(
+        error.__context__, redis.exceptions.ConnectionError
+    )
+    retry = pool.connection_kwargs.get("retry")
+    return is_closed_when_greeted and retry is not None and failures <= retry.get_retries()
+
+
 _ASKING_SENTINELS = (redis.sentinel.SentinelManagedConnection, redis.asyncio.sentinel.SentinelManagedConnection)
 
 

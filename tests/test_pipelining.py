@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import sys
 import threading
 import time
@@ -696,6 +697,40 @@ def test_nor_is_one_written_past_by_calls_that_come_one_by_one(own_server: Local
 
 class TestABrokenConnection:
     """Each of the calls that were in flight is answered as if it had been alone."""
+
+    @pytest.mark.parametrize("unlucky", [1, 3, 6])
+    def test_as_soon_as_it_is_there_is_not_noticed(self, own_server: LocalServer, admin: Any, unlucky: int) -> None:
+        class UnluckyConnection(redis.asyncio.Connection):
+            """Some are closed right after the server has greeted them."""
+
+            closed_next: ClassVar[int] = 0
+
+            async def on_connect_check_health(self, check_health: bool = True) -> None:
+                await super().on_connect_check_health(check_health)
+                if UnluckyConnection.closed_next:
+                    UnluckyConnection.closed_next -= 1
+                    writer: Any = self._writer
+                    writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                    await asyncio.sleep(0.01)
+
+        async def work() -> None:
+            # With RESP3, redis-py's own pool does not look whether a connection is still there.
+            options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 6)}
+            pool = redis.asyncio.ConnectionPool.from_url(
+                own_server.url, connection_class=UnluckyConnection, client_name="unlucky", **options
+            )
+            async with redis.asyncio.Redis.from_pool(pool) as client:
+                manager = presence.ConnectionManager(client)
+                await manager.register_connection("sid", "user")
+                for each in admin.client_list():
+                    if each["name"] == "unlucky":
+                        admin.client_kill_filter(each["id"])
+                await asyncio.sleep(0.05)
+                UnluckyConnection.closed_next = unlucky
+                assert await manager.update_heartbeat("sid")
+                assert UnluckyConnection.closed_next == 0
+
+        run(work())
 
     @pytest.mark.parametrize("size", [1, 20], ids=["calls", "pipelines"])
     @pytest.mark.parametrize("cut", [0, 1, 50, 500, 1_500, 2_600])
