@@ -298,7 +298,7 @@ _BY_CLASS: dict[type[Exception], _Explanation] = {
 _OTHER: _Explanation = (UnexpectedReplyError, "the server refused the operation")
 
 
-def unreadable(error: ValueError) -> PresenceError:
+def unreadable(error: Exception) -> PresenceError:
     """Give the error to raise for the one that a parser met in a reply."""
     kind, advice = _FOREIGN_DATA
     return kind(f"{advice} ({error})")

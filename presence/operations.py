@@ -226,10 +226,10 @@ class Operation(Generic[Result_co]):
         return replace(self, arguments=tuple(named.values()))
 
     def result(self, reply: Any) -> Result_co:
-        """Parse the reply; raises ``UnexpectedReplyError`` where another program's data made it."""
+        """Parse the reply; raises ``UnexpectedReplyError`` where another program's data made it, or a broken proxy."""
         try:
             return self.parse(reply)
-        except ValueError as error:
+        except Exception as error:
             raise unreadable(error) from error
 
 

@@ -842,6 +842,9 @@ class ConnectionManager:
         its game full may get a seat that one behind it has freed): if that would do harm, call the operations one by
         one.
 
+        If the connection breaks before all replies are there, all are sent again. Those that change something answer as
+        they did, but those that read, and heartbeats, then see what those behind them have done.
+
         Args:
             operations: descriptions, from :attr:`operations`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -361,6 +362,11 @@ class TestOperation:
         operation = DESCRIBED[name]
         expected = EXPECTED_ARGUMENTS | DIFFERENT_ARGUMENTS.get(name, {})
         assert operation.arguments == tuple(expected[argument] for argument in operation.script.arguments)
+
+    @pytest.mark.parametrize("reply", [7, -7, None, b"", b"x", [], [7], [None], [b"x", b"x"], {b"x": 7}], ids=repr)
+    def test_it_makes_of_a_reply_of_another_kind_an_error_of_presence_if_any(self, name: str, reply: object) -> None:
+        with suppress(presence.UnexpectedReplyError):
+            DESCRIBED[name].result(reply)
 
     def test_it_is_one_evalsha_without_the_empty_arguments_at_its_end(self, name: str) -> None:
         operation = DESCRIBED[name]
