@@ -627,15 +627,15 @@ class Operations:
             GET_GAME_SNAPSHOT, (self._game_conns_prefix + game_bytes, self.last_seen_key, self.events_key), (), parse
         )
 
-    def read_events(self, position: Position) -> Operation[EventsBatch]:
-        """Describe the read of at most 100 changes that come after a position in the stream; for subscriptions."""
+    def read_events(self, position: Position, limit: int = EVENTS_BATCH_SIZE) -> Operation[EventsBatch]:
+        """Describe the read of changes, 100 at most, that come after a position in the stream; for subscriptions."""
         return Operation(
             READ_EVENTS,
             (self.events_key,),
             (
                 position.entry_id.encode(),
                 b"%d" % position.number,
-                b"%d" % EVENTS_BATCH_SIZE,
+                b"%d" % limit,
                 b"" if position.events_seen is None else b"again",
             ),
             partial(parse_events, position),

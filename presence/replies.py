@@ -69,6 +69,8 @@ class EventsBatch:
     position: Position
     beginning: Position | None = None
     """If some are lost, where what is left of the stream begins."""
+    bytes_of_a_change: int = 0
+    """How much each took, on average; 0 if there was none."""
 
 
 class CleanupBatch(NamedTuple):
@@ -237,7 +239,9 @@ def parse_events(position: Position, reply: list[Any]) -> EventsBatch:
                 reached = position if index == len(of_entry) else replace(position, events_seen=index)
                 events.append(replace(event, position=reached.text()))
         seen = None
-    return EventsBatch(tuple(events), position)
+    messages = reply[4::2]
+    average = sum(map(len, messages)) // len(messages) if messages else 0
+    return EventsBatch(tuple(events), position, bytes_of_a_change=average)
 
 
 def _beginning(gone: int, first_id: bytes) -> Position:

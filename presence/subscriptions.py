@@ -22,12 +22,14 @@ from presence.errors import (
     FAULTS,
     WRITE_REFUSALS,
     EventsLostError,
+    ServerUnreachableError,
     UnexpectedReplyError,
     as_fault,
     explain,
     unreadable,
 )
 from presence.exchanges import perform
+from presence.operations import EVENTS_BATCH_SIZE
 from presence.replies import Position, parse_message
 
 if TYPE_CHECKING:
@@ -59,6 +61,12 @@ Python 3.11's asyncio.wait_for has swallowed the cancellation, until the reply t
 
 LEAST_WAIT_SECONDS = 0.001
 """The shortest wait, to see what has come meanwhile."""
+
+READ_BYTES = 1 << 16
+"""About how much of the stream is read at once: the asyncio client's timeout is for the whole of a reply."""
+
+FIRST_READ = 20
+"""How many changes are read before it is known how much they take."""
 
 _BEYOND = Position(number=10**15 - 1)
 """No stream has come this far: reading after it tells where the stream ends."""
@@ -103,6 +111,7 @@ class Feed:
         self._due_at = 0.0
         """When the server is asked next through pub/sub, or its answer is missed."""
         self._is_asked = self._is_overdue = False
+        self._limit = FIRST_READ
         self.is_at_end: bool = False
         self.key: bytes = operations.events_key
         self.channel: bytes = self.key
@@ -155,7 +164,13 @@ class Feed:
     def read(self) -> Exchange[None]:
         """Converse with the server to read on in the stream."""
         before = self._received.end
-        batch = yield from perform(self._operations.read_events(before))
+        try:
+            batch = yield from perform(self._operations.read_events(before, self._limit))
+        except ServerUnreachableError:
+            self._limit = 1  # Perhaps they are too large now to arrive in time.
+            raise
+        if batch.bytes_of_a_change:
+            self._limit = min(max(1, READ_BYTES // batch.bytes_of_a_change), EVENTS_BATCH_SIZE)
         if batch.beginning is not None:
             reason = "the stream was trimmed up to the position, or is another one now"
             raise EventsLostError(reason, batch.beginning.text())

@@ -23,10 +23,12 @@ from redis.backoff import NoBackoff
 import presence
 import presence.sync
 from presence import EventsLostError, EventType
+from presence.arguments import MAX_METADATA_BYTES
 from presence.operations import EVENTS_BATCH_SIZE, Operations
 from presence.replies import Position
 from presence.subscriptions import Feed
 from tests.conftest import Awaited
+from tests.fault_calls import one_attempt
 from tests.fault_proxy import Fate, Proxy
 from tests.processes import spawn
 from tests.server import free_port
@@ -553,6 +555,65 @@ def test_more_subscribers_to_the_stream_than_connections_hold_up_no_call(
             assert await asyncio.gather(*watching) == [["first", "first"]] * len(games)
 
     asyncio.run(asyncio.wait_for(run(), 3 * BOUND_SECONDS))
+
+
+def test_a_reader_on_a_slow_line_gets_on_and_holds_up_no_call(own_server: LocalServer) -> None:
+    """The timeout is for the whole of a reply: a hundred changes with much metadata would not arrive in time."""
+    bytes_per_second, socket_timeout, players = 1_000_000, 0.5, 120
+
+    async def pass_slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(4096):
+                await asyncio.sleep(len(chunk) / bytes_per_second)
+                writer.write(chunk)
+                await writer.drain()
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", own_server.port)
+        await asyncio.gather(pass_slowly(reader, to_server), pass_slowly(from_server, writer))
+
+    async def follow(manager: presence.ConnectionManager) -> list[str]:
+        async with manager.subscribe(after="0-0/0") as events:
+            return [(await anext(events)).connection.sid for _ in range(2 * players)][::2]
+
+    async def work() -> None:
+        sids = [f"sid-{number}" for number in range(players)]
+        async with presence.ConnectionManager.from_url(own_server.url, events="stream") as manager:
+            for sid in sids:
+                await manager.register_connection(sid, f"user of {sid}", metadata=b"x" * MAX_METADATA_BYTES)
+        line = await asyncio.start_server(connect, "127.0.0.1", 0)
+        url = f"redis://127.0.0.1:{line.sockets[0].getsockname()[1]}/0"
+        options: dict[str, Any] = {"events": "stream", "socket_timeout": socket_timeout, **one_attempt("asyncio")}
+        async with presence.ConnectionManager.from_url(url, **options) as manager:
+            following = asyncio.create_task(follow(manager))
+            while not following.done():
+                assert await manager.update_heartbeat("sid-1")
+            assert await following == sids
+        line.close()
+        await line.wait_closed()
+
+    asyncio.run(asyncio.wait_for(work(), BOUND_SECONDS))
+
+
+def test_what_has_grown_too_large_to_be_read_in_time_is_read_in_smaller_parts() -> None:
+    feed = Feed(Operations("ns", events="stream"), None, None, "0-0/0")
+
+    def limit(reply: Any) -> Any:
+        """Give how many changes a read asks for, and let it be answered."""
+        exchange = feed.read()
+        (command,) = next(exchange)
+        with suppress(StopIteration, presence.ServerUnreachableError):
+            exchange.send([reply])
+        return command[6]
+
+    def changes(count: int, size: int) -> list[Any]:
+        message = b"1 registered 3  1 sid0:1 user of "
+        return [0, b"9-9", 999, *[b"1-1", message.ljust(size, b"x")] * count]
+
+    lost = redis.exceptions.TimeoutError()
+    read = [limit(changes(1, 8_000)), limit(changes(8, 100)), limit(lost), limit(lost), limit(changes(1, 100_000))]
+    assert [*read, limit(lost)] == [b"20", b"8", b"100", b"1", b"1", b"1"]
 
 
 def test_one_wait_serves_all_who_wait_for_the_stream_and_outlives_each(
