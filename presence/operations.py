@@ -6,6 +6,7 @@ The asyncio and the blocking manager, and pipelines, all run what this module de
 from __future__ import annotations
 
 import logging
+import struct
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -193,6 +194,10 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit", "again"))
 
 
+_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, struct.error)
+"""What parsers raise for a reply of another kind. What a signal handler raises in them means something else."""
+
+
 @dataclass(slots=True, eq=False)
 class Operation(Generic[Result_co]):
     """One call of one script: everything that is to be sent, and how the reply becomes a result.
@@ -229,7 +234,7 @@ class Operation(Generic[Result_co]):
         """Parse the reply; raises ``UnexpectedReplyError`` where another program's data made it, or a broken proxy."""
         try:
             return self.parse(reply)
-        except Exception as error:
+        except _UNREADABLE as error:
             raise unreadable(error) from error
 
 
