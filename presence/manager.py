@@ -60,38 +60,26 @@ class _OpenClient:
             SharedConnection(client) if isinstance(client, Redis) and not client.single_connection_client else None
         )
         self.is_cluster = isinstance(client, RedisCluster)
-        self.knows_layout = not self.is_cluster
-        """Whether a cluster's client knows which node serves what."""
-        self.under_way: dict[object, asyncio.Future[Any]] = {}
-        """What is done once for all who wait for it."""
+        self.layout: asyncio.Future[Any] | None = None
         self.wait_for_events: asyncio.Task[Exception | None] | None = None
         self.closing: asyncio.Future[None] | None = None
 
-    async def once(self, what: object, begin: Callable[[], Awaitable[Result]]) -> Result:
-        """Do something once for all who need it at the same time; it goes on if some of them are cancelled."""
-        while True:
-            doing = self.under_way.get(what)
-            if doing is None:
-                doing = asyncio.ensure_future(begin())
-                doing.add_done_callback(partial(self._end, what))
-                self.under_way[what] = doing  # Last: a signal handler may raise before it, and it would stay for good.
-            await asyncio.wait([doing])
-            if not doing.cancelled():  # Code that cancels all tasks cancels this one too, but not later calls.
-                return doing.result()  # type: ignore[no-any-return]
-
-    def _end(self, what: object, done: asyncio.Future[Any]) -> None:
-        self.under_way.pop(what, None)
-        if not done.cancelled():
-            done.exception()  # All who wait may be cancelled, and then nobody asks for it.
-
     async def learn_layout(self) -> None:
-        """Let a cluster's client ask the nodes who serves what, before anything is sent.
+        """Let a cluster's client ask the nodes who serves what: once for all who wait, and before they send anything.
 
-        Otherwise each call asks for itself, one after the other, and the client drops the connections under calls
-        meanwhile.
+        Otherwise each asks for itself, one after the other, and the client drops the connections under calls meanwhile.
         """
-        await self.client.initialize()
-        self.knows_layout = True
+        while True:
+            layout = self.layout
+            if layout is None or (layout.done() and (layout.cancelled() or layout.exception() is not None)):
+                layout = self.layout = asyncio.ensure_future(self.client.initialize())
+                # All who wait may be cancelled, and then nobody asks for its exception.
+                layout.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            if not layout.done():
+                await asyncio.wait([layout])
+            if not layout.cancelled():  # Code that cancels all tasks cancels this one too, but not later calls.
+                layout.result()
+                return
 
 
 _OTHER_LOOP = ("Event loop is closed", OF_ANOTHER_LOOP)
@@ -330,12 +318,11 @@ class ConnectionManager:
         )
 
     async def _close(self, open_client: _OpenClient) -> None:
-        if under_way := [*open_client.under_way.values()]:
-            for each in under_way:
-                each.cancel()
-            await asyncio.wait(under_way)
         if open_client.shared is not None:
             await open_client.shared.aclose()
+        if open_client.layout is not None and not open_client.layout.done():
+            open_client.layout.cancel()
+            await asyncio.wait([open_client.layout])
         if self._given_client is None:
             client = open_client.client
             closing = [client.aclose]
@@ -1037,7 +1024,7 @@ class ConnectionManager:
         open_client.in_flight += 1
         send = partial(self._send, open_client) if alone or open_client.shared is None else open_client.shared.send
         try:
-            return await self._converse(open_client, asked, send)
+            return await self._converse(asked, send)
         except RuntimeError as error:
             if self._given_client is not None and any(told in str(error) for told in _OTHER_LOOP):
                 raise RuntimeError(CLIENT_OF_ANOTHER_LOOP) from error
@@ -1049,9 +1036,7 @@ class ConnectionManager:
 
     @staticmethod
     async def _converse(
-        open_client: _OpenClient,
-        asked: Operation[Result] | Exchange[Result],
-        send: Callable[[Sequence[Command]], Awaitable[list[Any]]],
+        asked: Operation[Result] | Exchange[Result], send: Callable[[Sequence[Command]], Awaitable[list[Any]]]
     ) -> Result:
         if isinstance(asked, Operation):
             # The answer of nearly every call, without the cost of a conversation.
@@ -1064,13 +1049,7 @@ class ConnectionManager:
         try:
             request = next(exchange)
             while True:
-                if len(request) == 1 and request[0][0] == SCRIPT_LOAD and not isinstance(request[0], SecondLoad):
-                    # When a server has lost its scripts, many calls miss one at the same time. (A second load is that
-                    # of a call which this did not help, such as where it came before another loss.)
-                    replies = await open_client.once(request[0], partial(send, request))
-                else:
-                    replies = await send(request)
-                request = exchange.send(replies)
+                request = exchange.send(await send(request))
         except StopIteration as finished:
             result: Result = finished.value
             return result
@@ -1095,8 +1074,8 @@ class ConnectionManager:
     async def _send_unheeding(self, open_client: _OpenClient, request: Sequence[Command], end: float) -> list[Any]:
         client = open_client.client
         try:
-            if not open_client.knows_layout:
-                await open_client.once("layout", open_client.learn_layout)
+            if open_client.is_cluster:
+                await open_client.learn_layout()
                 if monotonic() > end:
                     raise redis.exceptions.TimeoutError("the nodes did not tell in time who serves what")
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
@@ -1126,6 +1105,6 @@ class ConnectionManager:
             replies = [error] * len(request)
         if open_client.is_cluster:
             replies = [as_cluster_fault(reply) for reply in replies]
-            if retrying.transient_faults(replies):
-                open_client.knows_layout = False
+            if retrying.transient_faults(replies) and open_client.layout is not None and open_client.layout.done():
+                open_client.layout = None
         return replies

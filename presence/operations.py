@@ -194,7 +194,7 @@ GET_GAME_CONNECTION_COUNT = scripts.load(
 READ_EVENTS = scripts.load("read_events", keys=("events",), arguments=("after_id", "after_number", "limit", "again"))
 
 
-_UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, struct.error)
+_UNREADABLE = (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, struct.error)
 """What parsers raise for a reply of another kind. What a signal handler raises in them means something else."""
 
 

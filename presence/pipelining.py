@@ -19,11 +19,11 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients, retrying
-from presence.commands import SCRIPT_LOAD, pack, sent_again
+from presence.commands import SCRIPT_LOAD, SecondLoad, pack, sent_again
 from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from redis.asyncio import ConnectionPool, Redis
 
@@ -73,6 +73,27 @@ class _Request:
             self.size = len(self.packed)
 
 
+class _Load:
+    """A load of a script, for all calls that wait for it; when the last of them is cancelled, so is the load."""
+
+    __slots__ = ("_waiting", "answer")
+
+    def __init__(self, answer: asyncio.Future[list[Any]]) -> None:
+        self.answer = answer
+        self._waiting = 0
+
+    def join(self) -> asyncio.Future[list[Any]]:
+        self._waiting += 1
+        waiter = asyncio.shield(self.answer)
+        waiter.add_done_callback(self._leave)
+        return waiter
+
+    def _leave(self, _: object) -> None:
+        self._waiting -= 1
+        if not self._waiting:
+            self.answer.cancel()  # Does nothing if it is there.
+
+
 class SharedConnection:
     """Carries the requests of one event loop over one connection, taken from a client's pool while there are any.
 
@@ -89,6 +110,7 @@ class SharedConnection:
         self._waiting: deque[_Request] = deque()
         self._sent: deque[_Request] = deque()
         self._refused: list[_Request] = []
+        self._loads: dict[Command, _Load] = {}
         self._commands_sent = 0
         self._bytes_sent = 0
         self._runner: asyncio.Task[None] | None = None
@@ -104,12 +126,24 @@ class SharedConnection:
 
         If it is cancelled before they are sent, they are not; after that they take effect and nobody gets the replies.
         """
+        if len(commands) == 1 and commands[0][0] == SCRIPT_LOAD and not isinstance(commands[0], SecondLoad):
+            return self._load(commands)
+        return self._ask(commands, self._waiting.append)
+
+    def _load(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """Load a script once for all who miss it at the same time: after a failover these are thousands.
+
+        A second load is that of a call which this did not help, such as where it came before another loss.
+        """
+        load = self._loads.get(commands[0])
+        if load is None or load.answer.done():
+            # Before all that waits, much of which would miss the script as well.
+            load = self._loads[commands[0]] = _Load(self._ask(commands, self._waiting.appendleft))
+        return load.join()
+
+    def _ask(self, commands: Sequence[Command], enqueue: Callable[[_Request], None]) -> asyncio.Future[list[Any]]:
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
-        request = _Request(commands, answer, self._loop.time())
-        if len(commands) == 1 and commands[0][0] == SCRIPT_LOAD:
-            self._waiting.appendleft(request)  # Much of what waits would miss that script as well.
-        else:
-            self._waiting.append(request)
+        enqueue(_Request(commands, answer, self._loop.time()))
         # Both run after everything that is ready now, so they find all requests of this turn.
         if self._runner is None or self._runner.done():
             self._start()

@@ -42,7 +42,7 @@ from tests.processes import in_child
 from tests.rights import LEAST_RIGHTS, MORE_ON_A_CLUSTER
 from tests.server import LocalServer, free_port, program
 from tests.subscribed import Subscribed, subscribed
-from tests.watching import admin, counted, evalsha_calls, every_refusal, refuse_next_write, wait_until
+from tests.watching import admin, evalsha_calls, every_refusal, refuse_next_write, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -335,28 +335,6 @@ class TestCluster:
         manager.register_connection("sid", "user")
         manager.pipeline([manager.operations.join_game("sid", "game"), manager.operations.leave_game("sid")])
         assert [client.info("memory")["number_of_cached_scripts"] for client in cluster.clients] == [3, 0]
-
-    @pytest.mark.parametrize("is_cancelled", [False, True], ids=["", "whose load is cancelled"])
-    def test_loads_a_lost_script_once_for_all_tasks_that_miss_it(self, cluster: Cluster, is_cancelled: bool) -> None:
-        async def work() -> None:
-            async with presence.ConnectionManager.from_url(cluster.url, namespace="one") as manager:
-                await manager.register_connection("sid", "user")
-                await asyncio.gather(*(manager.update_heartbeat("sid") for _ in range(50)))  # Opens the connections.
-                cluster.clients[0].script_flush()
-                with counted(cluster.clients[0]) as counts:
-                    calls = [asyncio.create_task(manager.update_heartbeat("sid")) for _ in range(50)]
-                    under_way = manager._open_client().under_way
-                    for _ in range(10_000 * is_cancelled):
-                        if under_way:
-                            break
-                        await asyncio.sleep(0)
-                    for load in [*under_way.values()]:
-                        load.cancel()  # As code does that cancels all other tasks.
-                    assert await asyncio.gather(*calls) == [True] * 50
-                assert counts["evalsha that failed"] > 1, "at least two have missed it"
-                assert 1 <= counts["script|load"] <= 1 + is_cancelled
-
-        asyncio.run(work())
 
     def test_a_pipeline_keeps_the_results_of_the_operations_that_worked(
         self, make_manager: ManagerFactory, cluster: Cluster
@@ -1002,7 +980,9 @@ class TestAClusterThatCannotServe:
                 call.cancel()
                 await asyncio.wait([call])
                 assert call.cancelled()
-                await asyncio.wait(manager._open_client().under_way.values())
+                layout = manager._open_client().layout
+                assert layout is not None
+                await asyncio.wait([layout])
 
         asyncio.run(work())
         gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import socket
 import sys
 import threading
@@ -385,6 +386,23 @@ class TestALostScript:
                 assert counts["script|load"] == 1 + 5
 
         run(work())
+
+    def test_whose_load_all_leave_at_the_end_of_the_loop_ends_with_it(
+        self, own_server: LocalServer, admin: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def work(proxy: Proxy) -> None:
+            manager = presence.ConnectionManager.from_url(proxy.url)
+            await manager.update_heartbeat("sid-0")
+            admin.script_flush()
+            proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
+            calls = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(3)]
+            await is_held(proxy)
+            assert not any(call.done() for call in calls)
+
+        with Proxy(own_server.port) as proxy:
+            run(work(proxy))
+            gc.collect()
+            assert (caplog.messages, proxy.accepted) == ([], 1)
 
     def test_that_nobody_waits_for_any_more_does_not_keep_a_manager_open(
         self, own_server: LocalServer, admin: Any
