@@ -77,20 +77,26 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
             break
-        failed: dict[scripts.Script, Exception] = {}
-        for script in dict.fromkeys(operations[index].script for index in missed):
-            (loaded,) = yield [load(script)]
-            if isinstance(loaded, Exception):
-                failed[script] = loaded
-        # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-        again = {index: each for index, each in to_repeat(missed).items() if each.script not in failed}
-        # Of a call whose first copy was held up, this may be the third.
-        repeated = (yield [sent_again(operation.command()) for operation in again.values()]) if again else []
+        named = list(dict.fromkeys(operations[index].script for index in missed))
+        again = to_repeat(missed)
+        if load is load_command:
+            # Apart from the calls, as many may wait for the same load.
+            loaded: list[Any] = []
+            for script in named:
+                loaded += yield [load(script)]
+            # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
+            again = {index: each for index, each in again.items() if each.script not in _faults(named, loaded)}
+            repeated = (yield _sent_again(again)) if again else []
+        else:
+            # Together, so that hardly anything can come between.
+            loaded = yield [*map(load, named), *_sent_again(again)]
+            repeated = loaded[len(named) :]
+        failed = _faults(named, loaded)
+        take_over(replies, again, repeated, missed)
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
             for operation, reply in zip(operations, replies, strict=True)
         ]
-        take_over(replies, again, repeated, missed)
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
     if refused and len(operations) > 1:
@@ -103,6 +109,16 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             repeated = yield from attempt_all([*rest.values()], in_order=in_order)
             take_over(results, rest, repeated, refused)
     return results
+
+
+def _sent_again(operations: dict[int, Operation[Any]]) -> list[Command]:
+    # Of a call whose first copy was held up, these may be the third.
+    return [sent_again(operation.command()) for operation in operations.values()]
+
+
+def _faults(named: list[scripts.Script], loaded: list[Any]) -> dict[scripts.Script, Exception]:
+    """Give the scripts that could not be loaded, and why."""
+    return {script: answer for script, answer in zip(named, loaded, strict=False) if isinstance(answer, Exception)}
 
 
 def _outcome(operation: Operation[Any], reply: Any) -> Any:

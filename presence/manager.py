@@ -1084,10 +1084,10 @@ class ConnectionManager:
                 node = client.get_node_from_key(self.operations.last_seen_key)  # type: ignore[arg-type]
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [await client.execute_command(*command, target_nodes=node) for command in loads]
-                if isinstance(request[0], SecondLoad):
+                for second in (command for command in loads if isinstance(command, SecondLoad)):
                     for other in client.get_primaries():
                         with suppress(*FAULTS, AttributeError, RuntimeError):  # A node may come or go meanwhile.
-                            await client.execute_command(*request[0], target_nodes=other)
+                            await client.execute_command(*second, target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (await self._send_unheeding(open_client, rest, end) if rest else [])
             if len(request) == 1:

@@ -19,7 +19,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients, retrying
-from presence.commands import SCRIPT_LOAD, SecondLoad, pack, sent_again
+from presence.commands import SCRIPT_LOAD, pack, sent_again
 from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
 
 if TYPE_CHECKING:
@@ -126,15 +126,12 @@ class SharedConnection:
 
         If it is cancelled before they are sent, they are not; after that they take effect and nobody gets the replies.
         """
-        if len(commands) == 1 and commands[0][0] == SCRIPT_LOAD and not isinstance(commands[0], SecondLoad):
+        if len(commands) == 1 and commands[0][0] == SCRIPT_LOAD:
             return self._load(commands)
         return self._ask(commands, self._waiting.append)
 
     def _load(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
-        """Load a script once for all who miss it at the same time: after a failover these are thousands.
-
-        A second load is that of a call which this did not help, such as where it came before another loss.
-        """
+        """Load a script once for all who miss it at the same time: after a failover these are thousands."""
         load = self._loads.get(commands[0])
         if load is None or load.answer.done():
             # Before all that waits, much of which would miss the script as well.

@@ -1048,10 +1048,10 @@ class ConnectionManager:
                 node = client.get_node_from_key(self.operations.last_seen_key)
                 loads = [command for command in request if command[0] == SCRIPT_LOAD]
                 replies = [client.execute_command(*command, target_nodes=node) for command in loads]
-                if isinstance(request[0], SecondLoad):
+                for second in (command for command in loads if isinstance(command, SecondLoad)):
                     for other in client.get_primaries():
                         with suppress(*FAULTS, AttributeError, RuntimeError):  # A node may come or go meanwhile.
-                            client.execute_command(*request[0], target_nodes=other)
+                            client.execute_command(*second, target_nodes=other)
                 rest = request[len(loads) :]
                 return replies + (self._send_once(client, rest) if rest else [])
             if len(request) == 1:
