@@ -99,7 +99,7 @@ class _Sentinels(list[Any]):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self[:])
+        return iter(self[:])  # Who goes through them asks each once, whichever is put in front meanwhile.
 
     def __setitem__(self, index: Any, sentinel: Any) -> None:
         if index == 0:

@@ -85,13 +85,13 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             for script in named:
                 loaded += yield [load(script)]
             # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
-            again = {index: each for index, each in again.items() if each.script not in _faults(named, loaded)}
+            failed = _faults(named, loaded)
+            again = {index: each for index, each in again.items() if each.script not in failed}
             repeated = (yield _sent_again(again)) if again else []
         else:
             # Together, so that hardly anything can come between.
-            loaded = yield [*map(load, named), *_sent_again(again)]
-            repeated = loaded[len(named) :]
-        failed = _faults(named, loaded)
+            answers = yield [*map(load, named), *_sent_again(again)]
+            failed, repeated = _faults(named, answers), answers[len(named) :]
         take_over(replies, again, repeated, missed)
         replies = [
             failed.get(operation.script, reply) if isinstance(reply, NoScriptError) else reply
@@ -116,9 +116,9 @@ def _sent_again(operations: dict[int, Operation[Any]]) -> list[Command]:
     return [sent_again(operation.command()) for operation in operations.values()]
 
 
-def _faults(named: list[scripts.Script], loaded: list[Any]) -> dict[scripts.Script, Exception]:
-    """Give the scripts that could not be loaded, and why."""
-    return {script: answer for script, answer in zip(named, loaded, strict=False) if isinstance(answer, Exception)}
+def _faults(named: list[scripts.Script], answers: list[Any]) -> dict[scripts.Script, Exception]:
+    """Give the scripts that could not be loaded, and why; the answers to their loads come first."""
+    return {script: answer for script, answer in zip(named, answers, strict=False) if isinstance(answer, Exception)}
 
 
 def _outcome(operation: Operation[Any], reply: Any) -> Any:
