@@ -133,10 +133,16 @@ class SharedConnection:
     def _load(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """Load a script once for all who miss it at the same time: after a failover these are thousands."""
         load = self._loads.get(commands[0])
-        if load is None or load.answer.done():
+        if load is None or load.answer.cancelled():
             # Before all that waits, much of which would miss the script as well.
             load = self._loads[commands[0]] = _Load(self._ask(commands, self._waiting.appendleft))
+            # Those run first whose replies were handed out in the same turn, before that of the load.
+            load.answer.add_done_callback(partial(self._forget_load, commands[0], load))
         return load.join()
+
+    def _forget_load(self, command: Command, load: _Load, _: object) -> None:
+        if self._loads.get(command) is load:
+            del self._loads[command]
 
     def _ask(self, commands: Sequence[Command], enqueue: Callable[[_Request], None]) -> asyncio.Future[list[Any]]:
         answer: asyncio.Future[list[Any]] = self._loop.create_future()

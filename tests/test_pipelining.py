@@ -329,8 +329,12 @@ class TestAnErrorOfOne:
 class TestALostScript:
     """It is loaded once for all calls that miss it at the same time."""
 
-    def test_is_loaded_before_what_still_waits(self, own_server: LocalServer, admin: Any) -> None:
+    @pytest.mark.parametrize("replies_per_turn", [7, 30, 1_000])
+    def test_is_loaded_before_what_still_waits(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch, replies_per_turn: int
+    ) -> None:
         """Which would miss it as well: after a failover all players of a game server come back at once."""
+        monkeypatch.setattr(pipelining, "REPLIES_PER_TURN", replies_per_turn)
         calls = 8 * pipelining.MAX_COMMANDS
 
         async def work() -> None:
