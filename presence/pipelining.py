@@ -1,7 +1,8 @@
 """How the calls that one event loop awaits at the same time share a connection instead of taking one each.
 
-Calls made within one turn of the loop go out in one write, and the replies are handed out as they come. An exchange
-(:mod:`presence.exchanges`) notices nothing: it gets the replies to its own commands, in their order.
+Calls made within one turn of the loop go out in one write, heartbeats in a row as one command
+(:mod:`presence.merging`), and the replies are handed out as they come. An exchange (:mod:`presence.exchanges`) notices
+nothing: it gets the replies to its own commands, in their order.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from presence import clients, retrying
+from presence import clients, merging, retrying
 from presence.commands import SCRIPT_LOAD, pack, sent_again
 from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
 
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from presence.commands import Command
 
 MAX_COMMANDS = 256
-"""The most commands on the wire that are not answered yet; further ones wait."""
+"""The most commands on the wire that are not answered yet, merged ones counted each; further ones wait."""
 
 MAX_BYTES = 1 << 20
 """The most bytes of these commands; only a single request may be larger."""
 
-REPLIES_PER_TURN = 32
+REPLIES_PER_TURN = merging.MOST_MERGED
 """Replies that are handed out before the loop turns: the callers may ask again while the server is still at work."""
 
 SESSION_SECONDS = 1.0
@@ -52,18 +53,49 @@ _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelCo
 class _Request:
     """Commands that are sent together, and the future for their replies."""
 
-    __slots__ = ("answer", "asked_at", "commands", "count", "packed", "replies", "size", "taken_at")
+    __slots__ = (
+        "answer",
+        "asked_at",
+        "calls",
+        "commands",
+        "mergeable",
+        "packed",
+        "replies",
+        "size",
+        "taken_at",
+    )
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]], now: float) -> None:
         self.commands = commands
-        self.packed = b"".join(map(pack, commands))
-        self.size = len(self.packed)
-        self.count = len(commands)
+        self.calls = len(commands)
+        self.mergeable = merging.shared_part(commands)
+        """See there. What may be merged is packed when it is taken."""
+        if self.mergeable is None:
+            self.pack()
+        else:
+            self.packed, self.size = b"", 0
         self.replies: list[Any] = []
         self.answer = answer
         self.asked_at = now
         self.taken_at = 0.0
         """When it was first due to be sent; like ``asked_at``, by the loop's clock."""
+
+    def pack(self) -> None:
+        self.packed = b"".join(map(pack, self.commands))
+        self.size = len(self.packed)
+
+    def parts(self) -> Sequence[_Request]:
+        """Give the requests that it was made of."""
+        return (self,)
+
+    def is_done(self) -> bool:
+        return self.answer.done()
+
+    def finish(self, replies: list[Any]) -> None:
+        try:  # noqa: SIM105  # suppress() costs a microsecond.
+            self.answer.set_result(replies)
+        except asyncio.InvalidStateError:
+            pass  # It was cancelled, perhaps at this moment, by a signal handler such as asyncio.run's.
 
     def begin_anew(self) -> None:
         """Make it ready to be sent, marked as sent again if it may have been sent before."""
@@ -71,6 +103,34 @@ class _Request:
         if self.taken_at:
             self.packed = b"".join([pack(sent_again(command)) for command in self.commands])
             self.size = len(self.packed)
+
+
+class _Merged(_Request):
+    """Heartbeats that are sent as one command; it is done when each of them is."""
+
+    __slots__ = ("requests",)
+
+    def __init__(self, requests: Sequence[_Request]) -> None:
+        self.requests = requests
+        self.commands = (merging.merge([request.commands[0] for request in requests]),)
+        self.calls = len(requests)
+        self.mergeable = None
+        self.pack()
+        self.replies = []
+        self.taken_at = 0.0
+
+    def parts(self) -> Sequence[_Request]:
+        return self.requests
+
+    def is_done(self) -> bool:
+        return all(request.is_done() for request in self.requests)
+
+    def finish(self, replies: list[Any]) -> None:
+        (reply,) = replies
+        for request, its_reply in zip(
+            self.requests, merging.replies(self.calls, reply) or [reply] * self.calls, strict=True
+        ):
+            request.finish([its_reply])
 
 
 class _Load:
@@ -174,6 +234,8 @@ class SharedConnection:
     async def aclose(self) -> None:
         """Give the connection back to the pool; by now, nobody waits for a reply."""
         if self._runner is not None:
+            for load in self._loads.values():
+                load.answer.cancel()  # Nobody may ever have waited for it: see _hand_out.
             if self._sent:
                 self._runner.cancel()
             await asyncio.wait([self._runner])
@@ -196,7 +258,7 @@ class SharedConnection:
                     await asyncio.sleep(0)
         except Exception as error:
             for request in self._take_unanswered():
-                with suppress(asyncio.InvalidStateError):  # See _answer.
+                with suppress(asyncio.InvalidStateError):  # See _Request.finish.
                     request.answer.set_exception(error)
         except BaseException:
             # Code that cancels all tasks, as asyncio.run does at its end, cancels this one, but not calls made after
@@ -227,8 +289,10 @@ class SharedConnection:
     def _take_unanswered(self) -> list[_Request]:
         """Take all that is not answered off the wire, as if nothing of it had been sent."""
         # A request that was moving from one to another when a signal handler raised is in both.
-        listed = dict.fromkeys((*self._refused, *self._sent, *self._waiting))
-        requests = [request for request in listed if not request.answer.done()]
+        listed = dict.fromkeys(
+            part for request in (*self._refused, *self._sent, *self._waiting) for part in request.parts()
+        )
+        requests = [request for request in listed if not request.is_done()]
         for taken_from in (self._refused, self._sent, self._waiting):
             taken_from.clear()
         self._commands_sent = self._bytes_sent = 0
@@ -270,10 +334,10 @@ class SharedConnection:
     def _give_up(self, error: Exception, taken_before: float) -> None:
         for request in self._refused:
             if request.taken_at < taken_before:
-                _answer(request, request.replies)
+                request.finish(request.replies)
         for request in self._sent:
             if request.taken_at < taken_before:
-                _answer(request, [error] * request.count)
+                request.finish([error] * len(request.commands))
 
     def _fail(self, error: Exception) -> None:
         """Answer everything that was sent, or was to be, with an error."""
@@ -282,20 +346,20 @@ class SharedConnection:
             # Requests that found no room have waited for as many attempts; the queue must not grow in an outage.
             for request in tuple(self._waiting):
                 if request.asked_at <= self._session_start:
-                    _answer(request, [error] * request.count)
+                    request.finish([error] * len(request.commands))
         self._refused.clear()
         self._sent.clear()
         self._commands_sent = self._bytes_sent = 0
 
     def _keep_unanswered(self) -> None:
         """Choose what is to be sent again."""
-        self._sent = deque(request for request in (*self._refused, *self._sent) if not request.answer.done())
+        self._sent = deque(request for request in (*self._refused, *self._sent) if not request.is_done())
         self._refused.clear()
         self._commands_sent = self._bytes_sent = 0
         for request in self._sent:
             if self._fault is not None:
                 request.begin_anew()
-            self._commands_sent += request.count
+            self._commands_sent += request.calls
             self._bytes_sent += request.size
 
     async def _attempt(self, connection: AbstractConnection) -> None:
@@ -350,7 +414,8 @@ class SharedConnection:
             # The connection's own timeout would be set anew for each reply, at several times the cost of reading it.
             seconds, since = connection.socket_timeout, self._loop.time()
             async with asyncio.timeout(seconds) as limit:
-                for _ in range(REPLIES_PER_TURN):
+                handed_out = 0
+                while handed_out < REPLIES_PER_TURN:
                     reply: Any
                     try:
                         reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
@@ -365,40 +430,76 @@ class SharedConnection:
                         since = now
                     request = sent[0]
                     request.replies.append(reply)
-                    if len(request.replies) < request.count:
+                    if len(request.replies) < len(request.commands):
+                        handed_out += 1
                         continue
                     # At each moment the request is answered or listed, as a signal handler may raise here.
-                    is_alone = request.count == 1
-                    if is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
-                        self._refused.append(request)
+                    if isinstance(request, _Merged):
+                        self._hand_out(request, reply)
+                        handed_out += request.calls
                     else:
-                        _answer(request, request.replies)
+                        is_alone = request.calls == 1
+                        if is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
+                            self._refused.append(request)
+                        else:
+                            request.finish(request.replies)
+                        handed_out += 1
                     sent.popleft()
-                    self._commands_sent -= request.count
+                    self._commands_sent -= request.calls
                     self._bytes_sent -= request.size
                     if not sent:
                         break
         except TimeoutError:
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
+    def _hand_out(self, merged: _Merged, reply: Any) -> None:
+        """Answer merged heartbeats; if they have failed together, each is sent alone, before all that waits."""
+        if merging.replies(merged.calls, reply) is not None:
+            merged.finish(merged.replies)
+            return
+        for request in reversed(merged.requests):
+            request.mergeable = None
+            request.pack()
+            self._waiting.appendleft(request)
+        if isinstance(reply, NoScriptError):
+            # For later ones. Nobody waits for it, and asyncio would log a fault that nobody asks for.
+            self._load((merging.LOAD,)).add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
     def _take(self) -> list[bytes]:
         """Take as many waiting requests as may be sent now, and count them as sent; give their commands, packed."""
         taken: list[bytes] = []
         now = self._loop.time()
         while self._waiting:
-            request = self._waiting[0]
-            if self._sent and (
-                self._commands_sent + request.count > MAX_COMMANDS or self._bytes_sent + request.size > MAX_BYTES
-            ):
-                break
-            if not request.answer.done():
+            row, places = self._first_in_a_row()
+            if row:
+                request = _Merged(row) if len(row) > 1 else row[0]
+                if not request.packed:
+                    request.pack()
+                if self._sent and (
+                    self._commands_sent + request.calls > MAX_COMMANDS or self._bytes_sent + request.size > MAX_BYTES
+                ):
+                    break
                 request.taken_at = request.taken_at or now
                 taken.append(request.packed)
                 self._sent.append(request)
-                self._commands_sent += request.count
+                self._commands_sent += request.calls
                 self._bytes_sent += request.size
-            self._waiting.popleft()
+            for _ in range(places):
+                self._waiting.popleft()
         return taken
+
+    def _first_in_a_row(self) -> tuple[list[_Request], int]:
+        """Give the first request that waits, or all in a row that can be merged; and how many are done with that."""
+        row: list[_Request] = []
+        places = 0
+        most = min(merging.MOST_MERGED, MAX_COMMANDS - self._commands_sent)
+        for request in self._waiting:
+            if not request.is_done():
+                if row and (request.mergeable is None or len(row) >= most or request.mergeable != row[0].mergeable):
+                    break
+                row.append(request)
+            places += 1
+        return row, places
 
     def _take_more(self, connection: AbstractConnection) -> bytes:
         # Without a connection, requests go on waiting: the reader meets the fault.
@@ -451,10 +552,3 @@ def _write(connection: AbstractConnection, packed: bytes) -> None:
         connection._writer.write(packed)  # type: ignore[union-attr]  # It is connected.
     except RuntimeError:
         pass  # This is how uvloop says that it is closed; the reader is about to be told.
-
-
-def _answer(request: _Request, replies: list[Any]) -> None:
-    try:  # noqa: SIM105  # suppress() costs a microsecond.
-        request.answer.set_result(replies)
-    except asyncio.InvalidStateError:
-        pass  # It was cancelled, perhaps at this moment, by a signal handler such as asyncio.run's.

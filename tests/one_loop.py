@@ -25,6 +25,7 @@ async def warm_manager(url: str, players: int, **options: Any) -> AsyncIterator[
     """A manager whose server has the scripts that the tests use, and players 0, 1, … each with a connection."""
     async with presence.ConnectionManager.from_url(url, client_name="shared", **options) as manager:
         await manager.update_heartbeat("unknown")
+        await manager.update_heartbeats(["unknown"])
         await manager.leave_game("unknown")
         await manager.get_connection_count()
         for number in range(players):

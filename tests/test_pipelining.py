@@ -40,9 +40,9 @@ class TestWhatIsAwaitedAtOnce:
             async with warm_manager(own_server.url, 50) as manager:
                 admin.config_resetstat()
                 before = admin.info("stats")["total_reads_processed"]
-                seen = await asyncio.gather(*(manager.update_heartbeat(f"sid-{number}") for number in range(50)))
+                counts = await asyncio.gather(*(manager.get_connection_count() for _ in range(50)))
                 assert admin.info("stats")["total_reads_processed"] - before == 2, "one, and one for INFO"
-                assert (seen, scripts_run(admin)) == ([True] * 50, 50)
+                assert (counts, scripts_run(admin)) == ([50] * 50, 50)
                 assert [client["name"] for client in admin.client_list()].count("shared") == 1
 
         run(work())
@@ -63,15 +63,15 @@ class TestWhatIsAwaitedAtOnce:
                     shared._write_is_due = is_interrupted
                     admin.config_resetstat()
                     proxy.fates = [Fate.HOLD_REPLY]
-                    first = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    first = asyncio.create_task(manager.get_connection_count())
                     await is_held(proxy)
-                    others: list[asyncio.Task[bool]] = []
-                    for some in (range(1, 10), range(10, 30)):
-                        others += [asyncio.create_task(manager.update_heartbeat(f"sid-{n}")) for n in some]
+                    others: list[asyncio.Task[int]] = []
+                    for count in (9, 20):
+                        others += [asyncio.create_task(manager.get_connection_count()) for _ in range(count)]
                         await until_so_many_ran(1 + len(others))
                     assert not first.done()
                     proxy.release()
-                    assert await asyncio.gather(first, *others) == [True] * 30
+                    assert await asyncio.gather(first, *others) == [30] * 30
                 assert proxy.accepted == 1
 
         run(work())
@@ -341,7 +341,7 @@ class TestALostScript:
             async with warm_manager(own_server.url, 1) as manager:
                 admin.script_flush()
                 with counted(admin) as counts:
-                    assert await asyncio.gather(*(manager.update_heartbeat("sid-0") for _ in range(calls)))
+                    assert await asyncio.gather(*(manager.get_connection_count() for _ in range(calls)))
                 assert counts["script|load"] == 1
                 assert counts["evalsha that failed"] < 2 * pipelining.MAX_COMMANDS
                 assert scripts_run(admin) == calls
@@ -355,12 +355,12 @@ class TestALostScript:
                     admin.script_flush()
                     proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
                     with counted(admin) as counts:
-                        first, *others = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(3)]
+                        first, *others = [asyncio.create_task(manager.get_connection_count()) for _ in range(3)]
                         await is_held(proxy)
                         first.cancel()
                         await asyncio.wait([first])
                         proxy.release()
-                        assert await asyncio.gather(*others) == [True] * 2
+                        assert await asyncio.gather(*others) == [1, 1]
                     assert first.cancelled()
                     assert counts["script|load"] == 1
 
@@ -386,7 +386,7 @@ class TestALostScript:
                 monkeypatch.setattr(shared, "send", load_and_flush)
                 admin.script_flush()
                 with counted(admin) as counts:
-                    assert await asyncio.gather(*(manager.update_heartbeat("sid-0") for _ in range(5))) == [True] * 5
+                    assert await asyncio.gather(*(manager.get_connection_count() for _ in range(5))) == [1] * 5
                 assert counts["script|load"] == 1 + 5
 
         run(work())
@@ -396,10 +396,10 @@ class TestALostScript:
     ) -> None:
         async def work(proxy: Proxy) -> None:
             manager = presence.ConnectionManager.from_url(proxy.url)
-            await manager.update_heartbeat("sid-0")
+            await manager.get_connection_count()
             admin.script_flush()
             proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
-            calls = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(3)]
+            calls = [asyncio.create_task(manager.get_connection_count()) for _ in range(3)]
             await is_held(proxy)
             assert not any(call.done() for call in calls)
 
@@ -416,7 +416,7 @@ class TestALostScript:
                 async with warm_manager(proxy.url, 1) as manager:
                     admin.script_flush()
                     proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
-                    call = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    call = asyncio.create_task(manager.get_connection_count())
                     await is_held(proxy)
                     call.cancel()
                     await asyncio.wait([call])
@@ -513,8 +513,8 @@ class TestTheBound:
                 async with warm_manager(proxy.url, 1) as manager:
                     admin.config_resetstat()
                     proxy.fates = [Fate.HOLD_REPLY] * 8  # What is written at once may arrive in pieces.
-                    calls = [
-                        asyncio.create_task(manager.update_heartbeat("unknown" if n % 2 else "sid-0"))
+                    calls: list[asyncio.Task[Any]] = [
+                        asyncio.create_task(manager.get_connection_count() if n % 2 else manager.leave_game("unknown"))
                         for n in range(10_000)
                     ]
                     await is_held(proxy)
@@ -523,7 +523,7 @@ class TestTheBound:
                         await asyncio.sleep(0)
                         assert scripts_run(admin) == pipelining.MAX_COMMANDS
                     proxy.release()
-                    assert await asyncio.gather(*calls) == [True, False] * 5_000
+                    assert await asyncio.gather(*calls) == [None, 1] * 5_000
                     assert proxy.accepted == 1
 
         run(work())
@@ -536,9 +536,11 @@ class TestTheBound:
                 async with warm_manager(proxy.url, 0) as manager:
                     admin.config_resetstat()
                     proxy.fates = [Fate.HOLD_REPLY] * 8
-                    calls = [asyncio.create_task(manager.update_heartbeat(f"{n:0100}")) for n in range(50)]
+                    calls = [asyncio.create_task(manager.update_heartbeat(f"{n:0100}", epoch=1)) for n in range(50)]
                     await is_held(proxy)
-                    calls += [asyncio.create_task(manager.update_heartbeat(f"{n:0100}")) for n in range(50, 100)]
+                    calls += [
+                        asyncio.create_task(manager.update_heartbeat(f"{n:0100}", epoch=1)) for n in range(50, 100)
+                    ]
                     for _ in range(20):
                         await asyncio.sleep(0)
                         assert 0 < scripts_run(admin) < 10
@@ -565,11 +567,11 @@ def test_a_connection_of_another_class_is_given_all_that_is_sent(own_server: Loc
         async with client, presence.ConnectionManager(client) as manager:
             await manager.register_connection("sid", "user")
             CountingConnection.sent.clear()
-            await asyncio.gather(*(beat_again(manager) for _ in range(100)))
+            await asyncio.gather(*(ask_again(manager) for _ in range(100)))
 
-    async def beat_again(manager: presence.ConnectionManager) -> None:
+    async def ask_again(manager: presence.ConnectionManager) -> None:
         for _ in range(3):
-            assert await manager.update_heartbeat("sid")
+            assert await manager.get_connection_count()
 
     run(work())
     # One more where the script was not there yet.
@@ -1001,9 +1003,9 @@ class TestABrokenConnection:
                 async with warm_manager(proxy.url, 1, **one_attempt("asyncio")) as manager:
                     admin.script_flush()
                     proxy.cuts = [60]  # Within the second reply.
-                    calls = [asyncio.create_task(manager.update_heartbeat("sid-0")) for _ in range(10)]
-                    seen, *errors = await asyncio.gather(*calls, return_exceptions=True)
-                    assert seen is True
+                    calls = [asyncio.create_task(manager.get_connection_count()) for _ in range(10)]
+                    count, *errors = await asyncio.gather(*calls, return_exceptions=True)
+                    assert count == 1
                     assert {type(error) for error in errors} == {presence.ServerUnreachableError}
 
         run(work())

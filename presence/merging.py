@@ -1,0 +1,56 @@
+"""How heartbeats that are sent at the same time become one call of the script for many; no I/O.
+
+Most of what a heartbeat costs the server is the call of its script, and one of each command in it: together with others
+it costs a third, see docs/benchmarks.md. A heartbeat may run any number of times, so where the one call for all fails,
+each is sent alone, and what goes wrong with one reaches that one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from presence.commands import Command, load_command
+from presence.operations import HEARTBEAT, HEARTBEATS, LISTED_PER_HEARTBEAT_BATCH, MAX_CONNECTIONS_PER_USER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_MERGED = LISTED_PER_HEARTBEAT_BATCH // MAX_CONNECTIONS_PER_USER
+"""The most heartbeats that become one call: as many as one script takes however many connections users may have."""
+
+LOAD: Command = load_command(HEARTBEATS)
+"""Loads the script that they call together."""
+
+_CALL = HEARTBEAT.call
+_LENGTH = len((*HEARTBEAT.call, *HEARTBEAT.keys, "key_lifetime_ms"))
+"""Of a heartbeat without an epoch. With one, the script for many cannot take it."""
+_CONN = len(HEARTBEAT.call)
+_SHARED = _CONN + 1
+
+
+def shared_part(commands: Sequence[Command]) -> Command | None:
+    """Give what a heartbeat has in common with those that it can be merged with; None for all other commands."""
+    command = commands[0]
+    if len(command) == _LENGTH and command[:_CONN] == _CALL and len(commands) == 1:
+        return command[_SHARED:]
+    return None
+
+
+def merge(heartbeats: Sequence[Command]) -> Command:
+    """Make heartbeats that have the shared part in common one command."""
+    last_seen_key, *rest = heartbeats[0][_SHARED:]
+    # A sid is what its key ends with, as in lua/include/sid.lua.
+    sid_start = len(last_seen_key) - len("last_seen") + len("conn:")
+    return (*HEARTBEATS.call, last_seen_key, *rest, *[command[_CONN][sid_start:] for command in heartbeats])
+
+
+def replies(count: int, reply: Any) -> list[int] | None:
+    """Give the reply to each of the heartbeats; None if the call for all has failed."""
+    if not isinstance(reply, list) or len(reply) > 2 * count:
+        return None
+    seen = [1] * count
+    for position in reply[::2]:
+        if not isinstance(position, int) or not 0 < position <= count:
+            return None
+        seen[position - 1] = 0
+    return seen
