@@ -1,8 +1,8 @@
 """How heartbeats that are sent at the same time become one call of the script for many; no I/O.
 
 Most of what a heartbeat costs the server is the call of its script, and one of each command in it: together with others
-it costs a third, see docs/benchmarks.md. A heartbeat may run any number of times, so where the one call for all fails,
-each is sent alone, and what goes wrong with one reaches that one.
+it costs less than half. A heartbeat may run any number of times, so where the one call for all fails, each is sent
+alone, and what goes wrong with one reaches that one.
 """
 
 from __future__ import annotations
