@@ -1024,6 +1024,12 @@ class ConnectionManager:
         open_client.in_flight += 1
         send = partial(self._send, open_client) if alone or open_client.shared is None else open_client.shared.send
         try:
+            if isinstance(asked, Operation):
+                # The answer of nearly every call, without the cost of a conversation.
+                (reply,) = await send([asked.command()])
+                if not isinstance(reply, Exception):
+                    return asked.result(reply)
+                asked = recover(asked, reply)
             return await self._converse(asked, send)
         except RuntimeError as error:
             if self._given_client is not None and any(told in str(error) for told in _OTHER_LOOP):
@@ -1036,16 +1042,8 @@ class ConnectionManager:
 
     @staticmethod
     async def _converse(
-        asked: Operation[Result] | Exchange[Result], send: Callable[[Sequence[Command]], Awaitable[list[Any]]]
+        exchange: Exchange[Result], send: Callable[[Sequence[Command]], Awaitable[list[Any]]]
     ) -> Result:
-        if isinstance(asked, Operation):
-            # The answer of nearly every call, without the cost of a conversation.
-            (reply,) = await send([asked.command()])
-            if not isinstance(reply, Exception):
-                return asked.result(reply)
-            exchange = recover(asked, reply)
-        else:
-            exchange = asked
         try:
             request = next(exchange)
             while True:

@@ -81,7 +81,8 @@ class _Request:
         """When it was first due to be sent; like ``asked_at``, by the loop's clock."""
 
     def pack(self) -> None:
-        self.packed = b"".join(map(pack, self.commands))
+        commands = self.commands
+        self.packed = pack(commands[0]) if len(commands) == 1 else b"".join(map(pack, commands))
         self.size = len(self.packed)
 
     def parts(self) -> Sequence[_Request]:
@@ -470,9 +471,10 @@ class SharedConnection:
         taken: list[bytes] = []
         now = self._loop.time()
         while self._waiting:
-            row, places = self._first_in_a_row()
-            if row:
-                request = _Merged(row) if len(row) > 1 else row[0]
+            request, places = self._waiting[0], 1
+            if request.mergeable is not None:
+                request, places = self._merge_first()
+            if not request.is_done():
                 if not request.packed:
                     request.pack()
                 if self._sent and (
@@ -488,18 +490,19 @@ class SharedConnection:
                 self._waiting.popleft()
         return taken
 
-    def _first_in_a_row(self) -> tuple[list[_Request], int]:
-        """Give the first request that waits, or all in a row that can be merged; and how many are done with that."""
+    def _merge_first(self) -> tuple[_Request, int]:
+        """Make the first that wait in a row one request, as far as they can be merged; tell how many that are."""
+        most = max(1, min(merging.MOST_MERGED, MAX_COMMANDS - self._commands_sent))
+        first = self._waiting[0]
         row: list[_Request] = []
         places = 0
-        most = min(merging.MOST_MERGED, MAX_COMMANDS - self._commands_sent)
         for request in self._waiting:
+            if request.mergeable != first.mergeable or len(row) == most:
+                break
             if not request.is_done():
-                if row and (request.mergeable is None or len(row) >= most or request.mergeable != row[0].mergeable):
-                    break
                 row.append(request)
             places += 1
-        return row, places
+        return _Merged(row) if len(row) > 1 else (*row, first)[0], places
 
     def _take_more(self, connection: AbstractConnection) -> bytes:
         # Without a connection, requests go on waiting: the reader meets the fault.
