@@ -36,21 +36,24 @@ def shared_part(commands: Sequence[Command]) -> Command | None:
     return None
 
 
-def merge(heartbeats: Sequence[Command]) -> Command:
-    """Make heartbeats that have the shared part in common one command."""
-    last_seen_key, *rest = heartbeats[0][_SHARED:]
-    # A sid is what its key ends with, as in lua/include/sid.lua.
-    sid_start = len(last_seen_key) - len("last_seen") + len("conn:")
-    return (*HEARTBEATS.call, last_seen_key, *rest, *[command[_CONN][sid_start:] for command in heartbeats])
+class Merge:
+    """Heartbeats that have the shared part in common, as one command, and what its reply says of each."""
 
+    __slots__ = ("_places", "_sids", "command")
 
-def replies(count: int, reply: Any) -> list[int] | None:
-    """Give the reply to each of the heartbeats; None if the call for all has failed."""
-    if not isinstance(reply, list) or len(reply) > 2 * count:
-        return None
-    seen = [1] * count
-    for position in reply[::2]:
-        if not isinstance(position, int) or not 0 < position <= count:
+    def __init__(self, heartbeats: Sequence[Command]) -> None:
+        shared: Any = heartbeats[0][_SHARED:]
+        # A sid is what its key ends with, as in lua/include/sid.lua.
+        start = len(shared[0]) - len("last_seen") + len("conn:")
+        self._sids = [command[_CONN][start:] for command in heartbeats]
+        self._places = {sid: place for place, sid in enumerate(dict.fromkeys(self._sids), 1)}
+        self.command: Command = (*HEARTBEATS.call, *shared, *self._places)
+
+    def replies(self, reply: Any) -> list[int] | None:
+        """Give the reply to each of the heartbeats; None if the call for all has failed."""
+        if not isinstance(reply, list):
             return None
-        seen[position - 1] = 0
-    return seen
+        not_seen = reply[::2]
+        if not all(isinstance(place, int) and 0 < place <= len(self._places) for place in not_seen):
+            return None
+        return [int(self._places[sid] not in not_seen) for sid in self._sids]

@@ -107,31 +107,36 @@ class _Request:
 
 
 class _Merged(_Request):
-    """Heartbeats that are sent as one command; it is done when each of them is."""
+    """Heartbeats that are sent as one command, if need be after the load of its script; done when each of them is."""
 
-    __slots__ = ("requests",)
+    __slots__ = ("merge", "requests")
 
-    def __init__(self, requests: Sequence[_Request]) -> None:
+    def __init__(self, requests: Sequence[_Request], *, loads: bool = False) -> None:
         self.requests = requests
-        self.commands = (merging.merge([request.commands[0] for request in requests]),)
+        self.merge = merging.Merge([request.commands[0] for request in requests])
+        self.commands = (merging.LOAD, self.merge.command) if loads else (self.merge.command,)
         self.calls = len(requests)
         self.mergeable = None
         self.pack()
         self.replies = []
-        self.taken_at = 0.0
+        self.asked_at = requests[0].asked_at
+        self.taken_at = requests[0].taken_at
 
     def parts(self) -> Sequence[_Request]:
+        for request in self.requests:
+            request.taken_at = self.taken_at
         return self.requests
 
     def is_done(self) -> bool:
         return all(request.is_done() for request in self.requests)
 
     def finish(self, replies: list[Any]) -> None:
-        (reply,) = replies
-        for request, its_reply in zip(
-            self.requests, merging.replies(self.calls, reply) or [reply] * self.calls, strict=True
-        ):
-            request.finish([its_reply])
+        """Give all of them the last reply, an error."""
+        self.hand_out(replies[-1:] * self.calls)
+
+    def hand_out(self, replies: list[Any]) -> None:
+        for request, reply in zip(self.requests, replies, strict=True):
+            request.finish([reply])
 
 
 class _Load:
@@ -235,8 +240,6 @@ class SharedConnection:
     async def aclose(self) -> None:
         """Give the connection back to the pool; by now, nobody waits for a reply."""
         if self._runner is not None:
-            for load in self._loads.values():
-                load.answer.cancel()  # Nobody may ever have waited for it: see _hand_out.
             if self._sent:
                 self._runner.cancel()
             await asyncio.wait([self._runner])
@@ -454,17 +457,17 @@ class SharedConnection:
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
     def _hand_out(self, merged: _Merged, reply: Any) -> None:
-        """Answer merged heartbeats; if they have failed together, each is sent alone, before all that waits."""
-        if merging.replies(merged.calls, reply) is not None:
-            merged.finish(merged.replies)
-            return
-        for request in reversed(merged.requests):
-            request.mergeable = None
-            request.pack()
-            self._waiting.appendleft(request)
-        if isinstance(reply, NoScriptError):
-            # For later ones. Nobody waits for it, and asyncio would log a fault that nobody asks for.
-            self._load((merging.LOAD,)).add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        """Answer merged heartbeats; if they have failed together, they are sent again before all that waits."""
+        replies = merged.merge.replies(reply)
+        if replies is not None:
+            merged.hand_out(replies)
+        elif isinstance(reply, NoScriptError) and len(merged.commands) == 1:
+            self._waiting.appendleft(_Merged(merged.parts(), loads=True))
+        else:
+            for request in reversed(merged.parts()):
+                request.mergeable = None
+                request.pack()
+                self._waiting.appendleft(request)
 
     def _take(self) -> list[bytes]:
         """Take as many waiting requests as may be sent now, and count them as sent; give their commands, packed."""
