@@ -73,6 +73,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             if index in refused or not (isinstance(answer, Exception) and operations[index].script.is_repeatable):
                 answered[index] = answer
 
+    goes_with_others = len(operations) > 1
     for load in (load_command, SecondLoad, SecondLoad):
         missed = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if not missed:
@@ -90,6 +91,7 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             repeated = (yield _sent_again(again)) if again else []
         else:
             # Together, so that hardly anything can come between.
+            goes_with_others = True
             answers = yield [*map(load, named), *_sent_again(again)]
             failed, repeated = _faults(named, answers), answers[len(named) :]
         take_over(replies, again, repeated, missed)
@@ -99,8 +101,8 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         ]
     results = [_outcome(operation, reply) for operation, reply in zip(operations, replies, strict=True)]
     refused = [index for index, result in enumerate(results) if isinstance(result, ReadOnlyServerError)]
-    if refused and len(operations) > 1:
-        # None of these ran. redis-py leaves a server that became a replica for a single call only: one goes ahead.
+    if refused and goes_with_others:
+        # None of these ran. redis-py leaves a server that became a replica for a single command only: one goes ahead.
         rest = to_repeat(refused)
         first = min(rest)
         ahead = rest.pop(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import LifoQueue
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import presence.sync
 from presence import pooling
 from tests.conftest import Awaited
 from tests.fault_calls import CALLS, READS, assert_cause, call, check, pipeline, set_the_scene
-from tests.fault_proxy import Proxy
+from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace
 from tests.server import LocalServer, free_port, program
 from tests.watching import admin, counted, wait_until
@@ -87,6 +88,26 @@ class TestFailover:
                     check(manager, "update_heartbeat")
                 check(manager, name)
                 manager.close()
+
+    def test_one_while_a_lost_script_is_loaded_again_is_not_noticed(
+        self, make_manager: ManagerFactory, own_server: LocalServer
+    ) -> None:
+        """The call goes along with the load then, and redis-py tries again for a single command only."""
+        with Proxy(own_server.port) as proxy, admin(own_server) as server, ThreadPoolExecutor(1) as threads:
+            manager = make_manager(proxy.url)
+            set_the_scene(manager)
+            check(manager, "leave_game")
+            set_the_scene(manager)
+            server.script_flush()
+            proxy.fates = [Fate.PASS, Fate.HOLD_REQUEST]
+            leaving = threads.submit(check, manager, "leave_game")
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            server.script_flush()
+            server.replicaof("127.0.0.1", str(free_port()))
+            proxy.release()
+            wait_until(lambda: "errorstat_READONLY" in server.info("errorstats"))
+            server.replicaof("NO", "ONE")
+            leaving.result()
 
     @pytest.mark.parametrize("kind", ["own", "ConnectionPool", "BlockingConnectionPool", "without a mutex"])
     def test_when_a_write_has_found_the_new_primary_no_connection_reads_from_the_old_any_more(
