@@ -78,7 +78,7 @@ class _Request:
         self.answer = answer
         self.asked_at = now
         self.taken_at = 0.0
-        """When it was first due to be sent; like ``asked_at``, by the loop's clock."""
+        """When it was first due to be sent by itself; like ``asked_at``, by the loop's clock."""
 
     def pack(self) -> None:
         commands = self.commands
@@ -120,11 +120,9 @@ class _Merged(_Request):
         self.pack()
         self.replies = []
         self.asked_at = requests[0].asked_at
-        self.taken_at = requests[0].taken_at
+        self.taken_at = 0.0
 
     def parts(self) -> Sequence[_Request]:
-        for request in self.requests:
-            request.taken_at = self.taken_at
         return self.requests
 
     def is_done(self) -> bool:
@@ -462,9 +460,9 @@ class SharedConnection:
         if replies is not None:
             merged.hand_out(replies)
         elif isinstance(reply, NoScriptError) and len(merged.commands) == 1:
-            self._waiting.appendleft(_Merged(merged.parts(), loads=True))
+            self._waiting.appendleft(_Merged(merged.requests, loads=True))
         else:
-            for request in reversed(merged.parts()):
+            for request in reversed(merged.requests):
                 request.mergeable = None
                 request.pack()
                 self._waiting.appendleft(request)

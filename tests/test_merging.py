@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import suppress
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +38,13 @@ def beats(manager: presence.ConnectionManager, players: int) -> list[Coroutine[A
 def last_seen(admin: Any) -> dict[str, float]:
     """When each was seen; the last epoch, which has an entry there too, is left out."""
     return {sid: score for sid, score in admin.zrange(LAST_SEEN, 0, -1, withscores=True) if sid}
+
+
+def overwrite_a_record(admin: Any, sid: str) -> None:
+    """As another program would; the next heartbeat reads it, to refresh the TTLs."""
+    admin.delete("{presence}:conn:" + sid)
+    admin.lpush("{presence}:conn:" + sid, "what another program wrote")
+    admin.zincrby(LAST_SEEN, -QUARTER_OF_AN_HOUR_MS, sid)
 
 
 def test_heartbeats_awaited_at_once_are_one_script(own_server: LocalServer, admin: Any) -> None:
@@ -237,35 +245,50 @@ class TestAnError:
         async def work() -> None:
             options = {"retry": Retry(NoBackoff(), 1), "retry_on_error": retry_on_error}
             async with warm_manager(own_server.url, 10, **options) as manager:
-                admin.delete("{presence}:conn:sid-4")
-                admin.lpush("{presence}:conn:sid-4", "what another program wrote")
-                admin.zincrby(LAST_SEEN, -QUARTER_OF_AN_HOUR_MS, "sid-4")  # So that its TTLs are refreshed.
+                overwrite_a_record(admin, "sid-4")
                 answers: list[Any] = await asyncio.gather(*beats(manager, 10), return_exceptions=True)
                 assert isinstance(answers.pop(4), presence.UnexpectedReplyError)
                 assert answers == [True] * 9
 
         run(work())
 
-    def test_is_met_in_the_turn_of_the_call(self, own_server: LocalServer, admin: Any) -> None:
-        """Each is sent again before what came after it."""
+    @pytest.mark.parametrize("is_script_lost", [False, True], ids=["", "for want of the script"])
+    def test_lets_them_go_again_before_what_waits(
+        self, own_server: LocalServer, admin: Any, is_script_lost: bool
+    ) -> None:
+        async def work() -> None:
+            async with warm_manager(own_server.url, 3) as manager:
+                if is_script_lost:
+                    admin.script_flush()
+                    await manager.update_heartbeat("sid-0")
+                    await manager.get_connection_count()
+                else:
+                    overwrite_a_record(admin, "sid-1")
+                order: list[int] = []
+
+                async def ask(number: int, call: Coroutine[Any, Any, Any]) -> None:
+                    with suppress(presence.UnexpectedReplyError):
+                        await call
+                    order.append(number)
+
+                calls = [*beats(manager, 3), *(manager.get_connection_count() for _ in range(300))]
+                with counted(admin) as counts:
+                    await asyncio.gather(*(ask(number, call) for number, call in enumerate(calls)))
+                assert counts["evalsha that failed"] == (1 if is_script_lost else 2)
+                assert [number for number in order if number < 3] == [0, 1, 2]
+                assert order.index(2) < 300
+
+        run(work())
+
+    def test_of_a_script_that_may_not_be_loaded_is_not_noticed(self, own_server: LocalServer, admin: Any) -> None:
+        """They go on alone, as long as the script for one is there."""
 
         async def work() -> None:
             async with warm_manager(own_server.url, 3) as manager:
                 admin.script_flush()
                 await manager.update_heartbeat("sid-0")
-                await manager.get_connection_count()
-                order: list[int] = []
-
-                async def ask(number: int, call: Coroutine[Any, Any, Any]) -> None:
-                    await call
-                    order.append(number)
-
-                with counted(admin) as counts:
-                    calls = [*beats(manager, 3), *(manager.get_connection_count() for _ in range(300))]
-                    await asyncio.gather(*(ask(number, call) for number, call in enumerate(calls)))
-                assert counts["evalsha that failed"] == 1
-                assert [number for number in order if number < 3] == [0, 1, 2]
-                assert order.index(2) < 300
+                admin.acl_setuser("default", commands=["-script|load"])
+                assert await asyncio.gather(*beats(manager, 3)) == [True] * 3
 
         run(work())
 
@@ -349,19 +372,43 @@ class TestAnError:
 class TestACancelledOne:
     """It is not sent, or nobody gets its reply; the others notice nothing."""
 
-    def test_before_it_is_sent(self, own_server: LocalServer, admin: Any) -> None:
+    @pytest.mark.parametrize(("players", "number"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
+    def test_before_it_is_sent(self, own_server: LocalServer, admin: Any, players: int, number: int) -> None:
         async def work() -> None:
-            async with warm_manager(own_server.url, 3) as manager:
+            async with warm_manager(own_server.url, players) as manager:
                 before = last_seen(admin)
                 await asyncio.sleep(0.01)
-                calls = [asyncio.create_task(call) for call in beats(manager, 3)]
+                calls = [asyncio.create_task(call) for call in beats(manager, players)]
                 await asyncio.sleep(0)
-                calls[1].cancel()
+                calls[number].cancel()
                 answers = await asyncio.gather(*calls, return_exceptions=True)
-                assert [answers[0], answers[2]] == [True, True]
-                assert calls[1].cancelled()
+                assert calls[number].cancelled()
+                assert answers[:number] + answers[number + 1 :] == [True] * (players - 1)
                 after = last_seen(admin)
-                assert [sid for sid in before if after[sid] == before[sid]] == ["sid-1"]
+                assert [sid for sid in before if after[sid] == before[sid]] == [f"sid-{number}"]
+
+        run(work())
+
+    def test_while_there_is_no_room_for_it(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipelining, "MAX_COMMANDS", 1)
+
+        async def work() -> None:
+            with Proxy(own_server.port) as proxy:
+                async with warm_manager(proxy.url, 3) as manager:
+                    admin.config_resetstat()
+                    proxy.fates = [Fate.HOLD_REPLY]
+                    first = asyncio.create_task(manager.update_heartbeat("sid-0"))
+                    await is_held(proxy)
+                    second = asyncio.create_task(manager.update_heartbeat("sid-1"))
+                    await asyncio.sleep(0)
+                    second.cancel()
+                    third = asyncio.create_task(manager.update_heartbeat("sid-2"))
+                    await asyncio.sleep(0.01)
+                    proxy.release()
+                    assert all(await asyncio.gather(first, third))
+                    assert scripts_run(admin) == 2
 
         run(work())
 
