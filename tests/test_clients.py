@@ -7,6 +7,7 @@ import gc
 import random
 import re
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -492,6 +493,11 @@ class TestClosing:
             wait_until(lambda: connections() == 0)
             manager.close()
 
+    @pytest.mark.xfail(
+        sys.version_info[:2] == (3, 14),
+        reason="where a signal handler raises, `with lock` may leave the lock held: python/cpython#148874",
+        strict=False,  # A later 3.14 may have it mended, as 3.15 has.
+    )
     def test_ends_all_after_calls_that_were_interrupted_at_any_moment(self) -> None:
         """Python may run a signal handler at any call of a function, as in what is done before and after a call."""
 
