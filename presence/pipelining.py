@@ -53,17 +53,7 @@ _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelCo
 class _Request:
     """Commands that are sent together, and the future for their replies."""
 
-    __slots__ = (
-        "answer",
-        "asked_at",
-        "calls",
-        "commands",
-        "mergeable",
-        "packed",
-        "replies",
-        "size",
-        "taken_at",
-    )
+    __slots__ = ("answer", "asked_at", "calls", "commands", "mergeable", "packed", "replies", "size", "taken_at")
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]], now: float) -> None:
         self.commands = commands
