@@ -21,18 +21,18 @@ MOST_MERGED = LISTED_PER_HEARTBEAT_BATCH // MAX_CONNECTIONS_PER_USER
 LOAD: Command = load_command(HEARTBEATS)
 """Loads the script that they call together."""
 
-_CALL = HEARTBEAT.call
 _LENGTH = len((*HEARTBEAT.call, *HEARTBEAT.keys, "key_lifetime_ms"))
 """Of a heartbeat without an epoch. With one, the script for many cannot take it."""
-_CONN = len(HEARTBEAT.call)
-_SHARED = _CONN + 1
+
+_CONN_KEY = len(HEARTBEAT.call)
+"""Where the connection's key stands in the command: between the call and the shared part."""
 
 
 def shared_part(commands: Sequence[Command]) -> Command | None:
     """Give what a heartbeat has in common with those that it can be merged with; None for all other commands."""
     command = commands[0]
-    if len(command) == _LENGTH and command[:_CONN] == _CALL and len(commands) == 1:
-        return command[_SHARED:]
+    if len(command) == _LENGTH and command[:_CONN_KEY] == HEARTBEAT.call and len(commands) == 1:
+        return command[_CONN_KEY + 1 :]
     return None
 
 
@@ -42,10 +42,10 @@ class Merge:
     __slots__ = ("_places", "_sids", "command")
 
     def __init__(self, heartbeats: Sequence[Command]) -> None:
-        shared: Any = heartbeats[0][_SHARED:]
+        shared: Any = heartbeats[0][_CONN_KEY + 1 :]
         # A sid is what its key ends with, as in lua/include/sid.lua.
         start = len(shared[0]) - len("last_seen") + len("conn:")
-        self._sids = [command[_CONN][start:] for command in heartbeats]
+        self._sids = [command[_CONN_KEY][start:] for command in heartbeats]
         self._places = {sid: place for place, sid in enumerate(dict.fromkeys(self._sids), 1)}
         self.command: Command = (*HEARTBEATS.call, *shared, *self._places)
 

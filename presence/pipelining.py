@@ -97,7 +97,10 @@ class _Request:
 
 
 class _Merged(_Request):
-    """Heartbeats that are sent as one command, if need be after the load of its script; done when each of them is."""
+    """Heartbeats that are sent as one command, if need be after the load of its script.
+
+    It has no answer of its own: it is done when each of them is.
+    """
 
     __slots__ = ("merge", "requests")
 
@@ -422,20 +425,18 @@ class SharedConnection:
                         since = now
                     request = sent[0]
                     request.replies.append(reply)
+                    handed_out += 1
                     if len(request.replies) < len(request.commands):
-                        handed_out += 1
                         continue
+                    is_alone = request.calls == 1
                     # At each moment the request is answered or listed, as a signal handler may raise here.
                     if isinstance(request, _Merged):
-                        self._hand_out(request, reply)
-                        handed_out += request.calls
+                        handed_out += request.calls - 1
+                        self._answer_merged(request, reply)
+                    elif is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
+                        self._refused.append(request)
                     else:
-                        is_alone = request.calls == 1
-                        if is_alone and isinstance(reply, ResponseError) and _is_to_be_retried(connection, reply):
-                            self._refused.append(request)
-                        else:
-                            request.finish(request.replies)
-                        handed_out += 1
+                        request.finish(request.replies)
                     sent.popleft()
                     self._commands_sent -= request.calls
                     self._bytes_sent -= request.size
@@ -444,7 +445,7 @@ class SharedConnection:
         except TimeoutError:
             raise RedisTimeoutError(f"Timeout reading from {connection!r}") from None
 
-    def _hand_out(self, merged: _Merged, reply: Any) -> None:
+    def _answer_merged(self, merged: _Merged, reply: Any) -> None:
         """Answer merged heartbeats; if they have failed together, they are sent again before all that waits."""
         replies = merged.merge.replies(reply)
         if replies is not None:
@@ -461,7 +462,7 @@ class SharedConnection:
         """Take as many waiting requests as may be sent now, and count them as sent; give their commands, packed."""
         taken: list[bytes] = []
         now = self._loop.time()
-        while self._waiting:
+        while self._waiting and self._commands_sent < MAX_COMMANDS:
             request, places = self._waiting[0], 1
             if request.mergeable is not None:
                 request, places = self._merge_first()
@@ -483,7 +484,7 @@ class SharedConnection:
 
     def _merge_first(self) -> tuple[_Request, int]:
         """Make the first that wait in a row one request, as far as they can be merged; tell how many that are."""
-        most = max(1, min(merging.MOST_MERGED, MAX_COMMANDS - self._commands_sent))
+        most = min(merging.MOST_MERGED, MAX_COMMANDS - self._commands_sent)
         first = self._waiting[0]
         row: list[_Request] = []
         places = 0

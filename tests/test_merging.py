@@ -369,6 +369,15 @@ class TestAnError:
             run(work(proxy))
 
 
+async def cancel_once_sent(manager: presence.ConnectionManager, proxy: Proxy) -> None:
+    proxy.fates = [Fate.HOLD_REPLY]
+    calls = [asyncio.create_task(call) for call in beats(manager, 3)]
+    await is_held(proxy)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+
+
 class TestACancelledOne:
     """It is not sent, or nobody gets its reply; the others notice nothing."""
 
@@ -436,12 +445,7 @@ class TestACancelledOne:
         async def work() -> None:
             with Proxy(own_server.port) as proxy:
                 async with warm_manager(proxy.url, 3) as manager:
-                    proxy.fates = [Fate.HOLD_REPLY]
-                    calls = [asyncio.create_task(call) for call in beats(manager, 3)]
-                    await is_held(proxy)
-                    for call in calls:
-                        call.cancel()
-                    await asyncio.wait(calls)
+                    await cancel_once_sent(manager, proxy)
                 await asyncio.sleep(0.1)
                 assert proxy.accepted == 1, "they are not sent again"
 
@@ -454,12 +458,7 @@ class TestACancelledOne:
             with Proxy(own_server.port) as proxy:
                 async with warm_manager(proxy.url, 3, socket_timeout=0.2) as manager:
                     admin.config_resetstat()
-                    proxy.fates = [Fate.HOLD_REPLY]
-                    calls = [asyncio.create_task(call) for call in beats(manager, 3)]
-                    await is_held(proxy)
-                    for call in calls:
-                        call.cancel()
-                    await asyncio.wait(calls)
+                    await cancel_once_sent(manager, proxy)
                     assert await manager.get_connection_count() == 3, "on another connection"
                     assert (proxy.accepted, scripts_run(admin)) == (2, 3), "the count was sent twice"
 
