@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import types
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,11 @@ async def until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-def snippet(file: str, heading: str) -> str:
-    """Give the first piece of Python below a heading."""
+def snippet(file: str, heading: str, index: int = 0) -> str:
+    """Give the first piece of Python below a heading, or a later one."""
     text = (CHECKOUT / file).read_text(encoding="utf-8")
-    return re.search(rf"^## {heading}\n.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)[1]  # type: ignore[index]
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]  # type: ignore[index]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[index]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,15 @@ def test_the_example_of_plain_websockets_serves_them(server_url: str, namespace:
             beating = asyncio.create_task(example["beat"]())
             assert await close_code(third) == 1013
             await until(lambda: not sockets)
+            beating.cancel()
+
+            # So is one whose connection is gone though its user has no other, as if the server had lost its data.
+            fourth = await session.ws_connect(server.make_url("/bob"))
+            await until(lambda: len(sockets) == 1)
+            await manager.unregister_connection(next(iter(sockets)))
+            beating = asyncio.create_task(example["beat"]())
+            assert await close_code(fourth) == 1013
+            await until(lambda: not sockets)
             for task in (beating, background):
                 task.cancel()
             await asyncio.gather(beating, background, return_exceptions=True)
@@ -166,6 +176,106 @@ def test_the_example_of_plain_websockets_does_not_keep_who_cannot_be_registered_
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("heartbeat_seconds", "pause"), [("30", 5), ("0.5", 0.5)])
+@pytest.mark.parametrize("heading", ["Plain WebSockets", "Blocking code"])
+def test_the_examples_of_game_servers_beat_again_soon_after_a_failure(
+    namespace: str, heading: str, heartbeat_seconds: str, pause: float
+) -> None:
+    """Else cleanup, which waits for a heartbeat of everyone, would come before them."""
+    example: dict[str, Any] = {}
+    code = in_namespace(snippet("docs/game_servers.md", heading), f"redis://127.0.0.1:{free_port()}/0", namespace)
+    exec(code.replace("HEARTBEAT_SECONDS = 30", f"HEARTBEAT_SECONDS = {heartbeat_seconds}"), example)
+    pauses: list[float] = []
+
+    def fail(_sids: object) -> None:
+        raise presence.ServerUnreachableError("it is away")
+
+    def is_over(seconds: float) -> bool:
+        pauses.append(seconds)
+        return len(pauses) == 3
+
+    async def sleep(seconds: float) -> None:
+        if is_over(seconds):
+            raise asyncio.CancelledError
+
+    if heading == "Blocking code":
+        example["manager"].update_heartbeats = fail
+        example["stopping"] = types.SimpleNamespace(wait=is_over)
+        example["beat"]()
+        assert pauses[1:] == [pause] * 2, "the first is before its first heartbeat"
+    else:
+        example["presence"].update_heartbeats = fail
+        example["asyncio"] = types.SimpleNamespace(sleep=sleep)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(example["beat"]())
+        assert pauses == [pause] * 3
+
+
+def test_the_example_that_follows_displacements_closes_the_socket_at_once(
+    server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Socket:
+        code = None
+
+        async def close(self, code: int) -> None:
+            self.code = code
+
+    async def run() -> None:
+        online, following = types.ModuleType("online"), dict[str, Any]()
+        code = in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), server_url, namespace)
+        exec(code.replace("server_id=", 'events="pubsub", server_id='), vars(online))
+        monkeypatch.setitem(sys.modules, "online", online)
+        exec(snippet("docs/game_servers.md", "Plain WebSockets", 2), following)
+        socket = Socket()
+        online.sockets["first"] = socket, "alice"
+        await online.presence.register_connection("first", "alice")
+        closing = asyncio.create_task(following["close_displaced"]())
+        number = 0
+        async with presence.ConnectionManager.from_url(server_url, namespace=namespace, events="pubsub") as elsewhere:
+            # It takes a moment until it has subscribed.
+            async with asyncio.timeout(10):
+                while socket.code is None:
+                    number += 1
+                    await online.presence.register_connection("first", "alice")
+                    await elsewhere.register_connection(f"elsewhere-{number}", "alice")
+                    await asyncio.sleep(0.05)
+            assert socket.code == 4001
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            await elsewhere.unregister_connection(f"elsewhere-{number}")
+        await online.presence.aclose()
+
+    asyncio.run(run())
+
+
+def test_the_example_of_messages_closes_a_socket_that_would_hold_up_all_others(
+    server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Socket:
+        code, sent = None, 0
+
+        async def send(self, _text: str) -> None:
+            self.sent += 1
+            await asyncio.Event().wait()
+
+        async def close(self, code: int) -> None:
+            self.code = code
+
+    async def run() -> None:
+        online, messages = types.ModuleType("online"), dict[str, Any]()
+        exec(in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), server_url, namespace), vars(online))
+        monkeypatch.setitem(sys.modules, "online", online)
+        exec(snippet("docs/game_servers.md", "Messages to other players"), messages)
+        socket = Socket()
+        online.sockets["slow"] = socket, "alice"
+        for text in ("one", "two"):
+            await messages["pass_on"]("slow", text)
+        await until(lambda: socket.code)
+        assert (socket.code, socket.sent) == (1013, 1)
+
+    asyncio.run(run())
+
+
 def test_the_example_of_messages_reaches_the_opponent_on_another_process(
     server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,22 +286,22 @@ def test_the_example_of_messages_reaches_the_opponent_on_another_process(
         async def send(self, text: str) -> None:
             self.received.append(text)
 
-    def process(server_id: str) -> tuple[Any, dict[str, Any]]:
+    def process() -> tuple[Any, dict[str, Any]]:
         online, messages = types.ModuleType("online"), dict[str, Any]()
         code = in_namespace(snippet("docs/game_servers.md", "Plain WebSockets"), server_url, namespace)
-        exec(code.replace("{os.getpid()}", f"{server_id}-{namespace}"), vars(online))
+        exec(code, vars(online))
         monkeypatch.setitem(sys.modules, "online", online)
         code = snippet("docs/game_servers.md", "Messages to other players")
         exec(code.replace('"redis://localhost:6379/0"', repr(server_url)), messages)
         return online, messages
 
     async def run() -> None:
-        processes = [process("one"), process("two")]
+        processes = [process(), process()]
         socket = Socket()
         for (online, _), user_id in zip(processes, ("alice", "bob"), strict=True):
             await online.presence.register_connection(user_id, user_id)
             await online.presence.join_game(user_id, "game")
-            online.sockets[user_id] = socket
+            online.sockets[user_id] = socket, user_id
         delivering = [asyncio.create_task(messages["deliver"]()) for _, messages in processes]
         channels = processes[0][1]["channels"]
         names = [f"to:{online.SERVER_ID}" for online, _ in processes]
@@ -257,44 +367,25 @@ class BlockingSocket:
         return iter(())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told_to_end(
-    server_url: str, namespace: str, number: signal.Signals
-) -> None:
+def run_blocking_example(
+    server_url: str, namespace: str, number: signal.Signals, play: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run the process of the example until the thread that plays has ended and sent a signal; give its names."""
     code = in_namespace(snippet("docs/game_servers.md", "Blocking code"), server_url, namespace)
     example: dict[str, Any] = {}
     exec(code.replace("HEARTBEAT_SECONDS = 30", "HEARTBEAT_SECONDS = 1"), example)
-    manager, failures = example["manager"], []
+    failures = []
 
-    def serve(socket: BlockingSocket, user_id: str) -> threading.Thread:
-        thread = threading.Thread(target=example["serve"], args=(socket, user_id))
-        thread.start()
-        wait_until(lambda: socket in example["sockets"].values())
-        return thread
-
-    def play() -> None:
+    def run() -> None:
         try:
-            first, second, bob = BlockingSocket(), BlockingSocket(), BlockingSocket()
-            threads = [serve(first, "alice"), serve(second, "alice"), serve(bob, "bob")]
-            assert first.is_closed.wait(10)
-            assert not second.is_closed.is_set()
-            # What another server's register displaces is closed at the next heartbeat.
-            with ConnectionManager.from_url(server_url, namespace=namespace) as elsewhere:
-                elsewhere.register_connection("elsewhere", "alice")
-                assert second.is_closed.wait(10)
-                elsewhere.unregister_connection("elsewhere")
-            assert manager.is_user_online("bob")
-            os.kill(os.getpid(), number)
-            for thread in threads:
-                thread.join(10)
-            assert [socket.code for socket in (first, second, bob)] == [4001, 4001, 1013]
+            play(example)
         except BaseException as error:
             failures.append(error)
             example["stopping"].set()
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        player = threading.Thread(target=play)
+        player = threading.Thread(target=run)
         player.start()
         example["main"]()
         player.join(10)
@@ -303,11 +394,73 @@ def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told
             signal.signal(each, handler)
     assert failures == []
     assert example["sockets"] == {}
+    return example
+
+
+def serve_in_thread(example: dict[str, Any], socket: BlockingSocket, user_id: str) -> threading.Thread:
+    thread = threading.Thread(target=example["serve"], args=(socket, user_id))
+    thread.start()
+    wait_until(lambda: any(known is socket for known, _ in example["sockets"].copy().values()))
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_example_of_blocking_code_serves_sockets_in_threads_until_it_is_told_to_end(
+    server_url: str, namespace: str, number: signal.Signals
+) -> None:
+    def play(example: dict[str, Any]) -> None:
+        first, second, bob, carol = BlockingSocket(), BlockingSocket(), BlockingSocket(), BlockingSocket()
+        users = {first: "alice", second: "alice", bob: "bob", carol: "carol"}
+        threads = [serve_in_thread(example, socket, user_id) for socket, user_id in users.items()]
+        assert first.is_closed.wait(10)
+        assert not second.is_closed.is_set()
+        # What another server's register displaces is closed at the next heartbeat, and so is what was removed.
+        with ConnectionManager.from_url(server_url, namespace=namespace) as elsewhere:
+            elsewhere.register_connection("elsewhere", "alice")
+            elsewhere.unregister_connection(elsewhere.get_user_connection("carol").sid)  # type: ignore[union-attr]
+            assert second.is_closed.wait(10)
+            assert carol.is_closed.wait(10)
+            elsewhere.unregister_connection("elsewhere")
+        assert example["manager"].is_user_online("bob")
+        os.kill(os.getpid(), number)
+        for thread in threads:
+            thread.join(10)
+        assert [socket.code for socket in users] == [4001, 4001, 1013, 1013]
+
+    example = run_blocking_example(server_url, namespace, number, play)
     with ConnectionManager.from_url(server_url, namespace=namespace) as after:
         assert not after.is_user_online("bob")
         assert after.register_connection("resuming", "bob").resumed
         after.unregister_connection("resuming")
-    manager.close()
+    example["manager"].close()
+
+
+def test_the_example_of_blocking_code_leaves_the_players_of_a_later_start_of_its_id_alone(
+    server_url: str, namespace: str
+) -> None:
+    with ExitStack() as stack:
+
+        def play(example: dict[str, Any]) -> None:
+            example["manager"].start_server()
+            later = ConnectionManager.from_url(server_url, namespace=namespace, server_id=example["SERVER_ID"])
+            stack.enter_context(later).register_connection("sid", "alice")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        run_blocking_example(server_url, namespace, signal.SIGTERM, play)
+        with ConnectionManager.from_url(server_url, namespace=namespace) as after:
+            assert after.is_user_online("alice")
+            after.unregister_connection("sid")
+
+
+def test_the_example_of_blocking_code_does_not_keep_who_cannot_be_registered_waiting(namespace: str) -> None:
+    example: dict[str, Any] = {}
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    exec(in_namespace(snippet("docs/game_servers.md", "Blocking code"), url, namespace), example)
+    socket = BlockingSocket()
+    with pytest.raises(presence.ServerUnreachableError):
+        example["serve"](socket, "alice")  # To unregister has failed as well.
+    assert socket.code == 1013
+    example["manager"].close()
 
 
 def test_the_example_of_socketio_misses_nothing_in_an_outage(own_server: LocalServer) -> None:
