@@ -14,6 +14,8 @@ from hiredis import pack_command
 from presence.scripts import BY_SHA
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from presence.scripts import Script
 
 Command: TypeAlias = "tuple[str | bytes, ...]"
@@ -44,6 +46,17 @@ class SecondLoad(tuple[str | bytes, ...]):
 
     def __new__(cls, script: Script) -> SecondLoad:  # noqa: D102
         return super().__new__(cls, load_command(script))
+
+
+class Repeated(list[Command]):
+    """Commands of calls that were answered that they did not run, but may have run before, in an earlier attempt."""
+
+    __slots__ = ("since",)
+
+    def __init__(self, commands: Iterable[Command], since: float) -> None:
+        super().__init__(commands)
+        self.since = since
+        """Not after their first attempt, by ``monotonic``: see :data:`presence.retrying.RETRYING_SECONDS`."""
 
 
 def pack(command: Command) -> bytes:

@@ -7,11 +7,12 @@ managers repeat only how it is carried.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from redis.exceptions import NoScriptError
 
-from presence.commands import SecondLoad, load_command, sent_again
+from presence.commands import Repeated, SecondLoad, load_command, sent_again
 from presence.errors import PipelineError, PresenceError, ReadOnlyServerError, explain
 from presence.operations import Operation, ServerNotStartedError
 from presence.results import CleanupResult
@@ -32,7 +33,9 @@ Exchange: TypeAlias = "Generator[Sequence[Command], list[Any], Result]"
 """A conversation with the server: it yields commands to send together and is sent their replies, errors among them."""
 
 
-def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exchange[list[Any]]:
+def attempt_all(
+    operations: Sequence[Operation[Any]], *, in_order: bool, since: float | None = None
+) -> Exchange[list[Any]]:
     """Converse with the server to run operations together.
 
     A script that the server does not have is loaded, and the calls that missed it are repeated; none of them had run.
@@ -41,20 +44,30 @@ def attempt_all(operations: Sequence[Operation[Any]], *, in_order: bool) -> Exch
     therefore loaded at the head of the same request; and what follows a call that was refused even so is repeated as
     well, if it has only read or found nothing to do.
 
+    Args:
+        operations: what to run.
+        in_order: whether the order matters.
+        since: when they were first to be sent, if they are repeated.
+
     Returns:
         An item for each operation: its result, or the ``PresenceError`` that it met.
 
     """
-    if not in_order or len(operations) == 1:
-        replies = yield [operation.command() for operation in operations]
-        return (yield from _settle(operations, replies, in_order=False))
-    loads = [load_command(script) for script in dict.fromkeys(operation.script for operation in operations)]
-    # What finds nothing to do keeps that answer, too: if all replies are lost and all run again, it might find some.
-    replies = yield [*loads, *(sent_again(operation.command()) for operation in operations)]
-    return (yield from _settle(operations, replies[len(loads) :], in_order=True))
+    calls = [operation.command() for operation in operations]
+    in_order = in_order and len(calls) > 1
+    if in_order:
+        # What finds nothing to do keeps that answer, too: if all replies are lost, and all run again, it may find some.
+        calls = [sent_again(call) for call in calls]
+    needed = dict.fromkeys(operation.script for operation in operations) if in_order else ()
+    request = [*map(load_command, needed), *calls]
+    begun = monotonic() if since is None else since
+    replies = yield request if since is None else Repeated(request, since)
+    return (yield from _settle(operations, replies[len(needed) :], begun, in_order=in_order))
 
 
-def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_order: bool) -> Exchange[list[Any]]:
+def _settle(
+    operations: Sequence[Operation[Any]], replies: list[Any], since: float, *, in_order: bool
+) -> Exchange[list[Any]]:
     """Do what the first replies ask for, and give the results."""
     operations = list(operations)
 
@@ -88,11 +101,11 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
             # What was answered is still to be reported: only the calls of a script that cannot be loaded have failed.
             failed = _faults(named, loaded)
             again = {index: each for index, each in again.items() if each.script not in failed}
-            repeated = (yield _sent_again(again)) if again else []
+            repeated = (yield Repeated(_sent_again(again), since)) if again else []
         else:
             # Together, so that hardly anything can come between.
             goes_with_others = True
-            answers = yield [*map(load, named), *_sent_again(again)]
+            answers = yield Repeated([*map(load, named), *_sent_again(again)], since)
             failed, repeated = _faults(named, answers), answers[len(named) :]
         take_over(replies, again, repeated, missed)
         replies = [
@@ -106,9 +119,10 @@ def _settle(operations: Sequence[Operation[Any]], replies: list[Any], *, in_orde
         rest = to_repeat(refused)
         first = min(rest)
         ahead = rest.pop(first)
-        (results[first],) = yield from _settle((ahead,), (yield [sent_again(ahead.command())]), in_order=False)
+        answer = yield Repeated([sent_again(ahead.command())], since)
+        (results[first],) = yield from _settle((ahead,), answer, since, in_order=False)
         if rest and not isinstance(results[first], ReadOnlyServerError):
-            repeated = yield from attempt_all([*rest.values()], in_order=in_order)
+            repeated = yield from attempt_all([*rest.values()], in_order=in_order, since=since)
             take_over(results, rest, repeated, refused)
     return results
 
@@ -177,13 +191,14 @@ def _start_before(operations: Operations, describe: Callable[[], Operation[Resul
 
 def perform(operation: Operation[Result]) -> Exchange[Result]:
     """Converse with the server to run one operation; raises the ``PresenceError`` that it met."""
+    since = monotonic()
     (reply,) = yield [operation.command()]
-    return (yield from recover(operation, reply)) if isinstance(reply, Exception) else operation.result(reply)
+    return (yield from recover(operation, reply, since)) if isinstance(reply, Exception) else operation.result(reply)
 
 
-def recover(operation: Operation[Result], reply: Exception) -> Exchange[Result]:
+def recover(operation: Operation[Result], reply: Exception, since: float) -> Exchange[Result]:
     """Go on with an operation whose first reply is an error; raises the ``PresenceError`` that it met in the end."""
-    (result,) = yield from _settle((operation,), [reply], in_order=False)
+    (result,) = yield from _settle((operation,), [reply], since, in_order=False)
     if isinstance(result, PresenceError):
         raise result
     return result  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from redis.asyncio import Redis, RedisCluster
 from presence import addresses, arguments, clients, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
 from presence.cancellation import cancellations, heeding_cancellation
-from presence.commands import AS_BYTES, SCRIPT_LOAD, SecondLoad
+from presence.commands import AS_BYTES, SCRIPT_LOAD, Repeated, SecondLoad
 from presence.errors import FAULTS, as_cluster_fault, as_fault
 from presence.exchanges import (
     Exchange,
@@ -1026,10 +1026,11 @@ class ConnectionManager:
         try:
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
+                since = monotonic()
                 (reply,) = await send([asked.command()])
                 if not isinstance(reply, Exception):
                     return asked.result(reply)
-                asked = recover(asked, reply)
+                asked = recover(asked, reply, since)
             return await self._converse(asked, send)
         except RuntimeError as error:
             if self._given_client is not None and any(told in str(error) for told in _OTHER_LOOP):
@@ -1054,14 +1055,15 @@ class ConnectionManager:
 
     async def _send(self, open_client: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
+        end = retrying.end_of(request)
+        first_end = end if isinstance(request, Repeated) else inf
         if not open_client.is_cluster:
-            return await self._send_once(open_client, request)
+            return await self._send_once(open_client, request, first_end)
         replies: dict[int, Any] = {}
-        end = monotonic() + retrying.RETRYING_SECONDS
         for pause, part in retrying.attempts(request, replies, tries_again=open_client.tries_again):
             if pause:
                 await asyncio.sleep(pause)
-            answers = await self._send_once(open_client, [*part.values()], end if replies else inf)
+            answers = await self._send_once(open_client, [*part.values()], end if replies else first_end)
             replies |= zip(part, answers, strict=True)
         return [*replies.values()]
 
@@ -1074,8 +1076,8 @@ class ConnectionManager:
         try:
             if open_client.is_cluster:
                 await open_client.learn_layout()
-                if monotonic() > end:
-                    raise redis.exceptions.TimeoutError("the nodes did not tell in time who serves what")
+            if monotonic() > end:
+                raise retrying.too_late()
             if request[0][0] == SCRIPT_LOAD and isinstance(client, RedisCluster):
                 # Only the node of the namespace needs a script, and a cluster's pipeline would not send it there. (As
                 # bytes: a text would be encoded as the client was told to.)

@@ -12,6 +12,7 @@ import math
 from collections import deque
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio.connection import AbstractConnection
@@ -20,7 +21,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseE
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from presence import clients, merging, retrying
-from presence.commands import SCRIPT_LOAD, pack, sent_again
+from presence.commands import SCRIPT_LOAD, Repeated, pack, sent_again
 from presence.errors import FAULTS, WRITE_REFUSALS, as_fault
 
 if TYPE_CHECKING:
@@ -53,7 +54,18 @@ _PLAIN_WRITES = (AbstractConnection.send_packed_command, clients.AsyncSentinelCo
 class _Request:
     """Commands that are sent together, and the future for their replies."""
 
-    __slots__ = ("answer", "asked_at", "calls", "commands", "mergeable", "packed", "replies", "size", "taken_at")
+    __slots__ = (
+        "answer",
+        "asked_at",
+        "calls",
+        "commands",
+        "mergeable",
+        "packed",
+        "replies",
+        "since",
+        "size",
+        "taken_at",
+    )
 
     def __init__(self, commands: Sequence[Command], answer: asyncio.Future[list[Any]], now: float) -> None:
         self.commands = commands
@@ -69,6 +81,8 @@ class _Request:
         self.asked_at = now
         self.taken_at = 0.0
         """When it was first due to be sent by itself; like ``asked_at``, by the loop's clock."""
+        self.since = now - (monotonic() - commands.since) if isinstance(commands, Repeated) else 0.0
+        """When its calls were first to be sent, if it repeats some."""
 
     def pack(self) -> None:
         commands = self.commands
@@ -87,6 +101,10 @@ class _Request:
             self.answer.set_result(replies)
         except asyncio.InvalidStateError:
             pass  # It was cancelled, perhaps at this moment, by a signal handler such as asyncio.run's.
+
+    def give_up_if_late(self, now: float) -> None:
+        if self.since and now - self.since > retrying.RETRYING_SECONDS:
+            self.finish([retrying.too_late()] * len(self.commands))
 
     def begin_anew(self) -> None:
         """Make it ready to be sent, marked as sent again if it may have been sent before."""
@@ -113,7 +131,7 @@ class _Merged(_Request):
         self.pack()
         self.replies = []
         self.asked_at = requests[0].asked_at
-        self.taken_at = 0.0
+        self.taken_at = self.since = 0.0  # Heartbeats may be repeated at any time.
 
     def parts(self) -> Sequence[_Request]:
         return self.requests
@@ -302,6 +320,8 @@ class SharedConnection:
             raise RuntimeError(OF_ANOTHER_LOOP)
         self._session_end = self._loop.time() + SESSION_SECONDS
         self._fault = None
+        for request in self._sent:
+            request.give_up_if_late(self._loop.time())  # It may have waited for the connection.
         self._write_is_due = False  # Even if a signal handler has kept one from being made.
         try:
             await connection.retry.call_with_retry(
@@ -328,10 +348,10 @@ class SharedConnection:
 
     def _give_up(self, error: Exception, taken_before: float) -> None:
         for request in self._refused:
-            if request.taken_at < taken_before:
+            if (request.since or request.taken_at) < taken_before:
                 request.finish(request.replies)
         for request in self._sent:
-            if request.taken_at < taken_before:
+            if (request.since or request.taken_at) < taken_before:
                 request.finish([error] * len(request.commands))
 
     def _fail(self, error: Exception) -> None:
@@ -466,6 +486,7 @@ class SharedConnection:
             request, places = self._waiting[0], 1
             if request.mergeable is not None:
                 request, places = self._merge_first()
+            request.give_up_if_late(now)
             if not request.is_done():
                 if not request.packed:
                     request.pack()

@@ -122,7 +122,9 @@ def send(pool: ConnectionPool, request: Sequence[Command]) -> list[Any]:
     try:
         connection = _take(pool)
         try:
-            end = monotonic() + retrying.RETRYING_SECONDS
+            end = retrying.end_of(request)
+            if monotonic() > end:
+                raise retrying.too_late()  # It has waited for the connection.
             return connection.retry.call_with_retry(attempt, fail)  # type: ignore[no-any-return]
         except ResponseError:
             raise  # It was read as the reply; or a signal handler met it, and reading has closed the connection.

@@ -12,7 +12,7 @@ import redis.retry
 import redis.sentinel
 from redis.backoff import EqualJitterBackoff
 
-from presence.commands import renewed, sent_again
+from presence.commands import Repeated, renewed, sent_again
 from presence.scripts import BY_SHA
 
 if TYPE_CHECKING:
@@ -38,6 +38,16 @@ connected.
 """
 
 
+def end_of(request: Sequence[Command]) -> float:
+    """Give until when a request may be sent that was sent before, or is now first to be sent; by ``monotonic``."""
+    return (request.since if isinstance(request, Repeated) else monotonic()) + RETRYING_SECONDS
+
+
+def too_late() -> redis.exceptions.TimeoutError:
+    """Make the fault of a call that may not be sent any more."""
+    return redis.exceptions.TimeoutError("the first attempt was so long ago that its answer may be forgotten soon")
+
+
 def backoff() -> EqualJitterBackoff:
     """Give the growing pauses between attempts."""
     # Half of each wait is certain, so that the attempts cannot all fall into the first moment of an outage.
@@ -49,12 +59,12 @@ def tries_again(address: Address, given: dict[str, Any]) -> bool:
     return address.deployment == "cluster" and "retry" not in given
 
 
-def cluster_pauses() -> Iterator[float]:
+def cluster_pauses(request: Sequence[Command] = ()) -> Iterator[float]:
     """Give the seconds to wait before each further attempt on a cluster; redis-py's clients would not wait at all.
 
     Call it before the first attempt: the time within which a call may be sent again begins then.
     """
-    pauses, end = backoff(), monotonic() + RETRYING_SECONDS
+    pauses, end = backoff(), end_of(request)
     failures = takewhile(lambda _: monotonic() < end, range(1, CLUSTER_RETRIES + 1))
     return map(pauses.compute, failures)
 
@@ -71,7 +81,7 @@ def attempts(
     redis-py follows the redirections of single calls. (It would do so by itself, but without what follows.) Of a client
     that tries again itself, nothing else is sent again here.
     """
-    pauses = cluster_pauses() if tries_again else iter(())
+    pauses = cluster_pauses(request) if tries_again else iter(())
     yield 0, dict(enumerate(request))
     answers: dict[int, Any] = {}
     latest = dict(enumerate(request))

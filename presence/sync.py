@@ -15,7 +15,7 @@ from redis.cluster import PipelineCommand
 
 from presence import addresses, arguments, clients, pooling, retrying
 from presence.background import RepeatedCleanup, RepeatedServerHeartbeat
-from presence.commands import AS_BYTES, SCRIPT_LOAD, SecondLoad
+from presence.commands import AS_BYTES, SCRIPT_LOAD, Repeated, SecondLoad
 from presence.errors import FAULTS, as_cluster_fault, explain
 from presence.exchanges import (
     Exchange,
@@ -1012,10 +1012,11 @@ class ConnectionManager:
                 raise explain(error) from error
             if isinstance(asked, Operation):
                 # The answer of nearly every call, without the cost of a conversation.
+                since = time.monotonic()
                 (reply,) = self._send(open_client, request)
                 if not isinstance(reply, Exception):
                     return asked.result(reply)
-                exchange = recover(asked, reply)
+                exchange = recover(asked, reply, since)
                 request = next(exchange)
             else:
                 exchange = asked
@@ -1029,6 +1030,8 @@ class ConnectionManager:
 
     def _send(self, open_client: _OpenClient, request: Sequence[Command]) -> list[Any]:
         """Send commands together; give their replies, never decoded by the client, with errors in their places."""
+        if isinstance(request, Repeated) and time.monotonic() > retrying.end_of(request):
+            return [retrying.too_late()] * len(request)
         if not isinstance(open_client.client, RedisCluster):
             return self._send_once(open_client.client, request)
         replies: dict[int, Any] = {}

@@ -203,6 +203,23 @@ class TestCluster:
             play(make_manager(cluster.url, namespace=namespace))
         assert all(client.dbsize() > 0 for client in cluster.clients)
 
+    def test_does_not_send_a_call_again_when_its_answer_may_be_forgotten(
+        self, make_manager: ManagerFactory, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        namespace = next(iter(cluster.namespaces()))
+        manager = make_manager(cluster.url, namespace=namespace)
+        assert manager.get_connection_count() == 0
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
+
+        def load_late(script: Script) -> Any:
+            time.sleep(0.3)
+            return load_command(script)
+
+        monkeypatch.setattr("presence.exchanges.load_command", load_late)
+        with pytest.raises(presence.ServerUnreachableError, match="may be forgotten"):
+            manager.register_connection("sid", "user")
+        assert manager.get_connection_count() == 0
+
     @pytest.mark.parametrize("kind", ["asyncio", "blocking"])
     @pytest.mark.parametrize("decode_responses", [False, True])
     @pytest.mark.parametrize("protocol", [2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import itertools
 import resource
 import socket
 import threading
@@ -23,8 +24,8 @@ from redis.cache import CacheConfig
 
 import presence
 import presence.sync
-from presence import addresses, clients, retrying
-from presence.commands import Command, load_command
+from presence import addresses, clients, pooling, retrying
+from presence.commands import Command, Repeated, load_command
 from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Operation, Operations
 from presence.subscriptions import Feed
 from tests.clock import let_time_pass
@@ -37,10 +38,17 @@ from tests.watching import admin, counted, is_held, wait_until
 if TYPE_CHECKING:
     from presence import CleanupResult
     from presence.operations import EventsMode
+    from presence.scripts import Script
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
 every_operation = pytest.mark.parametrize("name", CALLS)
+
+
+def load_late(script: Script) -> Command:
+    """Load a script when it is too late to send the call again."""
+    time.sleep(retrying.RETRYING_SECONDS + 0.1)
+    return load_command(script)
 
 
 class TestAServerThatCannotBeReached:
@@ -493,6 +501,106 @@ class TestABrokenConnection:
             proxy.delay = 0
             assert manager.update_heartbeat("sid")
 
+    def test_is_not_sent_again_then_either_where_the_server_has_lost_its_script(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_client: redis.Redis,
+        namespace: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """As after a failover: what the new primary answers that it has not run, the earlier one may have run."""
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.3)
+        with (
+            Proxy(own_server.port) as proxy,
+            presence.sync.ConnectionManager.from_url(own_server.url, namespace=namespace) as other,
+            ThreadPoolExecutor() as threads,
+        ):
+            manager = make_manager(proxy.url)
+            manager.register_connection("another", "another user")
+            proxy.fates = [Fate.LOSE_REPLY, Fate.HOLD_REQUEST]
+            registering = threads.submit(manager.register_connection, "first", "user")
+            assert proxy.is_holding.wait(BOUND_SECONDS)
+            assert [gone.sid for gone in other.register_connection("second", "user").displaced] == ["first"]
+            own_client.script_flush()
+            time.sleep(0.4)
+            proxy.release()
+            with pytest.raises(presence.ServerUnreachableError, match="may be forgotten"):
+                registering.result()
+            assert other.update_heartbeat("second")
+
+    def test_has_no_more_time_after_a_script_was_loaded(
+        self,
+        make_manager: ManagerFactory,
+        own_server: LocalServer,
+        own_client: redis.Redis,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.5)
+        with Proxy(own_server.port) as proxy, ThreadPoolExecutor() as threads:
+            manager = make_manager(proxy.url)
+            manager.register_connection("another", "another user")
+            proxy.fates = [Fate.HOLD_REPLY, Fate.LOSE_REPLY]
+            own_client.script_flush()
+            with counted(own_client) as counts:
+                registering = threads.submit(manager.register_connection, "sid", "user")
+                assert proxy.is_holding.wait(BOUND_SECONDS)
+                time.sleep(0.3)
+                # The next attempt begins when less time has passed since the load than since the call was made.
+                proxy.delay = 0.35
+                proxy.release()
+                with pytest.raises(presence.ServerUnreachableError, match="check that it runs"):
+                    registering.result()
+            assert counts == {"evalsha": 2, "evalsha that failed": 1, "script|load": 1}
+
+    @pytest.mark.parametrize("client", ["plain", "single", "traced", "asyncio", "single, asyncio"])
+    def test_is_not_sent_again_then_whatever_client_was_given(
+        self, own_server: LocalServer, own_client: redis.Redis, monkeypatch: pytest.MonkeyPatch, client: str
+    ) -> None:
+        class Traced(redis.Redis):
+            """A subclass may do something with each call, and so has to see it."""
+
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
+        monkeypatch.setattr("presence.exchanges.load_command", load_late)
+
+        options: dict[str, Any] = {"single_connection_client": "single" in client}
+
+        async def call_asyncio() -> None:
+            async with redis.asyncio.Redis.from_url(own_server.url, **options) as given:
+                await presence.ConnectionManager(given).register_connection("sid", "user")
+
+        def call_blocking() -> None:
+            kind = Traced if client == "traced" else redis.Redis
+            with kind.from_url(own_server.url, **options) as given:
+                presence.sync.ConnectionManager(given).register_connection("sid", "user")
+
+        with (
+            counted(own_client) as counts,
+            pytest.raises(presence.ServerUnreachableError, match="may be forgotten"),
+        ):
+            asyncio.run(call_asyncio()) if "asyncio" in client else call_blocking()
+        assert counts == {"evalsha": 1, "evalsha that failed": 1, "script|load": 1}
+
+    def test_is_not_sent_again_then_if_it_has_waited_for_a_connection(
+        self, own_server: LocalServer, own_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
+        take, requests = pooling._take, itertools.count(1)
+
+        def take_late(pool: redis.ConnectionPool) -> Any:
+            if next(requests) == 3:  # After the call and the load.
+                time.sleep(0.3)
+            return take(pool)
+
+        with presence.sync.ConnectionManager.from_url(own_server.url) as manager:
+            monkeypatch.setattr(pooling, "_take", take_late)
+            with (
+                counted(own_client) as counts,
+                pytest.raises(presence.ServerUnreachableError, match="may be forgotten"),
+            ):
+                manager.register_connection("sid", "user")
+        assert counts == {"evalsha": 1, "evalsha that failed": 1, "script|load": 1}
+
     def test_is_not_tried_again_on_a_cluster_when_the_answer_may_be_forgotten(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -501,6 +609,11 @@ class TestABrokenConnection:
         assert next(pauses) <= 0.1
         time.sleep(0.3)  # As an attempt that only its timeouts end.
         assert list(pauses) == []
+        assert list(retrying.cluster_pauses(Repeated((), time.monotonic() - 0.3))) == []
+        replies: dict[int, Any] = {}
+        for _, part in retrying.attempts(Repeated([("GET",)], time.monotonic() - 0.3), replies, tries_again=True):
+            assert not replies
+            replies |= dict.fromkeys(part, redis.ConnectionError("away"))
 
     def test_is_opened_again_as_often_as_the_policy_says(
         self, make_manager: ManagerFactory, own_server: LocalServer

@@ -20,7 +20,7 @@ from redis.backoff import ConstantBackoff, NoBackoff
 
 import presence
 from presence import pipelining, retrying
-from presence.commands import SCRIPT_LOAD
+from presence.commands import SCRIPT_LOAD, load_command
 from tests.fault_calls import one_attempt
 from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
@@ -30,6 +30,9 @@ from tests.watching import counted, every_refusal, is_held, refuse_next_write, s
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
+    from presence.commands import Command
+    from presence.scripts import Script
 
 
 class TestWhatIsAwaitedAtOnce:
@@ -388,6 +391,69 @@ class TestALostScript:
                 with counted(admin) as counts:
                     assert await asyncio.gather(*(manager.get_connection_count() for _ in range(5))) == [1] * 5
                 assert counts["script|load"] == 1 + 5
+
+        run(work())
+
+    def test_is_not_called_any_more_if_the_call_has_waited_too_long_for_a_connection(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.3)
+        monkeypatch.setattr(pipelining, "SESSION_SECONDS", 0)
+
+        async def use_the_connection(pool: redis.asyncio.ConnectionPool) -> None:
+            connection = await pool.get_connection()
+            await asyncio.sleep(0.4)
+            await pool.release(connection)
+
+        async def work(proxy: Proxy) -> None:
+            pool = redis.asyncio.BlockingConnectionPool.from_url(proxy.url, max_connections=1, timeout=5)
+            manager = presence.ConnectionManager(redis.asyncio.Redis.from_pool(pool))
+            await manager.register_connection("another", "another user")
+            admin.script_flush()
+            proxy.command, proxy.fates = b"LOAD", [Fate.HOLD_REPLY]
+            with counted(admin) as counts:
+                registering = asyncio.create_task(manager.register_connection("sid", "user"))
+                await is_held(proxy)
+                # It gets the connection as soon as the script is loaded.
+                using = asyncio.create_task(use_the_connection(pool))
+                await asyncio.sleep(0)
+                proxy.release()
+                with pytest.raises(presence.ServerUnreachableError, match="may be forgotten"):
+                    await registering
+                await using
+            assert counts == {"evalsha": 1, "evalsha that failed": 1, "script|load": 1}
+            await manager.aclose()
+            await pool.aclose()
+
+        with Proxy(own_server.port) as proxy:
+            run(work(proxy))
+
+    def test_is_not_called_any_more_if_loading_it_took_too_long_while_others_were_answered(
+        self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
+
+        def load_late(script: Script) -> Command:
+            time.sleep(0.3)
+            return load_command(script)
+
+        async def work() -> None:
+            async with warm_manager(own_server.url, 1) as manager:
+
+                async def keep_the_connection_busy() -> None:
+                    while True:
+                        await manager.get_connection_count()
+
+                admin.script_flush()
+                await manager.get_connection_count()
+                busy = asyncio.create_task(keep_the_connection_busy())
+                monkeypatch.setattr("presence.exchanges.load_command", load_late)
+                with pytest.raises(presence.ServerUnreachableError, match="may be forgotten"):
+                    await manager.register_connection("sid", "user")
+                busy.cancel()
+                await asyncio.wait([busy])
+                monkeypatch.undo()
+                assert await manager.get_connection("sid") is None
 
         run(work())
 

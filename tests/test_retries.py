@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, product
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -27,7 +28,7 @@ from presence import (
     pooling,
 )
 from presence.background import RepeatedCleanup
-from presence.commands import sent_again
+from presence.commands import Repeated, sent_again
 from presence.exchanges import perform, perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
 from presence.retrying import attempts, transient_faults, with_what_follows
@@ -995,7 +996,7 @@ class TestWhatFollowsACallThatWasRefused:
     @pytest.mark.parametrize("met", [LOST, redis.ResponseError("BUSY"), NoScriptError("NOSCRIPT")])
     def test_so_does_it_on_a_cluster(self, monkeypatch: pytest.MonkeyPatch, met: Exception) -> None:
         """Unless it has missed its script, and is still to run."""
-        monkeypatch.setattr("presence.retrying.cluster_pauses", lambda: iter([0.1, 0.2]))
+        monkeypatch.setattr("presence.retrying.cluster_pauses", lambda _request: iter([0.1, 0.2]))
         operations = Operations("ns")
         request = [operations.leave_game("sid").command(), operations.get_connection_count().command()]
         fault, replies = redis.ConnectionError("the connection broke"), dict[int, Any]()
@@ -1022,7 +1023,7 @@ class TestWhatFollowsACallThatWasRefused:
         answers: tuple[Any, Any],
         told: Any,
     ) -> None:
-        monkeypatch.setattr("presence.retrying.cluster_pauses", lambda: iter([0.1]))
+        monkeypatch.setattr("presence.retrying.cluster_pauses", lambda _request: iter([0.1]))
         operations = Operations("ns")
         request = [operations.leave_game("a").command(), following(operations).command()]
         replies: dict[int, Any] = {}
@@ -1212,6 +1213,31 @@ def test_the_copy_after_a_script_was_loaded_keeps_its_answer_as_well() -> None:
     assert list(next(exchange)) == [operation.command()]
     exchange.send([NoScriptError("NOSCRIPT")])
     assert exchange.send([b"sha"]) == [sent_again(operation.command())]
+
+
+def test_what_is_sent_again_says_when_it_was_first_to_be_sent() -> None:
+    operations = Operations("ns")
+    before = monotonic()
+    exchange = perform_all([operations.leave_game("a"), operations.leave_game("b")])
+    request: Any = next(exchange)
+    after = monotonic()
+    assert not isinstance(request, Repeated)
+    requests = []
+    for replies in (
+        [b"sha", NoScriptError("NOSCRIPT"), NoScriptError("NOSCRIPT")],
+        [b"sha"],
+        [NoScriptError("NOSCRIPT"), NoScriptError("NOSCRIPT")],
+        [b"sha", ReadOnlyError("READONLY"), ReadOnlyError("READONLY")],
+        [b"game"],
+    ):
+        time.sleep(0.001)
+        request = exchange.send(replies)
+        requests.append(request)
+    load, *calls = requests
+    assert not isinstance(load, Repeated), "a load may be sent at any time"
+    assert [len(request) for request in calls] == [2, 3, 1, 1]
+    assert len({request.since for request in calls}) == 1
+    assert before <= calls[0].since <= after
 
 
 @pytest.mark.parametrize("values", [{"keep": b"1", "not_after_ms": b"0"}, {"keep": b"1"}])
