@@ -138,7 +138,7 @@ def _parse_several_hosts(url: str, base: str, deployment: str) -> Address:
     sentinel_options = {
         name.removeprefix("sentinel_"): options.pop(name)
         for name in ("sentinel_username", "sentinel_password")
-        if name in options
+        if name in options and deployment == "sentinel"
     }
     if base == "rediss":
         options["ssl"] = True
@@ -204,6 +204,8 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
     # Two that exist, but would make every call fail.
     if "ssl" in given and address.deployment == "server":
         raise TypeError("from_url() has no option 'ssl' for one server: its URL says so, redis:// or rediss://")
+    if of_code := next((name for name in _OF_CODE if name in in_url), None):
+        raise ValueError(f"url is malformed: {of_code} is no option in it; pass {of_code}= to from_url()")
     if isinstance(in_url.get("ssl"), str):
         raise ValueError("url is malformed: ssl is no option in it; write rediss instead of redis")
     if not given.get("ssl", address.url.startswith("rediss")):
@@ -218,6 +220,10 @@ def check_options(address: Address, given: dict[str, Any], module: Any, manager:
         raise ValueError(f"protocol must be 2 or 3, not {arguments.shown(given['protocol'])}")
     if in_url.get("protocol") not in PROTOCOLS:
         raise ValueError("url is malformed: protocol must be 2 or 3")
+
+
+_OF_CODE = ("retry", "retry_on_error", "credential_provider", "redis_connect_func")
+"""Options whose values are no text, but that redis-py takes out of a URL."""
 
 
 def _check_values(options: dict[str, Any]) -> None:

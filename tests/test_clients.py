@@ -755,6 +755,14 @@ class TestAUrl:
         for wrong in ("socket_timeout=-1", "socket_timeout=nan", "socket_connect_timeout=0", "max_connections=-3"):
             with pytest.raises(ValueError, match=rf"^url is malformed: {wrong.partition('=')[0]} must be "):
                 manager_type.from_url(f"{url}?{wrong}")
+        for name in ("retry", "retry_on_error", "credential_provider"):
+            with pytest.raises(
+                ValueError, match=rf"^url is malformed: {name} is no option in it; pass {name}= to from_url"
+            ):
+                manager_type.from_url(f"{url}?{name}=3")
+        if not url.startswith("redis+sentinel"):
+            with pytest.raises(ValueError, match="an option in it does not exist"):
+                manager_type.from_url(f"{url}?sentinel_password=secret")
         with pytest.raises(TypeError, match=r"no option 'colour'$"):
             manager_type.from_url(url, colour="red")
         with pytest.raises(ValueError, match="an option in it does not exist; did you mean 'socket_timeout'"):
