@@ -146,8 +146,8 @@ class ConnectionManager:
             it displaces, as if that had been detached before; or ``"reject_while_alive"``: a registration is refused
             while the user has as many connections as are allowed that are not stale.
         server_id: the id of this game server: connections are registered for it, and when it dies (see
-            ``run_server_heartbeat``) any other server's cleanup takes them. 1 to 1,024 characters; None for none.
-        server_grace_seconds: how long cleanup keeps the seats of a dead server's connections, 0 to
+            ``run_server_heartbeat``) the cleanup of any other takes them. 1 to 1,024 characters; None for none.
+        server_grace_seconds: how long cleanup keeps the seats of a dead game server's connections, 0 to
             ``conn_ttl_seconds``; 0 removes them at once. The same on all game servers.
         events: whether every change is published for ``subscribe``: ``"off"``; ``"pubsub"``, at most once; or
             ``"stream"``, durable. The same on all game servers.
@@ -346,7 +346,8 @@ class ConnectionManager:
         """Create a connection, make it its user's active one, and displace the earlier one out of every structure.
 
         Registering a known sid again for the same user refreshes it and keeps its game; for another user it first
-        removes the old owner's connection completely (``Registration.replaced``).
+        removes the old owner's connection completely (``Registration.replaced``). If the user has a detached
+        connection within its grace, the new one takes over its seat, game and all (``Registration.resumed``).
 
         Args:
             sid: the connection's id.
@@ -355,8 +356,8 @@ class ConnectionManager:
                 that is refreshed or resumed.
 
         Returns:
-            The connection, and the displaced ones, whose sockets are now the caller's to close: no other call on any
-            server reports them. Falsy when ``displacement`` is ``"reject_while_alive"`` and it was refused.
+            The connection, and the displaced ones, whose sockets are now the caller's to close: no other call reports
+            them, on any game server. Falsy when ``displacement`` is ``"reject_while_alive"`` and it was refused.
 
         Raises:
             OutOfMemoryError: the server's memory is full; nothing was changed.
@@ -375,7 +376,7 @@ class ConnectionManager:
         """Remove a connection everywhere, or keep its seat for a grace; the user's newer ones are never touched.
 
         With a grace the connection is detached: the user is offline, but ``get_game_connections`` still lists the seat,
-        and a registration of the same user within the grace takes it over with its game, on any server. After the
+        and a registration of the same user within the grace takes it over with its game, wherever that is. After the
         grace, cleanup removes it and reports it. Detaching it again changes nothing, but returns it once more; without
         a grace it is removed.
 
@@ -500,7 +501,7 @@ class ConnectionManager:
         return await self._run(self.operations.get_connection(sid))
 
     async def get_user_connection(self, user_id: str | UUID) -> ConnectionInfo | None:
-        """Read a user's active connection: the one that registered last.
+        """Read a user's active connection: of those that are not detached, the one that registered last.
 
         Args:
             user_id: the user's id.
@@ -561,7 +562,7 @@ class ConnectionManager:
         """Read all connections in a game with the position in the stream of events at that same moment.
 
         ``subscribe(game_id=game_id, after=snapshot.position)`` then tells what has happened since, without gap or
-        overlap. Without ``events="stream"`` on the servers that make the changes, the position means nothing.
+        overlap. The position means nothing unless the game servers that make the changes have ``events="stream"``.
 
         Args:
             game_id: the game's id.
@@ -690,7 +691,7 @@ class ConnectionManager:
         """Remove, in batches, the connections not seen for longer than a threshold, or whose grace is over.
 
         Those of dead game servers go too, or are detached if ``server_grace_seconds`` keeps their seats. Any number of
-        servers may clean up at once: each connection is reported by exactly one of them.
+        game servers may clean up at once: each connection is reported by exactly one of them.
 
         Args:
             threshold_seconds: seconds, 0 to ten years; None is three times ``heartbeat_seconds``, 90 by default.
@@ -775,7 +776,7 @@ class ConnectionManager:
     ) -> Coroutine[Any, Any, None]:
         """Clean up again and again, until it is cancelled or the manager is closed; run it as a background task.
 
-        ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. Every server of a fleet may
+        ``task = asyncio.create_task(manager.run_cleanup(on_removed=tell_the_opponents))``. All game servers may
         run it. Any error, of a call or of ``on_removed``, is logged and does not end it. Before the first cleanup, and
         after an outage, it waits for a heartbeat and 7.5 seconds (or a quarter of a heartbeat, if that is longer; for
         three heartbeats, if they are shorter than 3.75 seconds), so that everyone's heartbeat comes first. (With a
@@ -807,7 +808,7 @@ class ConnectionManager:
     def run_server_heartbeat(self, interval_seconds: float | None = None) -> Coroutine[Any, Any, None]:
         """Beat for this game server at once and then again and again, until the manager is closed.
 
-        Run it in the background on every server that has a ``server_id``: one that has not beaten for three
+        Run it in the background wherever there is a ``server_id``: a game server that has not beaten for three
         ``heartbeat_seconds`` is dead to all cleanups, which take its connections. Any error is logged and does not end
         it. It ends, and logs an error, when a later start of the same ``server_id`` has replaced this one.
 

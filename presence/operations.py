@@ -269,7 +269,7 @@ class Operations:
         displacement: ``"newest_wins"``; ``"newest_resumes"``: and takes the seat of the one that it displaces; or
             ``"reject_while_alive"``: a register is refused while as many are not stale.
         server_id: the game server that connections are registered for, 1 to 1,024 characters; None for none.
-        server_grace_seconds: how long the seats of a dead server's connections are kept, 0 to ``conn_ttl_seconds``.
+        server_grace_seconds: how long the seats of a dead game server's are kept, 0 to ``conn_ttl_seconds``.
         events: whether changes are published: ``"off"``, ``"pubsub"`` or ``"stream"``.
         events_max_length: changes that the stream keeps, about, 1 to 100,000,000.
 

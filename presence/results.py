@@ -205,7 +205,7 @@ class EventType(StrEnum):
     UNREGISTERED = "unregistered"
     """It was removed."""
     EXPIRED = "expired"
-    """Cleanup removed it, because it or its server was no longer seen, or its grace was over."""
+    """Cleanup removed it, because it or its game server was no longer seen, or its grace was over."""
     METADATA_UPDATED = "metadata_updated"
     """Its metadata was replaced."""
     USER_ONLINE = "user_online"

@@ -95,7 +95,7 @@ class Feed:
     ) -> None:
         if operations.events_mode == "off":
             raise ValueError(
-                'events are off: make the manager, and those of all servers, with events="pubsub" or events="stream"'
+                'events are off: make the managers of all game servers with events="pubsub" or events="stream"'
             )
         if game_id is not None and user_id is not None:
             raise ValueError("at most one of game_id and user_id can be given; for both, subscribe twice")
