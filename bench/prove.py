@@ -79,9 +79,9 @@ table says how many schedules ended wrong, of how many. *plain* is the control. 
 one caller at a time, is *presence*'s alone: cleanups of several batches, sids that are registered again (guarantee 4),
 and in groups what a fleet of game servers needs: connections that are detached and resumed, policies, several
 connections of a user, capacity, epochs, the death or silence of a server, metadata. There the whole answers are
-compared, and all that is stored of each connection, but for times. And of all that *presence* does the events are
-followed in the stream from the first on: each must fit those before it, and together they must tell of the very
-connections that are stored, and of who is online."""
+compared, and all that is stored of each connection and of game servers, but for times. And of all that *presence* does
+the events are followed in the stream from the first on: each must fit those before it, and together they must tell of
+the very connections that are stored, and of who is online."""
 HOW_OTHERS = """The same, for those who keep order in other ways (seeded samples of 500 schedules where there are more).
 What goes wrong there is shown and has no target."""
 HOW_STORM = """See the storm of `make bench`; here with a million operations, and every call recorded: no history may

@@ -42,6 +42,8 @@ class State:
     """What is wrong as the contender's own check has it, where there is one that sees more than this one."""
     told: list[Told] | None = None
     """Every connection in the order of registration, where the contender keeps as much."""
+    game_servers: list[tuple[str, bool]] | None = None
+    """The known starts of game servers, sorted: its id, and whether a later one has replaced it; likewise."""
     connections_per_user: int = 1
 
 

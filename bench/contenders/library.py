@@ -224,6 +224,7 @@ class Presence:
             games={game_id: set(members) for game_id, members in keyspace.games.items()},
             own_violations=[f"presence: {violation}" for violation in wrong],
             told=tells,
+            game_servers=sorted((start.partition(":")[2], beat == 0) for start, beat in keyspace.known_servers.items()),
             connections_per_user=self._connections_per_user,
         )
 

@@ -33,16 +33,18 @@ class Outcome:
     games: dict[str, set[str]]
     told: list[Told] | None = None
     """As in ``State``."""
+    game_servers: list[tuple[str, bool]] | None = None
+    """As in ``State``."""
 
     @classmethod
     def of(cls, answers: Iterable[object], state: State) -> Outcome:
         """Put together what a run led to."""
-        return cls(tuple(answers), state.records, state.users, state.games, state.told)
+        return cls(tuple(answers), state.records, state.users, state.games, state.told, state.game_servers)
 
     def agrees(self, other: Outcome) -> bool:
         """Tell whether both are the same, as far as both tell."""
         if self.told is None or other.told is None:
-            return replace(self, told=None) == replace(other, told=None)
+            return replace(self, told=None, game_servers=None) == replace(other, told=None, game_servers=None)
         return self == other
 
 
@@ -224,7 +226,8 @@ class Specification:
                 games.setdefault(game_id, set()).add(sid)
         users = {user_id: [own.sid for own in self._model.of_user(user_id)] for user_id, _ in records.values()}
         told = [_told(connections[sid]) for sid in self._model.registered]
-        return Outcome(tuple(answers), records, users, games, told)
+        game_servers = sorted((start.partition(":")[2], seen == 0) for start, seen in self._model.servers.items())
+        return Outcome(tuple(answers), records, users, games, told, game_servers)
 
 
 def _told_if_any(connection: ModelConnection | None) -> Told | None:
