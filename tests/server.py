@@ -71,6 +71,15 @@ class LocalServer:
             # Redis 7.0.1 takes what follows --sentinel for its value, so that must come last.
             command = [*self._command, *arguments, *self._arguments]
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            self._wait_for_an_answer(log)
+        except BaseException:  # An interruption, too: nobody else can end it yet.
+            self.stop()
+            raise
+        return self
+
+    def _wait_for_an_answer(self, log: Path) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         cause = ""
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -79,19 +88,17 @@ class LocalServer:
                     client.ping()  # Refused while it loads its data, unlike INFO.
                     info: Any = client.info("server")
                     if info["process_id"] == self.pid:
-                        return self
+                        return
                 cause = f"found another server, of process {info['process_id']}, on port {self.port}"
             except redis.AuthenticationError:
-                return self
+                return
             except redis.ConnectionError as error:
                 cause = f"did not answer on port {self.port} within {START_SECONDS} s ({error})"
             time.sleep(0.02)
         status = self._process.poll()
         if status is not None:
             cause = f"ended with status {status} before it answered on port {self.port}"
-        text = log.read_text(errors="replace")
-        self.stop()
-        raise NoServerError(f"{self._command[0]} {cause}; its log:\n{text}")
+        raise NoServerError(f"{self._command[0]} {cause}; its log:\n{log.read_text(errors='replace')}")
 
     def kill(self) -> None:
         """End it at once, as a crash would."""

@@ -13,6 +13,7 @@ import presence
 import presence.sync
 from tests.invariants import violations
 from tests.processes import PROCESSES, at_once, sleep_until, spawn
+from tests.watching import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,18 +140,25 @@ def test_processes_that_die_in_the_middle_leave_every_structure_whole(
         spawn.Process(target=live_through_a_storm, args=(number, server_url, namespace, rounds_that_never_end))
         for number in range(PROCESSES)
     ]
-    for worker in workers:
-        worker.start()
+    met: set[bytes] = set()
+
+    def have_all_registered() -> bool:
+        sids: Any = client.zrange(f"{{{namespace}}}:last_seen", 0, -1)
+        met.update(sid.split(b"-")[1] for sid in sids if sid)
+        return len(met) == PROCESSES
+
+    started = []
     try:
-        deadline = time.monotonic() + 30
-        while not client.exists(f"{{{namespace}}}:last_seen") and time.monotonic() < deadline:
-            time.sleep(0.05)
+        for worker in workers:
+            worker.start()
+            started.append(worker)
+        wait_until(have_all_registered)
         for worker in workers:
             time.sleep(0.2)
             assert worker.is_alive()
             worker.kill()
     finally:
-        for worker in workers:
+        for worker in started:
             worker.kill()
             worker.join(30)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from presence import HeartbeatStatus
+from presence.results import to_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ class Moment:
 
     def __init__(self, client: redis.Redis, now_ms: int) -> None:
         self._client = client
+        self.time = to_time(now_ms)
         self._clock = f"{{'{now_ms // 1000}', '{now_ms % 1000 * 1000:06}'}}"
 
     def __call__(self, operation: Operation[Any]) -> Any:
@@ -84,6 +86,28 @@ class TestTheVeryMillisecond:
         assert at(operations.get_connection_count()) == others + live
         assert at(operations.get_game_connection_count("game")) == others + live
         assert len(at(operations.get_game_connections("game"))) == others + live
+
+    def test_is_what_every_read_observed(
+        self, expiring: tuple[ConnectionManager, Moment], client: redis.Redis, namespace: str, late_ms: int
+    ) -> None:
+        """The server's, and no client's, which is a minute behind here: a connection is stale by that."""
+        (manager, at), operations = expiring, expiring[0].operations
+        manager.register_connection("other", "other user", metadata=b"a record of another form")
+        manager.join_game("other", "game")
+        client.zincrby(f"{{{namespace}}}:last_seen", 1000, "other")
+        reads = {
+            "connection": [at(operations.get_connection("other"))],
+            "user": [at(operations.get_user_connection("other user"))],
+            "all of a user": at(operations.get_all_user_connections("other user")),
+            "game": at(operations.get_game_connections("game")),
+            "snapshot": at(operations.get_game_snapshot("game")).connections,
+            "users": at(operations.users_connections_batch(["other user"])),
+            "games": at(operations.games_connections_batch(["game"]))[0],
+        }
+        of_game = ["other"] if late_ms else ["sid", "other"]
+        sids = {name: [one.sid for one in found] for name, found in reads.items()}
+        assert sids == {name: of_game if name in ("game", "snapshot", "games") else ["other"] for name in reads}
+        assert {one.observed_at for found in reads.values() for one in found} == {at.time}
 
     @pytest.mark.parametrize("act", ACTS)
     def test_in_which_a_connection_expires_for_what_acts_on_it(

@@ -25,10 +25,11 @@ from presence import (
     PipelineError,
     Registration,
     ServerUnreachableError,
+    UnexpectedReplyError,
     pooling,
 )
 from presence.background import RepeatedCleanup
-from presence.commands import Repeated, sent_again
+from presence.commands import Repeated, load_command, sent_again
 from presence.exchanges import perform, perform_all
 from presence.operations import CLEANUP_BATCH_SIZE, Operations
 from presence.retrying import attempts, transient_faults, with_what_follows
@@ -1213,6 +1214,18 @@ def test_the_copy_after_a_script_was_loaded_keeps_its_answer_as_well() -> None:
     assert list(next(exchange)) == [operation.command()]
     exchange.send([NoScriptError("NOSCRIPT")])
     assert exchange.send([b"sha"]) == [sent_again(operation.command())]
+
+
+def test_a_script_that_is_lost_again_is_loaded_twice_more_together_with_its_call() -> None:
+    operation = Operations("ns").leave_game("sid")
+    load, call = load_command(operation.script), sent_again(operation.command())
+    exchange = perform(operation)
+    next(exchange)
+    lost = NoScriptError("NOSCRIPT")
+    asked = [list(exchange.send(replies)) for replies in ([lost], [b"sha"], [lost], [b"sha", lost])]
+    assert asked == [[load], [call], [load, call], [load, call]]
+    with pytest.raises(UnexpectedReplyError, match="lost the script right after it was loaded"):
+        exchange.send([b"sha", lost])
 
 
 def test_what_is_sent_again_says_when_it_was_first_to_be_sent() -> None:
