@@ -33,6 +33,24 @@ def test_it_marks_the_connection_as_seen_now(manager: ConnectionManager, wait: C
     assert after.connected_at == before.connected_at
 
 
+@pytest.mark.parametrize("of", ["one", "many"])
+def test_it_marks_it_as_seen_now_even_if_the_clock_was_set_back(
+    manager: ConnectionManager, wait: Callable[[float], None], of: str
+) -> None:
+    """The heartbeat before is still to come; if it stayed, the connection would outlive its silence by as much."""
+    manager.register_connection("sid", "user")
+    wait(-7200)
+    before = manager.get_connection("sid")
+    assert before is not None
+    assert before.last_seen > before.observed_at
+
+    assert manager.update_heartbeat("sid") if of == "one" else manager.update_heartbeats(["sid"])["sid"]
+
+    after = manager.get_connection("sid")
+    assert after is not None
+    assert before.observed_at <= after.last_seen <= after.observed_at
+
+
 @pytest.mark.parametrize(("silent_seconds", "online"), [(89, True), (91, False)])
 def test_a_user_is_online_for_three_heartbeats(
     manager: ConnectionManager, wait: Callable[[float], None], silent_seconds: float, online: bool
