@@ -174,6 +174,35 @@ class TestTheVeryMillisecond:
 
         assert len(batch.removed) == late_ms
 
+    def test_in_which_a_connection_of_a_dead_server_has_expired(
+        self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, late_ms: int
+    ) -> None:
+        """Until then its seat is kept; whoever has expired leaves none."""
+        manager = make_manager(conn_ttl_seconds=60, heartbeat_seconds=20, server_id="server")
+        manager.register_connection("sid", "user")
+        last_seen = client.zscore(f"{{{namespace}}}:last_seen", "sid")
+        assert last_seen is not None
+        operations = manager.operations
+
+        batch = Moment(client, int(last_seen) + 60_000 + late_ms)(
+            operations.cleanup_server_batch("server", grace_seconds=30)
+        )
+
+        assert [len(batch.removed), len(batch.detached)] == [late_ms, not late_ms]
+
+    def test_in_which_a_server_that_is_cleaned_up_by_its_id_is_dead(
+        self, make_manager: ManagerFactory, client: redis.Redis, keys: Keys, late_ms: int
+    ) -> None:
+        """A live one stays known; a dead one that has nobody left is forgotten."""
+        manager = make_manager(server_id="server")
+        manager.register_connection("sid", "user")
+        (seen_ms,) = keys().known_servers.values()
+
+        batch = Moment(client, seen_ms + 90_000 + late_ms)(manager.operations.cleanup_server_batch("server"))
+
+        assert len(batch.removed) == 1
+        assert len(keys().known_servers) == (not late_ms)
+
     def test_in_which_a_server_has_missed_half_of_its_heartbeats(
         self, make_manager: ManagerFactory, client: redis.Redis, namespace: str, keys: Keys, late_ms: int
     ) -> None:
