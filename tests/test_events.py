@@ -296,6 +296,25 @@ def test_who_comes_back_after_the_score_of_the_last_connection_was_lost_is_onlin
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_an_owner_whose_score_was_lost_goes_offline_when_another_user_takes_the_sid(
+    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
+) -> None:
+    """Without its score nothing tells that it was detached, and no later call would tell that its user is gone."""
+    manager = make_manager(events=mode)
+    manager.register_connection("a", "alice")
+    client.zrem(f"{{{namespace}}}:last_seen", "a")
+    with subscribed(manager) as events:
+        manager.register_connection("a", "bob")
+        found = until_the_end(manager, events)
+    assert [told(event) for event in found] == [
+        ("displaced", "a", None),
+        ("user_offline", "a", None),
+        ("registered", "a", None),
+        ("user_online", "a", None),
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_user_goes_offline_with_the_last_connection_whose_score_is_there(
     make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
 ) -> None:
