@@ -87,12 +87,18 @@ class TestTheVeryMillisecond:
         assert at(operations.get_game_connection_count("game")) == others + live
         assert len(at(operations.get_game_connections("game"))) == others + live
 
+    @pytest.mark.parametrize("metadata", [b"", b"a record of another form"])
     def test_is_what_every_read_observed(
-        self, expiring: tuple[ConnectionManager, Moment], client: redis.Redis, namespace: str, late_ms: int
+        self,
+        expiring: tuple[ConnectionManager, Moment],
+        client: redis.Redis,
+        namespace: str,
+        metadata: bytes,
+        late_ms: int,
     ) -> None:
         """The server's, and no client's, which is a minute behind here: a connection is stale by that."""
         (manager, at), operations = expiring, expiring[0].operations
-        manager.register_connection("other", "other user", metadata=b"a record of another form")
+        manager.register_connection("other", "other user", metadata=metadata)
         manager.join_game("other", "game")
         client.zincrby(f"{{{namespace}}}:last_seen", 1000, "other")
         reads = {
