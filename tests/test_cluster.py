@@ -131,8 +131,12 @@ class Cluster:
 
     def move(self, slot: int, node: int) -> None:
         """Give an empty slot to a node."""
-        owner = self.clients[node].cluster("MYID")
-        for client in (self.clients[node], self.clients[1 - node]):
+        to, source = self.clients[node], self.clients[1 - node]
+        owner = to.cluster("MYID")
+        with suppress(redis.ResponseError):  # It has the slot already.
+            # Else the node gets no newer epoch, and gives the slot back as soon as it hears from its earlier owner.
+            to.cluster("SETSLOT", slot, "IMPORTING", source.cluster("MYID"))
+        for client in (to, source):
             client.cluster("SETSLOT", slot, "NODE", owner)
 
     def migrate(self, slot: int, node: int) -> None:
