@@ -56,7 +56,7 @@ class Repeated(list[Command]):
     def __init__(self, commands: Iterable[Command], since: float) -> None:
         super().__init__(commands)
         self.since = since
-        """Not after their first attempt, by ``monotonic``: see :data:`presence.retrying.RETRYING_SECONDS`."""
+        """When they were first to be sent, by ``monotonic``: see :data:`presence.retrying.RETRYING_SECONDS`."""
 
 
 def pack(command: Command) -> bytes:

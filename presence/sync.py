@@ -332,9 +332,9 @@ class ConnectionManager:
         """Remove a connection everywhere, or keep its seat for a grace; the user's newer ones are never touched.
 
         With a grace the connection is detached: the user is offline, but ``get_game_connections`` still lists the seat,
-        and a registration of the same user within the grace takes it over with its game, wherever that is. After the
-        grace, cleanup removes it and reports it. Detaching it again changes nothing, but returns it once more; without
-        a grace it is removed.
+        and a registration of the same user within the grace, on any game server, takes it over with its game. After
+        the grace, cleanup removes it and reports it. Detaching it again changes nothing, but returns it once more;
+        without a grace it is removed.
 
         Args:
             sid: the connection's id.

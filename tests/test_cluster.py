@@ -35,7 +35,7 @@ from presence.operations import (
 )
 from tests.clock import let_time_pass
 from tests.conftest import Awaited
-from tests.fault_calls import CALLS, call, one_attempt, play, set_the_scene
+from tests.fault_calls import CALLS, call, load_late, one_attempt, play, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Proxy
 from tests.fault_tls import server_context, write_certificate
 from tests.processes import in_child
@@ -214,11 +214,6 @@ class TestCluster:
         manager = make_manager(cluster.url, namespace=namespace)
         assert manager.get_connection_count() == 0
         monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
-
-        def load_late(script: Script) -> Any:
-            time.sleep(0.3)
-            return load_command(script)
-
         monkeypatch.setattr("presence.exchanges.load_command", load_late)
         with pytest.raises(presence.ServerUnreachableError, match="may be forgotten"):
             manager.register_connection("sid", "user")

@@ -279,39 +279,31 @@ def test_a_first_registration_is_told_as_any_when_the_clock_ran_back(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_who_comes_back_after_the_score_of_the_last_connection_was_lost_is_online_again(
-    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
+@pytest.mark.parametrize(
+    ("sid", "user_id", "told_of"),
+    [
+        ("b", "alice", ["displaced a", "registered b", "user_online b"]),
+        ("a", "bob", ["displaced a", "user_offline a", "registered a", "user_online a"]),
+    ],
+    ids=["is online again", "is offline when another takes the sid"],
+)
+def test_who_has_lost_the_score_of_the_last_connection(
+    make_manager: ManagerFactory,
+    client: redis.Redis,
+    namespace: str,
+    sid: str,
+    user_id: str,
+    told_of: list[str],
+    mode: str,
 ) -> None:
+    """Without it nothing tells that it was detached, and no later call would tell that its user is gone."""
     manager = make_manager(events=mode)
     manager.register_connection("a", "alice")
     client.zrem(f"{{{namespace}}}:last_seen", "a")
     with subscribed(manager) as events:
-        manager.register_connection("b", "alice")
+        manager.register_connection(sid, user_id)
         found = until_the_end(manager, events)
-    assert [told(event) for event in found] == [
-        ("displaced", "a", None),
-        ("registered", "b", None),
-        ("user_online", "b", None),
-    ]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_an_owner_whose_score_was_lost_goes_offline_when_another_user_takes_the_sid(
-    make_manager: ManagerFactory, client: redis.Redis, namespace: str, mode: str
-) -> None:
-    """Without its score nothing tells that it was detached, and no later call would tell that its user is gone."""
-    manager = make_manager(events=mode)
-    manager.register_connection("a", "alice")
-    client.zrem(f"{{{namespace}}}:last_seen", "a")
-    with subscribed(manager) as events:
-        manager.register_connection("a", "bob")
-        found = until_the_end(manager, events)
-    assert [told(event) for event in found] == [
-        ("displaced", "a", None),
-        ("user_offline", "a", None),
-        ("registered", "a", None),
-        ("user_online", "a", None),
-    ]
+    assert [f"{event.type} {event.connection.sid}" for event in found] == told_of
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -29,7 +29,7 @@ from presence.commands import Command, Repeated, load_command
 from presence.operations import CLEANUP_BATCH_SIZE, KEPT_SECONDS, Operation, Operations
 from presence.subscriptions import Feed
 from tests.clock import let_time_pass
-from tests.fault_calls import CALLS, READS, assert_cause, call, check, one_attempt, pipeline, set_the_scene
+from tests.fault_calls import CALLS, READS, assert_cause, call, check, load_late, one_attempt, pipeline, set_the_scene
 from tests.fault_proxy import BOUND_SECONDS, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.server import LocalServer, free_port, program
@@ -38,17 +38,10 @@ from tests.watching import admin, counted, is_held, wait_until
 if TYPE_CHECKING:
     from presence import CleanupResult
     from presence.operations import EventsMode
-    from presence.scripts import Script
     from presence.sync import ConnectionManager
     from tests.conftest import ManagerFactory
 
 every_operation = pytest.mark.parametrize("name", CALLS)
-
-
-def load_late(script: Script) -> Command:
-    """Load a script when it is too late to send the call again."""
-    time.sleep(retrying.RETRYING_SECONDS + 0.1)
-    return load_command(script)
 
 
 class TestAServerThatCannotBeReached:

@@ -20,8 +20,8 @@ from redis.backoff import ConstantBackoff, NoBackoff
 
 import presence
 from presence import pipelining, retrying
-from presence.commands import SCRIPT_LOAD, load_command
-from tests.fault_calls import one_attempt
+from presence.commands import SCRIPT_LOAD
+from tests.fault_calls import load_late, one_attempt
 from tests.fault_proxy import BOUND_SECONDS, CuttingProxy, Fate, Proxy
 from tests.invariants import read_keyspace, violations
 from tests.one_loop import SlowConnection, run, until, warm_manager
@@ -30,9 +30,6 @@ from tests.watching import counted, every_refusal, is_held, refuse_next_write, s
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-
-    from presence.commands import Command
-    from presence.scripts import Script
 
 
 class TestWhatIsAwaitedAtOnce:
@@ -432,10 +429,6 @@ class TestALostScript:
         self, own_server: LocalServer, admin: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(retrying, "RETRYING_SECONDS", 0.2)
-
-        def load_late(script: Script) -> Command:
-            time.sleep(0.3)
-            return load_command(script)
 
         async def work() -> None:
             async with warm_manager(own_server.url, 1) as manager:
