@@ -2,7 +2,7 @@
 --[[
 Remove one batch of the connections that have not been seen for longer than the threshold (or the TTL, if that is
 shorter), of the detached ones whose grace is over, and of those of dead servers; or, with a server_id, of all
-connections of that server.
+connections of that server, or of its starts up to newest_start.
 
 A server is dead when it has not been seen for longer than server_threshold_ms, or another with its id has started
 since. With a server_grace_ms its connections are detached, not removed (unless they have expired), so that their users
@@ -21,8 +21,9 @@ records; the caller repeats it until it examines fewer than it asked for.
 
 KEYS  last_seen, servers, reply
 ARGV  key_lifetime_ms (retention_ms more than the TTL of connections), threshold_ms, batch_size (at most 1000),
-      server_threshold_ms, server_grace_ms (0 = none), server_id ('' = all that is stale or dead), events ('' = off),
-      not_after_ms ('' = any time), keep ('' = only an answer that tells of a change)
+      server_threshold_ms, server_grace_ms (0 = none), server_id ('' = all that is stale or dead),
+      newest_start ('' = every start of it), events ('' = off), not_after_ms ('' = any time),
+      keep ('' = only an answer that tells of a change)
 Reply {now ms, number examined (batch_size when there may be more; -1 when the batch is late and had not run before,
       which counts as the last one), the connections: the stale ones, longest silent first, then those past their grace,
       then those of dead servers; as they were if removed, as they are if detached}
@@ -44,7 +45,7 @@ Cost  O(log N) for each connection that it removes, detaches or, if the clock wa
 local last_seen_key, servers_key, reply_key = KEYS[1], KEYS[2], KEYS[3]
 local key_lifetime_ms, threshold_ms, batch_size = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local server_threshold_ms, server_grace_ms, server_id = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] or ''
-local events, not_after_ms, keep = ARGV[7] or '', ARGV[8] or '', ARGV[9] or ''
+local newest_start, events, not_after_ms, keep = ARGV[7] or '', ARGV[8] or '', ARGV[9] or '', ARGV[10] or ''
 -- @include key_prefix
 -- @include conn_ttl_ms
 
@@ -102,7 +103,7 @@ if server_id == '' then
   local oldest_alive = '(' .. as_argument(now_ms - server_threshold_ms)
   servers = redis.call('ZRANGE', servers_key, '0', oldest_alive, 'BYSCORE', 'LIMIT', 0, most_dead_servers)
 else
-  servers = starts_of(servers_key, server_id, '0')
+  servers = starts_of(servers_key, server_id, '0', tonumber(newest_start))
 end
 local emptied = {}
 for number = 1, math.min(#servers, most_starts) do

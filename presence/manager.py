@@ -713,7 +713,8 @@ class ConnectionManager:
         """Remove or detach, in batches, all connections of one game server, such as one that is known to be dead.
 
         Args:
-            server_id: the game server's id; the connections of every start of it go, those of a running one too.
+            server_id: the game server's id; the connections of every start of it go, those of a running one too. With
+                the manager's own id, once it has started, those of a later start stay.
             grace_seconds: how long their seats are kept, 0 to ``conn_ttl_seconds``; 0 removes them, None is the
                 manager's ``server_grace_seconds``.
 

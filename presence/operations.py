@@ -157,6 +157,7 @@ CLEANUP = scripts.load(
         "server_threshold_ms",
         "server_grace_ms",
         "server_id",
+        "newest_start",
         "events",
         "not_after_ms",
         "keep",
@@ -707,7 +708,7 @@ class Operations:
         )
         not_after = arguments.encode_number("not_after_ms", not_after_ms)
         self._warn_if_silent()
-        return self._clean_up(threshold_ms, self._server_grace_ms, b"", not_after)
+        return self._clean_up(threshold_ms, self._server_grace_ms, not_after=not_after)
 
     def cleanup_server_batch(self, server_id: str, *, grace_seconds: float | None = None) -> Operation[CleanupBatch]:
         """Describe one bounded batch of the cleanup of a game server's connections: see ``cleanup_server``.
@@ -722,10 +723,16 @@ class Operations:
         """
         server_bytes = arguments.encode("server_id", server_id)
         grace_ms = self._server_grace_ms if grace_seconds is None else self._grace_ms("grace_seconds", grace_seconds)
-        return self._clean_up(0, grace_ms, server_bytes, b"")
+        newest_start = self.boot_epoch if server_id == self.server_id else None
+        return self._clean_up(0, grace_ms, server_bytes, arguments.encode_number("newest_start", newest_start))
 
     def _clean_up(
-        self, threshold_ms: int, server_grace_ms: int, server_id: bytes, not_after: bytes
+        self,
+        threshold_ms: int,
+        server_grace_ms: int,
+        server_id: bytes = b"",
+        newest_start: bytes = b"",
+        not_after: bytes = b"",
     ) -> Operation[CleanupBatch]:
         return Operation(
             CLEANUP,
@@ -737,6 +744,7 @@ class Operations:
                 b"%d" % self._stale_ms,
                 b"%d" % server_grace_ms,
                 server_id,
+                newest_start,
                 self._events,
                 not_after,
                 b"",

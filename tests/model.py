@@ -192,8 +192,15 @@ class Model:
         seats = [one for one in ended if one.server and one.server not in beating and self.is_live(one, now)]
         return self._end(ended, seats, dead, now, grace_ms)
 
-    def clean_up_server(self, server_id: str, now: int, grace_ms: int = 0) -> ModelCleanup:
-        starts = [server for server in self.servers if server.partition(":")[2] == server_id]
+    def clean_up_server(
+        self, server_id: str, now: int, grace_ms: int = 0, newest_start: int | None = None
+    ) -> ModelCleanup:
+        known = [(int(server.partition(":")[0]), server) for server in self.servers]
+        starts = [
+            server
+            for epoch, server in known
+            if server.partition(":")[2] == server_id and (newest_start is None or epoch <= newest_start)
+        ]
         ended = [connection for connection in self.connections.values() if connection.server in starts]
         dead = [server for server in starts if self.servers[server] < now - self.stale_ms]
         return self._end(ended, [one for one in ended if self.is_live(one, now)], dead, now, grace_ms)

@@ -309,6 +309,7 @@ EXPECTED_ARGUMENTS = {
     "limit": b"%d" % operations.EVENTS_BATCH_SIZE,
     "again": b"",
     "not_after_ms": b"",
+    "newest_start": b"",
 }
 
 
@@ -316,7 +317,7 @@ DIFFERENT_ARGUMENTS: dict[str, dict[str, Any]] = {
     "register_connection": {"metadata": b""},
     "update_metadata": {"metadata": b"metadata"},
     "cleanup_batch": {"server_id": b""},
-    "cleanup_server_batch": {"server_id": b"server", "threshold_ms": b"0"},
+    "cleanup_server_batch": {"server_id": b"server", "threshold_ms": b"0", "newest_start": b"9"},
     "start_server": {"server_id": b"server"},
 }
 
@@ -393,7 +394,7 @@ class TestOperation:
         (Operations("ns").update_heartbeat("sid", epoch=0), 2),
         (Operations("ns").unregister_connection("sid"), 2),
         (Operations("ns").cleanup_batch(), 5),
-        (Operations("ns").cleanup_batch(not_after_ms=0), 8),
+        (Operations("ns").cleanup_batch(not_after_ms=0), 9),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else value.script.name,
 )

@@ -528,6 +528,31 @@ class TestARestart:
 class TestCleanupServer:
     """cleanup_server takes all connections of one server, whether it is dead or not."""
 
+    @pytest.mark.parametrize("grace_seconds", [0, 30])
+    def test_a_process_that_takes_its_own_leaves_those_of_a_later_start(
+        self, make_manager: ManagerFactory, grace_seconds: float
+    ) -> None:
+        starts = [make_manager(server_id="server") for _ in range(3)]
+        for number, manager in enumerate(starts):
+            manager.register_connection(f"sid-{number}", f"user-{number}")
+        result = starts[1].cleanup_server("server", grace_seconds=grace_seconds)
+        assert sids(result.detached or result.removed) == ["sid-0", "sid-1"]
+        assert starts[2].update_server_heartbeat()
+        assert starts[2].is_user_online("user-2")
+        assert starts[1].cleanup_server("server") == presence.CleanupResult()
+
+    def test_a_process_that_has_not_started_takes_those_of_every_start(self, make_manager: ManagerFactory) -> None:
+        starts = [make_manager(server_id="server") for _ in range(2)]
+        for number, manager in enumerate(starts):
+            manager.register_connection(f"sid-{number}", f"user-{number}")
+        assert sids(make_manager(server_id="server").cleanup_server("server")) == ["sid-0", "sid-1"]
+
+    def test_a_process_that_takes_those_of_another_id_takes_every_start(self, make_manager: ManagerFactory) -> None:
+        other = make_manager(server_id="other")
+        other.start_server()
+        make_manager(server_id="server").register_connection("sid", "user")
+        assert sids(other.cleanup_server("server")) == ["sid"]
+
     @pytest.mark.parametrize("grace_seconds", [None, 30])
     def test_it_goes_on_in_bounded_batches_until_nothing_of_that_server_is_left(
         self, make_manager: ManagerFactory, client: redis.Redis, keys: Keys, grace_seconds: float | None

@@ -261,11 +261,18 @@ class Sequences(RuleBasedStateMachine):
             if is_live:
                 self.model.heartbeat(sid, self.written_at(sid, before))
 
-    @rule(server_id=SERVER_IDS, grace_seconds=st.sampled_from([None, 0, 45]))
-    def clean_up_a_server(self, server_id: str, grace_seconds: int | None) -> None:
-        result = self.manager.cleanup_server(server_id, grace_seconds=grace_seconds)
+    @rule(
+        server_id=SERVER_IDS,
+        grace_seconds=st.sampled_from([None, 0, 45]),
+        by=st.sampled_from(["another", "itself", "the one that was replaced"]),
+    )
+    def clean_up_a_server(self, server_id: str, grace_seconds: int | None, by: str) -> None:
+        own = self.servers if by == "itself" else self.replaced if by == "the one that was replaced" else {}
+        manager = own.get(server_id, self.manager)
+        result = manager.cleanup_server(server_id, grace_seconds=grace_seconds)
         grace = self.server_grace_seconds if grace_seconds is None else grace_seconds
-        self.same_cleanup(result, self.model.clean_up_server(server_id, self.now(), grace * 1000))
+        newest_start = manager.operations.boot_epoch
+        self.same_cleanup(result, self.model.clean_up_server(server_id, self.now(), grace * 1000, newest_start))
 
     def same_cleanup(self, result: presence.CleanupResult, expected: ModelCleanup) -> None:
         for detached in result.detached:
